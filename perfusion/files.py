@@ -1,0 +1,53 @@
+"""Atomic writes: a reader sees the old file or the whole new one, never a part, even after a crash or a full disk.
+
+The new content is written beside its destination (so that the final rename stays on one filesystem), flushed to the
+disk, and moved over the destination in one step. A symbolic link at the destination is replaced, not followed.
+"""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PathLike = str | os.PathLike[str]
+
+
+@contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """Gives a path to write to; what was written there becomes `path` when the block ends without an exception.
+
+    For writers that want a file name, such as `safetensors.torch.save_file` or `PIL.Image.save`: the temporary name
+    ends in the same suffix. The folder must exist. When the block raises, `path` is as it was before and nothing is
+    left beside it; a block that writes no file raises `FileNotFoundError`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        _flush(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already after `replace`
+    if os.name == "posix":  # Windows has no handle of a folder to flush
+        _flush(path.parent, os.O_RDONLY)
+
+
+def atomic_write_bytes(path: PathLike, data: bytes | bytearray | memoryview) -> None:
+    """Writes `data` to `path` atomically, as in `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: PathLike, text: str) -> None:
+    """Writes `text` to `path` atomically, in UTF-8 with its line ends unchanged, as in `atomic_path`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def _flush(path: Path, flags: int) -> None:
+    """Returns once the file (or the entries of the folder) at `path` is on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

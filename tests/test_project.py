@@ -1,0 +1,203 @@
+"""The rules of the house that no linter knows: no pickle, no malicious release, pins without addresses, honest help."""
+
+import ast
+import os
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+SKIPPED = {".venv", ".cache", ".git", "runs", "outputs", "multirun", "build", "dist"}
+
+# Modules that run code of the file's choosing while they read it, and calls that do so through them.
+PICKLING = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"torch.load", "torch.serialization.load", "pandas.read_pickle"}
+UNSAFE_ARGUMENTS = {f"{name}={value}" for name, value in [("allow_pickle", True), ("weights_only", False)]}
+
+
+def python_files() -> list[Path]:
+    """Every Python file of the project: what git tracks or would add; outside a checkout, all but caches."""
+    if (ROOT / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.py"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        paths = [ROOT / name for name in done.stdout.split("\0") if name]
+        return sorted(path for path in paths if path.exists())  # a file may be deleted and not yet committed
+    found = ROOT.rglob("*.py")
+    return sorted(path for path in found if path.relative_to(ROOT).parts[0] not in SKIPPED)
+
+
+def pickling(source: str) -> Iterator[tuple[int, str]]:
+    """(line, what) of every use of pickle in `source`, whatever name it was imported under."""
+    tree = ast.parse(source)
+    names: dict[str, str] = {}  # local name -> dotted name that it stands for
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.partition(".")[0]
+                names[alias.asname or top] = alias.name if alias.asname else top
+                if top in PICKLING:
+                    yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+            if node.module.partition(".")[0] in PICKLING:
+                yield node.lineno, node.module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            dotted = f"{names.get(head, head)}.{rest}" if rest else names.get(head, head)
+            if dotted in UNSAFE_CALLS:
+                yield node.lineno, dotted
+        elif isinstance(node, ast.keyword) and ast.unparse(node) in UNSAFE_ARGUMENTS:
+            yield node.value.lineno, ast.unparse(node)
+
+
+def test_no_python_file_reads_pickles():
+    files = python_files()
+    assert Path(__file__).resolve() in files
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {what}"
+        for path in files
+        for line, what in pickling(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(["pickle is never read: use safetensors, JSON or npy", *found])
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("import pickle", "pickle"),
+        ("def f():\n    from dill import loads", "dill"),
+        ("import torch\ntorch.load", "torch.load"),
+        ("import torch as t\nt.load(path)", "torch.load"),
+        ("from torch import load as read\nread(path)", "torch.load"),
+        ("import torch.serialization\ntorch.serialization.load(path)", "torch.serialization.load"),
+        ("import numpy as np\nnp.load(path, allow_pickle=True)", "allow_pickle=True"),
+    ],
+)
+def test_the_search_for_pickle_finds_it(source: str, what: str):
+    assert [name for _, name in pickling(source)] == [what]
+
+
+def test_the_search_for_pickle_leaves_other_loads_alone():
+    harmless = (
+        "import json\nfrom safetensors.torch import load\njson.load(f)\nload(b)\nself.torch.load\nf(weights_only=True)"
+    )
+    assert list(pickling(harmless)) == []
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def requirements(project: dict) -> list[Requirement]:
+    """What the project and all its extras ask for."""
+    extras = project["optional-dependencies"].values()
+    return [Requirement(line) for lines in [project["dependencies"], *extras] for line in lines]
+
+
+def constraint_lines() -> list[str]:
+    return (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("release", ["2.6.2", "2.6.3"])
+def test_malicious_lightning_releases_are_excluded(requirements: list[Requirement], release: str):
+    lightning = next(r for r in requirements if r.name == "lightning")
+    assert not lightning.specifier.contains(release)
+    pins = [Requirement(line) for line in constraint_lines()]
+    either = [pin for pin in pins if pin.name in ("lightning", "pytorch-lightning")]
+    assert len(either) == 2
+    assert not any(pin.specifier.contains(release) for pin in either)
+
+
+def test_torch_is_new_enough_for_its_pickle_fixes(requirements: list[Requirement]):
+    torch = next(r for r in requirements if r.name == "torch")
+    assert not torch.specifier.contains("2.9.1")
+
+
+def test_constraints_are_names_versions_and_markers_alone():
+    """No address, no path, no option: the file must serve people behind any registry."""
+    lines = constraint_lines()
+    assert lines
+    for line in lines:
+        assert "://" not in line, line
+        assert not line.lstrip().startswith(("-", ".", "/")), line
+        pin = Requirement(line)
+        assert pin.url is None, line
+        assert [s.operator for s in pin.specifier] == ["=="], line
+
+
+def test_constraints_pin_every_requirement_to_what_it_allows(requirements: list[Requirement]):
+    pins: dict[str, list[Version]] = {}
+    for pin in map(Requirement, constraint_lines()):
+        versions = [Version(s.version) for s in pin.specifier]
+        pins.setdefault(canonicalize_name(pin.name), []).extend(versions)
+    for requirement in requirements:
+        versions = pins.get(canonicalize_name(requirement.name))
+        assert versions, f"{requirement.name} is not pinned: run `make constraints`"
+        for version in versions:
+            assert requirement.specifier.contains(version), f"{requirement} but pinned to {version}"
+
+
+def test_python_floor(project: dict):
+    floor = SpecifierSet(project["requires-python"])
+    assert floor.contains("3.11")
+    assert not floor.contains("3.10")
+
+
+# --- Makefile and CI ------------------------------------------------------------------------------------------------
+
+
+def make(*arguments: str) -> str:
+    # This test may itself run under make, whose variables would change what this one prints.
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "GNUMAKEFLAGS"))
+    }
+    done = subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def phony_targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return {name for line in re.findall(r"^\.PHONY:(.*)$", text, re.MULTILINE) for name in line.split()}
+
+
+def test_help_lists_every_target_with_a_description():
+    listed = {found[1]: found[2] for found in re.finditer(r"^  make (\S+) +(.*)$", make("help"), re.MULTILINE)}
+    assert set(listed) == phony_targets()
+    assert all(listed.values())
+    assert {"setup", "demo", "test", "test-slow", "lint", "format", "toyland", "bench", "clean"} <= set(listed)
+
+
+def test_every_target_is_phony():
+    """A file called `test` or `demo` must not switch a target off."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(targets) == phony_targets()
+
+
+def test_make_alone_shows_the_help():
+    assert make() == make("help")
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "lint", "format", "toyland", "bench"])
+def test_targets_set_up_the_environment_first(target: str):
+    first, *rest = make("--dry-run", target).splitlines()
+    assert first == "tools/setup"
+    assert rest
+    assert all(".venv/bin/python" in line for line in rest)
+
+
+def test_ci_runs_the_tests_and_the_linters():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert re.findall(r"^make (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE) == ["test", "lint"]
