@@ -1,0 +1,127 @@
+"""Renders a scene: backdrop, objects with their patterns, what they wear and stand on, and the picture's style."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+
+from perfusion.toyland.backdrops import FULL, SIZE, backdrop
+from perfusion.toyland.pen import INK, RGB, SUPERSAMPLE, Pen
+from perfusion.toyland.props import LIFT, draw_behind, draw_front, draw_worn
+from perfusion.toyland.shapes import SHAPES, paint_of
+from perfusion.toyland.world import COLOURS, Placed, Scene
+
+TILE = 4
+_GROUT = np.ones((SIZE, SIZE, 1), dtype=np.float32)
+_GROUT[TILE - 1 :: TILE] = 0.74
+_GROUT[:, TILE - 1 :: TILE] = 0.74
+# Bold enough to survive an 8x8 latent, and off the usual place of the eyes.
+_SPOTS = ((-10, -13), (9, -12), (0, -2), (-12, 2), (11, 3), (-4, 9), (5, 14), (-10, 16), (17, -6), (-18, -7), (18, 11))
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """image: uint8 (64, 64, 3). masks: uint8 (n_objects, 64, 64), 0..255 coverage of each object's visible pixels.
+
+    Masks hold the object itself (ears, tail, handle and face included), not what it wears or stands on or in.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+
+
+def _draw_pattern(pen: Pen, pattern: str) -> None:
+    if pattern == "striped":
+        for y in (-17.5, -5.5, 6.5, 18.5):
+            pen.poly([(-26, y), (26, y - 6), (26, y), (-26, y + 6)], 255)
+    elif pattern == "spotted":
+        for x, y in _SPOTS:
+            pen.oval(x, y, 3.7, 3.7, 255)
+    elif pattern == "patched":
+        pen.poly([(1, -30), (26, -30), (26, 2), (10, 4), (-1, -3)], 255)
+        pen.oval(-7, 13, 8, 7, 255)
+
+
+def _rim(mask: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """The silhouette within `box`, one supersampled pixel larger: in ink, it parts every colour from every backdrop."""
+    x0, y0, x1, y1 = box
+    rim = mask.crop(box)
+    for dx, dy in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+        rim = ImageChops.lighter(rim, mask.crop((x0 + dx, y0 + dy, x1 + dx, y1 + dy)))
+    return rim
+
+
+def _draw_object(canvas: Image.Image, placed: Placed, masks: list[Image.Image], shadow: RGB) -> None:
+    """Paint one object on the canvas and append its mask to `masks`; what it hides is taken out of all masks."""
+    instance = placed.instance
+    shape = SHAPES[instance.superclass]
+    y = placed.y - (20 + LIFT[placed.support]) * placed.scale
+    pose = (placed.x, y, placed.scale)
+    half = max(15.0, shape.half * instance.wide + 1)
+    canvas_draw = ImageDraw.Draw(canvas)
+    earlier = [(ImageDraw.Draw(m), 0) for m in masks]
+
+    Pen([(canvas_draw, None)], placed.x, placed.y, placed.scale).oval(0, 0, half + 3, 3, shadow)
+    draw_behind(Pen([(canvas_draw, None), *earlier], *pose, flip=placed.flip), placed.support, half)
+
+    mask = Image.new("L", (FULL, FULL))
+    shape.silhouette(Pen([(ImageDraw.Draw(mask), None)], *pose, instance.wide, placed.flip), instance.ear)
+    x0, y0, x1, y1 = mask.getbbox() or (0, 0, 1, 1)
+    # Pasting dominates the time of a scene, so it is done within the object's box only, with room for the rim.
+    box = (max(x0 - 1, 0), max(y0 - 1, 0), min(x1 + 1, FULL), min(y1 + 1, FULL))
+    body = mask.crop(box)
+    canvas.paste(INK, box, _rim(mask, box))
+    canvas.paste(COLOURS[instance.body], box, body)
+    if instance.pattern != "plain":
+        marks = Image.new("L", body.size)
+        at = (placed.x - box[0] / SUPERSAMPLE, y - box[1] / SUPERSAMPLE, placed.scale)
+        _draw_pattern(Pen([(ImageDraw.Draw(marks), None)], *at, instance.wide, placed.flip), instance.pattern)
+        canvas.paste(COLOURS[instance.second], box, ImageChops.multiply(body, marks))
+    for index, other in enumerate(masks):
+        masks[index] = ImageChops.subtract(other, mask)
+    paint = paint_of(instance)
+    on_canvas = Pen([(canvas_draw, None)], *pose, instance.wide, placed.flip)
+    shape.features(on_canvas, paint, instance.ear, placed.asleep)
+
+    masks.append(mask)
+    cover = [(canvas_draw, None), *((ImageDraw.Draw(m), 0) for m in masks)]
+    # Supports come last: a scarf hangs inside a boat or a box, not over its side.
+    draw_worn(Pen(cover, *pose, instance.wide, placed.flip), placed.worn, shape)
+    draw_front(Pen(cover, *pose, flip=placed.flip), placed.support, half)
+
+
+def _sketch(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Pencil on white paper: dark edges, a pale tint, a little stronger where `inside` (0..1) is set."""
+    x = image.astype(np.int16)
+    edge = np.zeros((SIZE, SIZE), dtype=np.float32)
+    edge[:, :-1] += np.abs(x[:, 1:] - x[:, :-1]).max(axis=2)
+    edge[:-1] += np.abs(x[1:] - x[:-1]).max(axis=2)
+    # Fainter lines around the object leave it the strongest thing on the sheet.
+    ink = (np.clip((edge - 24) / 150, 0, 0.85) * (0.6 + 0.4 * inside))[..., None]
+    tint = (0.14 + 0.24 * inside)[..., None]
+    paper = 252 * (1 - tint) + image * tint
+    return paper * (1 - ink) + 40 * ink
+
+
+def _mosaic(image: np.ndarray) -> np.ndarray:
+    """Square tiles of the mean colour, with darker grout between them."""
+    n = SIZE // TILE
+    tiles = image.reshape(n, TILE, n, TILE, 3).mean(axis=(1, 3), dtype=np.float32)
+    return tiles.repeat(TILE, axis=0).repeat(TILE, axis=1) * _GROUT
+
+
+def render(scene: Scene) -> Rendered:
+    """Draw the scene at twice the size and reduce it; the same scene always gives the same pixels."""
+    canvas, shadow = backdrop(scene.place, scene.backdrop)
+    masks: list[Image.Image] = []
+    for placed in scene.objects:
+        _draw_object(canvas, placed, masks, shadow)
+    image = np.asarray(canvas.reduce(SUPERSAMPLE))
+    small = np.stack([np.asarray(m.reduce(SUPERSAMPLE)) for m in masks])
+    if scene.style == "sketch":
+        image = _sketch(image, small.max(axis=0).astype(np.float32) / 255)
+    elif scene.style == "mosaic":
+        image = _mosaic(image)
+    return Rendered(np.clip(image, 0, 255).astype(np.uint8), small)
