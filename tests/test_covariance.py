@@ -1,0 +1,252 @@
+"""Second moment: streaming, factorisation and its errors, and the cache on disk."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from perfusion import covariance
+from perfusion.covariance import CovarianceError, SecondMoment, accumulate, cached_second_moment, factorise
+
+D = 6
+CAPTIONS = [f"caption {k}" for k in range(11)]
+KEY = {"text_encoder": "ab12", "tokenizer": "cd34", "captions": "ef56", "tokens": "all", "dtype": "float32"}
+
+
+def encode(captions: list[str]) -> Tensor:
+    """(B, 4, D): a fixed random encoding for each caption."""
+    seeds = [int(caption.split()[1]) for caption in captions]
+    return torch.stack([torch.randn(4, D, generator=torch.Generator().manual_seed(seed)) + 0.5 for seed in seeds])
+
+
+def one_shot() -> Tensor:
+    rows = encode(CAPTIONS).double().reshape(-1, D)
+    return torch.einsum("nd,ne->de", rows, rows) / len(rows)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 11, 100])
+def test_streaming_equals_the_value_in_one_go(batch_size: int) -> None:
+    moment = accumulate(iter(CAPTIONS), encode, batch_size)
+    assert moment.count == 4 * len(CAPTIONS)
+    assert_near(moment.value(), one_shot())
+    assert torch.equal(moment.value(), moment.value().T)
+
+
+def test_merged_parts_equal_the_whole() -> None:
+    left, right = accumulate(CAPTIONS[:4], encode, 2), accumulate(CAPTIONS[4:], encode, 2)
+    left.merge(right)
+    assert left.count == 4 * len(CAPTIONS)
+    assert_near(left.value(), one_shot())
+    with pytest.raises(CovarianceError, match=f"found width {D + 1}, expected {D}"):
+        left.merge(SecondMoment.empty(D + 1))
+
+
+def test_small_terms_are_not_lost_in_a_large_sum() -> None:
+    moment = SecondMoment.empty(1)
+    moment.update(torch.full((1, 1, 1), 1e4))
+    for _ in range(100):
+        moment.update(torch.full((1, 1, 1), 1.0, dtype=torch.bfloat16))  # float32 would drop every one of these
+    assert moment.total.item() == 1e8 + 100
+
+
+def test_accumulation_runs_in_batches_without_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: list[int] = []
+
+    def watched(captions: list[str]) -> Tensor:
+        sizes.append(len(captions))
+        assert not torch.is_grad_enabled()
+        return encode(captions)
+
+    accumulate(CAPTIONS, watched, 4)
+    assert sizes == [4, 4, 3] and capsys.readouterr().err == ""
+    accumulate(CAPTIONS, watched, 4, progress=True)
+    assert "11/11" in capsys.readouterr().err
+
+
+def test_what_cannot_be_accumulated_is_refused() -> None:
+    with pytest.raises(CovarianceError, match="captions: found none"):
+        accumulate([], encode, 4)
+    with pytest.raises(CovarianceError, match="found 0, expected at least 1"):
+        accumulate(CAPTIONS, encode, 0)
+    with pytest.raises(CovarianceError, match="no encodings"):
+        SecondMoment.empty(D).value()
+    with pytest.raises(CovarianceError, match=f"found width {D}, expected 2"):
+        SecondMoment.empty(2).update(encode(CAPTIONS))
+    spoilt = encode(CAPTIONS)
+    spoilt[3, 1, 2] = float("inf")
+    with pytest.raises(CovarianceError, match="NaN or infinity"):
+        SecondMoment.empty(D).update(spoilt)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_the_factor_is_that_of_the_ridged_matrix(ridge: float) -> None:
+    C = one_shot()
+    result = factorise(C, ridge, dimension=D, count=44)
+    expected = C + ridge * C.trace() / D * torch.eye(D, dtype=torch.float64)
+    assert_near(result.factor @ result.factor.T, expected)
+    assert torch.equal(result.factor, result.factor.tril()) and result.factor.dtype == torch.float64
+    assert result.condition == pytest.approx(float(torch.linalg.cond(expected)))
+    assert (result.dimension, result.ridge, result.count) == (D, ridge, 44)
+
+
+def spoilt(row: int, column: int, value: float) -> Tensor:
+    C = one_shot()
+    C[row, column] = value
+    return C
+
+
+@pytest.mark.parametrize(
+    ("C", "options", "message"),
+    [
+        (torch.eye(3)[:2], {}, r"found shape \(2, 3\), expected a square matrix"),
+        (torch.ones(3), {}, r"found shape \(3,\), expected a square matrix"),
+        (torch.eye(0), {}, r"found shape \(0, 0\), expected a square matrix"),
+        (torch.eye(3), {"dimension": 4}, "found width 3, expected 4"),
+        (torch.eye(3), {"ridge": -0.1}, "ridge: found -0.1, expected"),
+        (torch.eye(3), {"ridge": float("nan")}, "ridge: found nan, expected"),
+        (spoilt(1, 1, float("nan")), {}, "found 1 entries of NaN or infinity"),
+        (spoilt(0, 2, float("inf")), {}, "found 1 entries of NaN or infinity"),
+        (spoilt(0, 2, 9.0), {}, "asymmetry .* expected a symmetric matrix"),
+        (torch.diag(torch.tensor([1.0, 2.0, -1.0])), {}, "smallest eigenvalue -1.0e.00 .* positive definite"),
+        (torch.zeros(3, 3), {"ridge": 0.1}, "expected a positive definite"),
+        (torch.diag(torch.tensor([1.0, 1e-9])), {}, r"condition number 1.0e\+09 .* at most 1.0e\+08"),
+        (torch.diag(torch.tensor([1.0, 0.1])), {"condition_limit": 5.0}, r"condition number 1.0e\+01 .* at most 5.0e"),
+    ],
+)
+def test_a_matrix_that_cannot_be_used_is_refused(C: Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CovarianceError, match=message):
+        factorise(C, **{"ridge": 0.0, **options})
+
+
+def test_the_ridge_mends_a_singular_matrix() -> None:
+    vector = torch.arange(1.0, 4.0)
+    singular = torch.outer(vector, vector)
+    assert factorise(singular, 1e-2).condition == pytest.approx(1 + 3 / 1e-2)  # one eigenvalue, 3 mean diagonals
+
+
+class Counted:
+    """A `compute` that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> SecondMoment:
+        self.calls += 1
+        return accumulate(CAPTIONS, encode, 4)
+
+
+def the_file(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_a_cache_hit_does_not_compute(tmp_path: Path) -> None:
+    compute = Counted()
+    first = cached_second_moment(KEY, compute, tmp_path / "deep" / "cache")
+    again = cached_second_moment(dict(reversed(KEY.items())), compute, tmp_path / "deep" / "cache")
+    assert compute.calls == 1
+    assert torch.equal(first.total, again.total) and first.count == again.count == 44
+
+
+@pytest.mark.parametrize("name", [*KEY, "one more"])
+def test_any_other_key_input_computes(name: str, tmp_path: Path) -> None:
+    compute = Counted()
+    cached_second_moment(KEY, compute, tmp_path)
+    cached_second_moment({**KEY, name: "other"}, compute, tmp_path)
+    assert compute.calls == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_version_of_the_format_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Counted()
+    cached_second_moment(KEY, compute, tmp_path)
+    monkeypatch.setattr(covariance, "CACHE_FORMAT", covariance.CACHE_FORMAT + 1)
+    cached_second_moment(KEY, compute, tmp_path)
+    assert compute.calls == 2
+
+
+def test_the_file_tells_what_it_was_made_of(tmp_path: Path) -> None:
+    cached_second_moment(KEY, Counted(), tmp_path)
+    path = the_file(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["inputs"])["inputs"] == KEY and metadata["count"] == "44"
+    assert path.suffix == ".safetensors" and len(path.stem) == 16
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def change_the_count(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.count(b'"count":"44"') == 1
+    path.write_bytes(content.replace(b'"count":"44"', b'"count":"45"'))
+
+
+def swap_inputs(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.count(b"ab12") == 1
+    path.write_bytes(content.replace(b"ab12", b"zz99"))
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, change_the_count, swap_inputs])
+def test_a_damaged_file_is_computed_anew(damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compute = Counted()
+    first = cached_second_moment(KEY, compute, tmp_path)
+    path = the_file(tmp_path)
+    whole = path.read_bytes()
+    damage(path)
+    assert path.read_bytes() != whole
+    with caplog.at_level(logging.WARNING):
+        again = cached_second_moment(KEY, compute, tmp_path)
+    assert compute.calls == 2 and torch.equal(first.total, again.total)
+    assert path.name in caplog.text and "computing it anew" in caplog.text
+    cached_second_moment(KEY, compute, tmp_path)
+    assert compute.calls == 2 and the_file(tmp_path) == path  # mended, and nothing left beside it
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    compute = Counted()
+    with caplog.at_level(logging.WARNING):
+        moment = cached_second_moment(KEY, compute, tmp_path / "cache")
+    assert moment.count == 44 and "not cached" in caplog.text
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached_second_moment(KEY, Counted(), tmp_path)
+    path = the_file(tmp_path)
+    truncate(path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(covariance.os, "fsync", full)
+    assert cached_second_moment(KEY, Counted(), tmp_path).count == 44
+    assert the_file(tmp_path) == path and path.read_bytes() == before
+
+
+def test_a_key_input_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CovarianceError, match=r"'dtype': found dtype torch\.float32, expected a JSON value"):
+        cached_second_moment({**KEY, "dtype": torch.float32}, Counted(), tmp_path)
