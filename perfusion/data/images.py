@@ -1,0 +1,212 @@
+"""The pictures that a person gives: which files are meant, and each of them as plain RGB.
+
+Everything that can be wrong with them is a `ConceptImageError`, raised here, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_LISTED = 8  # files named in a message before "and k more"
+
+
+class ConceptImageError(ValueError):
+    """The images or masks of a concept cannot be used. The message names the file, what was found and expected."""
+
+
+def find_images(spec: str | Sequence[str], base: Path | None = None, *, key: str = "concept.images") -> list[Path]:
+    """The image files that `spec` means.
+
+    Args:
+        spec: a folder (the JPEG, PNG and WebP files directly in it; its other files, its hidden files and its
+            sub-folders, such as `mask/`, are passed over), a glob (`photos/*.jpg`, `**` enters folders), a file, or a
+            list of any of these. A path that exists is never read as a glob. `~` is the home folder.
+        base: the folder that relative paths start from; default: the working directory.
+        key: the setting that `spec` came from, for the messages.
+
+    Returns:
+        The paths, `base` included, in the order of `spec` and in natural order (2 before 10) within a folder or glob.
+        A file that is meant twice, or reached by two names, is there once.
+
+    Raises:
+        ConceptImageError: nothing was given, a path does not exist, a part of `spec` holds no image, a file that is
+            named, or that calls itself an image by its suffix, is none by its first bytes.
+    """
+    parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
+    if not parts or any(not os.fspath(part).strip() for part in parts):
+        raise ConceptImageError(
+            f"{key}={spec!r} names nothing: expected a folder, a glob, a file, or a list of these (JPEG, PNG or WebP)."
+        )
+    root = Path.cwd() if base is None else Path(base)
+    found: dict[Path, Path] = {}
+    for part in parts:
+        given = f"{key}={os.fspath(part)!r}"
+        try:
+            images = _expand(os.path.expanduser(os.fspath(part)), root, given)
+        except OSError as error:  # a folder that may not be entered, for one
+            raise ConceptImageError(f"{given}: {error.strerror}: {error.filename}.") from error
+        for path in images:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def decode(path: Path) -> Image.Image:
+    """The picture in a JPEG, PNG or WebP file, every pixel decoded, turned as its EXIF orientation says, in its own
+    mode; of an animation the first frame.
+
+    Raises:
+        ConceptImageError: unreadable, truncated or damaged, another format, or more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
+    """
+    kind = _kind(path)
+    if kind not in FORMATS:
+        raise ConceptImageError(f"{path}: expected a JPEG, PNG or WebP file, found {kind}.")
+    try:
+        with warnings.catch_warnings():
+            # PIL only warns between one and two times its limit.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                image.load()  # Image.verify() would pass a truncated JPEG: only decoding finds it
+                return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        size = str(error).split(",")[0]  # "Image size (n pixels) exceeds limit of m pixels"
+        raise ConceptImageError(f"{path}: too large to be opened safely. {size}; make it smaller first.") from error
+    except Exception as error:  # a decoder of damaged bytes may raise anything
+        raise ConceptImageError(f"{path}: unreadable, truncated or damaged {kind} file: {error}.") from error
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in a file as 8-bit RGB.
+
+    Orientation as EXIF says; transparency is laid over white, so the colours that a file hides under it never show;
+    16 bits are scaled to 8, not clipped; CMYK, palettes and grey are converted; colours of another profile than sRGB
+    (CMYK, Adobe RGB, the Display P3 of telephones) are brought to sRGB.
+
+    Raises:
+        ConceptImageError: as `decode`.
+    """
+    image = decode(path)
+    profile = image.info.get("icc_profile")
+    if is_grey16(image):
+        values = grey16(image)
+        hidden = image.info.get("transparency")  # one grey value that stands for "nothing here"
+        values = values if hidden is None else np.where(values * 65535 == hidden, 1.0, values)
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    if profile and image.mode in ("RGB", "CMYK"):
+        image = _to_srgb(image, profile)
+    return image.convert("RGB")
+
+
+def is_grey16(image: Image.Image) -> bool:
+    """Whether the picture is grey with more than 8 bits, which PIL's own conversions clip instead of scaling."""
+    return image.mode.startswith("I")
+
+
+def grey16(image: Image.Image) -> np.ndarray:
+    """A grey picture of 16 bits (see `is_grey16`) as float64 (H, W) in [0, 1]."""
+    return np.asarray(image).astype(np.float64) / 65535
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """An RGB or CMYK picture whose colours mean what the ICC profile says, as sRGB."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a profile that is damaged, or of another colour space: as without one
+        return image
+    assert converted is not None, "only None when converting in place"
+    return converted
+
+
+def _expand(text: str, root: Path, given: str) -> list[Path]:
+    """The images that one folder, glob or file means; `given` begins the messages."""
+    path = root / text
+    if path.is_dir():
+        candidates = [p for p in path.iterdir() if not p.name.startswith(".")]
+        seen = f"{path} holds {listing(candidates)}"
+    elif path.exists():
+        kind = _kind(path)
+        if kind not in FORMATS:
+            raise ConceptImageError(f"{given}: expected a JPEG, PNG or WebP file, found {kind}.")
+        return [path]
+    elif any(c in text for c in "*?["):
+        candidates = [Path(p) for p in glob.glob(os.path.join(glob.escape(str(root)), text), recursive=True)]
+        seen = f"it matches {listing(candidates)}" if candidates else f"it matches nothing; {_around(path)}"
+    else:
+        raise ConceptImageError(f"{given}: no such file or folder; {_around(path)}.")
+    images = [p for p in sorted(candidates, key=_natural) if _is_image(p, given)]
+    if not images:
+        raise ConceptImageError(f"{given}: no JPEG, PNG or WebP file there: {seen}.")
+    return images
+
+
+def _is_image(path: Path, given: str) -> bool:
+    """Whether a file is an image by its first bytes; one that only its suffix calls an image is an error."""
+    if path.is_dir() or not (path.is_file() or path.is_symlink()):
+        return False
+    kind = _kind(path)
+    if kind not in FORMATS and path.suffix.lower() in SUFFIXES:
+        raise ConceptImageError(f"{given}: {path} is no JPEG, PNG or WebP file as its name says: found {kind}.")
+    return kind in FORMATS
+
+
+def _kind(path: Path) -> str:
+    """What a file is by its first bytes: one of FORMATS, or words for anything else.
+
+    Raises:
+        ConceptImageError: the file cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise ConceptImageError(f"{path}: cannot be opened: {error.strerror or error}.") from error
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if not head:
+        return "an empty file"
+    if head[4:8] == b"ftyp":
+        return "a HEIC, AVIF or video file (save it as JPEG first)"
+    for start, name in ((b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"%PDF", "PDF")):
+        if head.startswith(start):
+            return f"a {name} file (save it as JPEG or PNG first)"
+    return f"a file that begins with {head!r}"
+
+
+def _natural(path: Path) -> tuple[list[list[str | int]], str]:
+    """Sorts 2.jpg before 10.jpg, whatever the case, folder by folder."""
+    pieces = [re.split(r"(\d+)", part.casefold()) for part in path.parts]
+    return [[int(p) if i % 2 else p for i, p in enumerate(part)] for part in pieces], str(path)
+
+
+def _around(path: Path) -> str:
+    """What lies where a path ought to be: in the nearest folder above it that exists."""
+    folder = next((p for p in path.parents if p.is_dir()), Path(path.anchor))
+    return f"{folder} holds {listing(p for p in folder.iterdir() if not p.name.startswith('.'))}"
+
+
+def listing(paths: Iterable[Path]) -> str:
+    """File names for a message: in natural order, folders marked with a slash, the first few of many."""
+    names = [p.name + "/" * p.is_dir() for p in sorted(paths, key=_natural)]
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more if names else "nothing"
