@@ -1,0 +1,214 @@
+"""Training for a stated time: resumable loops in one process per core, gradients averaged over the processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+WARMUP_STEPS = 100
+
+
+def run_workers(target: Callable[..., None], *args: object, processes: int | None = None) -> None:
+    """Call `target(*args)` in `processes` processes that share a gloo group; default: one per core, one with CUDA.
+
+    One single-threaded process per core beats many threads on models this small, and does not stall when a neighbour
+    takes a core. `target` must be importable (the processes are spawned). A worker's exception is raised here.
+    """
+    count = processes or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    if count == 1:
+        target(*args)
+        return
+    mp.spawn(_worker, args=(count, _free_port(), target, args), nprocs=count)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _worker(rank: int, count: int, port: int, target: Callable[..., None], args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    try:
+        target(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Index of this process, 0 outside `run_workers`."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes that train together, 1 outside `run_workers`."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """CUDA when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class BudgetedTraining:
+    """AdamW with an EMA of the weights for `seconds` of wall-clock time, resumed from `folder` when it holds a state.
+
+    The learning rate warms up over 100 steps and then falls by a cosine of the share of the time that is spent, so a
+    budget of 3 minutes and one of 3 hours both end at rate zero. Iterating yields the step number until the time is
+    over; the loop's body computes a loss and hands it to `update`. Spent time, steps and samples survive a restart.
+
+    Args:
+        name: what is trained, for the progress bar and the file name.
+        modules: trained together; their parameters carry gradients.
+        folder: where `<name>.safetensors` (weights, EMA, optimizer) is kept while training.
+        seconds: the budget, over all restarts.
+        rate: peak learning rate.
+        batch: samples per step in this process, for the count of samples seen.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        folder: Path,
+        seconds: float,
+        rate: float,
+        batch: int,
+        ema: float = 0.999,
+        save_every: float = 60.0,
+    ) -> None:
+        self.name, self.seconds, self.rate, self.batch, self.decay, self.save_every = (
+            name,
+            seconds,
+            rate,
+            batch,
+            ema,
+            save_every,
+        )
+        self.path = folder / f"{name}.safetensors"
+        self.parameters = {
+            f"{part}.{key}": value
+            for part, module in modules.items()
+            for key, value in module.named_parameters()
+            if value.requires_grad
+        }
+        self.ema = {key: value.detach().clone() for key, value in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.step, self.elapsed, self.loss = 0, 0.0, math.nan
+        if self.path.exists():
+            self._load()
+
+    @property
+    def samples(self) -> int:
+        """Samples seen by all processes together."""
+        return self.step * self.batch * world_size()
+
+    def __iter__(self) -> Iterator[int]:
+        started, saved = time.monotonic() - self.elapsed, time.monotonic()
+        bar = tqdm(
+            total=round(self.seconds),
+            initial=round(self.elapsed),
+            desc=self.name,
+            unit="s",
+            disable=rank() != 0,
+            bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} s, {remaining} left{postfix}",
+            mininterval=2,
+        )
+        while self.elapsed < self.seconds:
+            yield self.step
+            self.step += 1
+            # Every process must see the same clock, or one would leave the loop while another waits for its gradients.
+            self.elapsed = self._agree(time.monotonic() - started)
+            bar.n = round(self.elapsed)
+            bar.set_postfix_str(f"loss {self.loss:.4f}, {self.samples:,} samples", refresh=False)
+            bar.update(0)
+            if rank() == 0 and time.monotonic() - saved > self.save_every:
+                self.save()
+                saved = time.monotonic()
+        bar.close()
+        if rank() == 0:
+            self.save()
+
+    def update(self, loss: Tensor) -> None:
+        """Backward, average the gradients over the processes, one AdamW step, one EMA step."""
+        loss.backward()
+        parameters = list(self.parameters.values())
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if world_size() > 1:
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            dist.all_reduce(flat)
+            flat /= world_size()
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed / self.seconds)))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in parameters], 1 - decay)
+        value = float(loss.detach())
+        self.loss = value if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * value
+
+    def copy_ema(self) -> None:
+        """Put the averaged weights into the trained modules."""
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                parameter.copy_(self.ema[key])
+
+    def save(self) -> None:
+        """Write weights, EMA and optimizer state beside the old file, then replace it."""
+        tensors = {f"weight/{k}": v.detach().contiguous() for k, v in self.parameters.items()}
+        tensors |= {f"ema/{k}": v.contiguous() for k, v in self.ema.items()}
+        for key, parameter in self.parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam/{part}/{key}": state[part].contiguous() for part in ("exp_avg", "exp_avg_sq") if state}
+        progress = {"step": self.step, "elapsed": self.elapsed, "loss": self.loss}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        save_file(tensors, beside, metadata={"progress": json.dumps(progress)})
+        os.replace(beside, self.path)
+
+    def _load(self) -> None:
+        from safetensors import safe_open
+
+        with safe_open(self.path, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+        tensors = load_file(self.path)
+        self.step, self.elapsed, self.loss = progress["step"], progress["elapsed"], progress["loss"]
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weight/{key}"])
+                self.ema[key].copy_(tensors[f"ema/{key}"])
+                if f"adam/exp_avg/{key}" in tensors:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(self.step)),
+                        "exp_avg": tensors[f"adam/exp_avg/{key}"].to(parameter.device),
+                        "exp_avg_sq": tensors[f"adam/exp_avg_sq/{key}"].to(parameter.device),
+                    }
+
+    def _agree(self, seconds: float) -> float:
+        if world_size() == 1:
+            return seconds
+        clock = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(clock, op=dist.ReduceOp.MAX)
+        return float(clock)

@@ -1,0 +1,117 @@
+"""`python -m perfusion.toyland.build`: trains every model of Toyland from nothing and writes the shipped folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.files import atomic_write_text
+from perfusion.provenance import provenance
+from perfusion.toyland.budget import run_workers
+from perfusion.toyland.measure import measurements
+from perfusion.toyland.train_autoencoder import train_autoencoder
+from perfusion.toyland.train_diffusion import train_diffusion
+from perfusion.toyland.train_scorer import train_scorer
+from perfusion.toyland.world import WORLD_VERSION
+
+WEIGHTS = Path(__file__).parent / "weights"
+SHARES = {"autoencoder": 0.35, "scorer": 0.05, "diffusion": 0.6}  # of the minutes
+STAGES = (*SHARES, "assemble")
+
+USAGE = """
+Train Toyland from nothing: autoencoder, scorer, then text encoder and UNet together.
+
+  python -m perfusion.toyland.build minutes=120 folder=toyland-build out=toyland-weights
+
+Interrupt it whenever you like: the same command goes on where it stopped. A GPU is used when there is one, else one
+process per core. The shipped weights are only replaced if you name their folder as out=.
+"""
+
+
+@dataclass
+class BuildConfig:
+    """Command line of the builder."""
+
+    minutes: float = 120.0  # training time in all, shared out over the stages
+    folder: str = "toyland-build"  # state while training (some hundred MB); can be deleted afterwards
+    out: str = "toyland-weights"  # the finished pipeline/, scorer/ and report.json
+    scenes: int = 60_000  # training scenes of the UNet
+    processes: int | None = None  # null: one per core, or one with a GPU
+    seed: int = 0
+    only: str | None = None  # autoencoder, scorer, diffusion or assemble; null: all, in this order
+
+
+def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
+    """Put the trained parts together as a plain diffusers pipeline in `out/pipeline` (float16) and copy the scorer."""
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "autoencoder"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None,  # type: ignore[arg-type]
+        feature_extractor=None,  # type: ignore[arg-type]
+        requires_safety_checker=False,
+    )
+    pipe.to(torch.float16).save_pretrained(out / "pipeline", safe_serialization=True)
+    shutil.copytree(folder / "scorer", out / "scorer", dirs_exist_ok=True)
+    return pipe
+
+
+def training_record(folder: Path) -> dict[str, dict[str, float]]:
+    """Steps, seconds and final loss of every stage, from the states that training left."""
+    record = {}
+    for stage in SHARES:
+        with safe_open(folder / f"{stage}.safetensors", "pt") as state:
+            record[stage] = json.loads(state.metadata()["progress"])
+    return record
+
+
+def build(config: BuildConfig) -> None:
+    """Run the stages that `config` asks for."""
+    if config.only is not None and config.only not in STAGES:
+        raise ValueError(f"only: found {config.only!r}, expected one of {', '.join(STAGES)}")
+    folder, out = Path(config.folder), Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = STAGES if config.only is None else (config.only,)
+    seconds = {stage: 60 * config.minutes * share for stage, share in SHARES.items()}
+    if "autoencoder" in wanted:
+        run_workers(train_autoencoder, folder, seconds["autoencoder"], config.seed, processes=config.processes)
+    if "scorer" in wanted:
+        run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, processes=config.processes)
+    if "diffusion" in wanted:
+        workers = (folder, seconds["diffusion"], config.scenes, config.seed)
+        run_workers(train_diffusion, *workers, processes=config.processes)
+    if "assemble" in wanted:
+        out.mkdir(parents=True, exist_ok=True)
+        assemble(folder, out)
+        report = {
+            "world_version": WORLD_VERSION,
+            "training": training_record(folder),
+            "measured": measurements(out),
+            "provenance": provenance(),
+        }
+        atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+        print(json.dumps(report["measured"], indent=2))
+        print(f"Toyland is in {out}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line entry point."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    build(parse_key_values(argv, BuildConfig, USAGE))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,127 @@
+"""Trains the UNet and the text encoder together on the autoencoder's latents of a fixed set of scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.captions import Caption, caption, swap_object, vocabulary
+from perfusion.toyland.models import TEXT_POSITIONS, scheduler, text_encoder, unet
+from perfusion.toyland.tokenizer import build_tokenizer
+from perfusion.toyland.train_autoencoder import draw_batch
+from perfusion.toyland.world import Scene, sample_scene
+
+RATE = 8e-4
+EMPTY = 0.1  # share of empty captions, for classifier-free guidance
+SWAPPED = 0.5  # share of captions whose object is swapped everywhere but in its own token
+MIN_SNR = 5.0  # Hang et al. 2023: the loss weight min(SNR, 5) / SNR of noise prediction
+FIRST_SCENE = 2_000_000_000  # seeds that the autoencoder has not seen
+
+
+def batch_size() -> int:
+    """Latents per step and process."""
+    return 512 if device().type == "cuda" else 32
+
+
+def scene_latents(model: AutoencoderKL, first: int, count: int) -> Tensor:
+    """Scaled latents (count, c, 8, 8) float16 of the scenes with seeds `first`, `first` + 1, ..."""
+    parts = []
+    chunks = range(first, first + count, 64)
+    for start in tqdm(chunks, desc="latents", disable=rank() != 0):
+        pixels, _ = draw_batch(list(range(start, min(start + 64, first + count))))
+        with torch.no_grad():
+            latents = model.encode(pixels.to(device())).latent_dist.mode()
+        parts.append((latents * model.config["scaling_factor"]).half().cpu())
+    return torch.cat(parts).contiguous()  # channels_last otherwise, which safetensors refuses
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[Caption]) -> Tensor:
+    """(B, 24) token ids; word i of a caption is token i + 1, since every word of the world is one token."""
+    texts = [c.text for c in captions]
+    return tokenizer(texts, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
+
+
+def contexts(
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[Caption], rng: np.random.Generator
+) -> Tensor:
+    """Encodings (B, 24, d) of the captions, some of them with another object's words around the object's own token.
+
+    The encoder is causal, so every token after "cat" can say "cat" as well, and the UNet may read it there. In half of
+    the captions one object (superclass, colours, pattern) is replaced by another one, and only the encoding of the
+    noun's own token is the true one: the UNet learns to look for an object where its word stands, as in Stable
+    Diffusion, and that is the place where personalization methods write.
+    """
+    encoded = encoder(token_ids(tokenizer, captions).to(device())).last_hidden_state
+    chosen = [i for i, c in enumerate(captions) if c.nouns and rng.random() < SWAPPED]
+    if not chosen:
+        return encoded
+    objects = [int(rng.integers(len(captions[i].nouns))) for i in chosen]
+    others = [swap_object(captions[i], j, rng) for i, j in zip(chosen, objects, strict=True)]
+    around = encoder(token_ids(tokenizer, others).to(device())).last_hidden_state
+    rows = torch.tensor(chosen, device=encoded.device)
+    own = F.one_hot(
+        torch.tensor([captions[i].nouns[j] + 1 for i, j in zip(chosen, objects, strict=True)]), encoded.shape[1]
+    ).to(encoded.device, torch.bool)[..., None]
+    return encoded.index_copy(0, rows, torch.where(own, encoded[rows], around))
+
+
+def denoising_loss(
+    model: torch.nn.Module, noise_schedule: DDIMScheduler, latents: Tensor, context: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Noise prediction with min-SNR weights at uniformly drawn steps."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    steps = torch.randint(0, noise_schedule.config["num_train_timesteps"], (len(latents),), generator=generator)
+    alpha = noise_schedule.alphas_cumprod[steps]
+    weight = ((1 - alpha) / alpha * MIN_SNR).clamp(max=1).to(latents.device)
+    steps = steps.to(latents.device)
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.device.type == "cuda"):
+        predicted = model(noise_schedule.add_noise(latents, noise, steps), steps, context).sample
+    return ((predicted.float() - noise).square().mean((1, 2, 3)) * weight).mean()
+
+
+def train_diffusion(folder: Path, seconds: float, scenes: int = 60_000, seed: int = 0) -> None:
+    """Worker: train for `seconds`, leave `folder/unet`, `folder/text_encoder`, `folder/tokenizer` (rank 0 writes).
+
+    Every process draws and keeps the latents of its own share of `scenes`; captions are drawn anew each time.
+    """
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(vocabulary(), TEXT_POSITIONS)
+    encoder, model, noise_schedule = text_encoder(tokenizer).to(device()), unet().to(device()), scheduler()
+    model = model.to(memory_format=torch.channels_last)
+    share = scenes // world_size()
+    first = FIRST_SCENE + seed * 10_000_000 + rank() * share
+    kept = folder / f"latents-{first}-{share}.safetensors"
+    if not kept.exists():
+        vae = AutoencoderKL.from_pretrained(folder / "autoencoder").to(device()).eval()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": scene_latents(vae, first, share)}, kept)
+    all_latents = load_file(kept)["latents"]
+    drawn: list[Scene] = [sample_scene(first + i) for i in range(share)]
+
+    size = batch_size()
+    run = BudgetedTraining("diffusion", {"unet": model, "text": encoder}, folder, seconds, RATE, size)
+    for step in run:
+        rng = np.random.default_rng([seed, step, rank()])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        chosen = rng.integers(0, share, size)
+        captions = [
+            Caption((), (), ()) if rng.random() < EMPTY else caption(drawn[int(i)], rng) for i in chosen
+        ]
+        context = contexts(encoder, tokenizer, captions, rng)
+        latents = all_latents[torch.from_numpy(chosen)].float().to(device()).to(memory_format=torch.channels_last)
+        run.update(denoising_loss(model, noise_schedule, latents, context, generator))
+    run.copy_ema()
+    if rank() == 0:
+        model.save_pretrained(folder / "unet")
+        encoder.save_pretrained(folder / "text_encoder")
+        tokenizer.save_pretrained(folder / "tokenizer")
+        noise_schedule.save_pretrained(folder / "scheduler")

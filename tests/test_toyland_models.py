@@ -1,0 +1,116 @@
+"""The parts that Toyland's builder trains: tokenizer, swapped captions, resumable training, assembled folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from perfusion.toyland import train_diffusion
+from perfusion.toyland.budget import BudgetedTraining
+from perfusion.toyland.captions import Caption, caption, vocabulary
+from perfusion.toyland.models import TEXT_POSITIONS, autoencoder, scheduler, text_encoder, unet
+from perfusion.toyland.tokenizer import build_tokenizer, word_merges
+from perfusion.toyland.train_diffusion import contexts, token_ids
+from perfusion.toyland.world import sample_scene
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(vocabulary(), TEXT_POSITIONS)
+
+
+def test_every_word_is_one_token_and_other_text_still_encodes(tokenizer) -> None:
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in vocabulary())
+    assert len({tokenizer.tokenize(word)[0] for word in vocabulary()}) == len(vocabulary())
+    ids = tokenizer("a zebra, ünder the sun!").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "azebra,ünderthesun!"
+    assert tokenizer("a cat", padding="max_length").input_ids[3:] == [tokenizer.eos_token_id] * (TEXT_POSITIONS - 3)
+
+
+def test_merges_survive_words_inside_words() -> None:
+    words = ("at", "boat", "oat", "boa", "eyes", "yes", "ye")
+    built = build_tokenizer(words, 8)
+    assert [built.tokenize(word) for word in words] == [[word + "</w>"] for word in words]
+    assert len(word_merges(words)) == len(set(word_merges(words)))
+
+
+def test_tokenizer_reloads_the_same(tokenizer, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    text = "a photo of a striped purple cat wearing sunglasses next to a zebra"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.model_max_length == TEXT_POSITIONS
+
+
+def test_the_noun_is_true_and_the_words_around_it_are_another_objects(tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(train_diffusion, "SWAPPED", 1.0)
+    encoder = text_encoder(tokenizer).eval()
+    written = caption(sample_scene(3, objects=1, style="photo"), np.random.default_rng(0))
+    empty = Caption((), (), ())
+    with torch.no_grad():
+        plain = encoder(token_ids(tokenizer, [written, empty])).last_hidden_state
+        mixed = contexts(encoder, tokenizer, [written, empty], np.random.default_rng(1))
+    noun = written.nouns[0] + 1
+    assert tokenizer.convert_ids_to_tokens(token_ids(tokenizer, [written])[0])[noun] == f"{written.words[noun - 1]}</w>"
+    assert torch.equal(mixed[0, noun], plain[0, noun])
+    assert not torch.allclose(mixed[0, noun + 1 :], plain[0, noun + 1 :], atol=1e-3)  # a causal encoder carries it on
+    assert torch.equal(mixed[1], plain[1])
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def steps(folder: Path, limit: int) -> tuple[BudgetedTraining, nn.Linear]:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 1)
+        run = BudgetedTraining("line", {"line": layer}, folder, 1e6, rate=0.1, batch=4)
+        for step in run:
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            run.update((layer(x) - x.sum(1, keepdim=True)).square().mean())
+            if step + 1 >= limit:
+                run.seconds = 0.0  # the budget is spent
+        return run, layer
+
+    steps(tmp_path / "halted", 20)
+    again, resumed = steps(tmp_path / "halted", 25)
+    _, straight = steps(tmp_path / "straight", 25)
+    assert again.step == 25 and again.samples == 100
+    torch.testing.assert_close(resumed.weight, straight.weight)
+    moments = again.optimizer.state[again.parameters["line.weight"]]
+    assert float(moments["step"]) == 25
+
+
+def test_the_parts_make_a_stock_pipeline_in_half_precision(tokenizer, tmp_path: Path) -> None:
+    from perfusion.toyland.build import assemble
+
+    torch.manual_seed(0)
+    folder = tmp_path / "build"
+    autoencoder().save_pretrained(folder / "autoencoder")
+    unet().save_pretrained(folder / "unet")
+    text_encoder(tokenizer).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler().save_pretrained(folder / "scheduler")
+    (folder / "scorer").mkdir()
+    assemble(folder, tmp_path / "out")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a photo of a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64)
+    assert np.asarray(image).std() > 0
+    assert sum(f.stat().st_size for f in (tmp_path / "out" / "pipeline").rglob("*.safetensors")) < 13e6
+
+
+def test_latents_of_scenes_can_be_saved_and_have_the_model_s_shape(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    vae = autoencoder().to(memory_format=torch.channels_last).eval()
+    latents = train_diffusion.scene_latents(vae, 7, 3)
+    assert latents.shape == (3, 12, 8, 8) and latents.dtype == torch.float16
+    save_file({"latents": latents}, tmp_path / "latents.safetensors")
+    assert torch.equal(latents[1:2], train_diffusion.scene_latents(vae, 8, 1))
