@@ -1,0 +1,82 @@
+"""`key=value` command lines."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from omegaconf import MISSING
+
+from perfusion.cli import parse_key_values
+from perfusion.config import ConfigError
+
+
+@dataclass
+class Inner:
+    size: int = 3  # how large
+
+
+@dataclass
+class Words:
+    concept: Any = MISSING  # concept file
+    prompt: str = MISSING  # what to draw
+    negative: str | None = None  # what not to draw
+    beta: Any = None  # bias of the gate
+    num: int = 4  # pictures
+    tau: float = 0.15
+    seeds: list[int] = field(default_factory=lambda: [1])
+    fast: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+def parse(*argv: str) -> Words:
+    return parse_key_values(argv, Words, "usage: draw <concept> prompt='...'", positional="concept")
+
+
+def test_values_follow_yaml_and_text_is_verbatim() -> None:
+    words = parse("a b.safetensors", "prompt=x", "beta=[0.6, 0.7]", "num=2", "tau=1e-3", "fast=true", "inner.size=5")
+    assert words == Words("a b.safetensors", "x", None, [0.6, 0.7], 2, 0.001, [1], True, Inner(5))
+    assert parse("concept=[a,b]", "prompt=x", "prompt=y").concept == ["a", "b"]
+    assert parse("c", "prompt=1", "negative=null").negative is None
+
+
+@pytest.mark.parametrize(
+    "text", ["<cat*>", "a: b, [c", "null", "1.50", "a=b", "#x", "'q\"", "${a} \\${b} \\\\${c} \\ ", " x ", "é", "???x"]
+)
+def test_prompts_are_verbatim(text: str) -> None:
+    assert parse("c", f"prompt={text}").prompt == text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["c", "prompt=x", "nmu=3"], "nmu: unknown key.*'num'"),
+        (["c", "prompt=x", "inner.sise=3"], "inner.sise: unknown key.*'size'"),
+        (["c", "prompt=x", "num=three"], "num: .*three"),
+        (["c", "prompt=x", "seeds=[1"], r"seeds: cannot read '\[1'"),
+        (["c"], "prompt: missing. usage: draw"),
+        (["prompt=x"], "concept: missing"),
+        (["c", "prompt=x", "--fast"], "'--fast': expected key=value"),
+        (["c", "prompt=x", "num=3", "num.x=3"], "num.x: num was already given"),
+    ],
+)
+def test_mistakes_name_the_key(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*argv)
+
+
+def test_words_without_a_key_are_errors_where_none_is_expected() -> None:
+    with pytest.raises(ConfigError, match="'c': expected key=value"):
+        parse_key_values(["c", "prompt=x"], Words, "usage: x")
+
+
+def test_help_lists_every_key_with_default_and_comment(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse("prompt=x", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: draw <concept>")
+    lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("  ")}
+    assert set(lines) == {"concept", "prompt", "negative", "beta", "num", "tau", "seeds", "fast", "inner.size"}
+    assert "(required)" in lines["prompt"] and "what to draw" in lines["prompt"]
+    assert "4" in lines["num"] and "pictures" in lines["num"] and "how large" in lines["inner.size"]
+    assert "null" in lines["beta"] and "false" in lines["fast"]
