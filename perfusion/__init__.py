@@ -1,8 +1,10 @@
 """Perfusion: key-locked rank-one editing for personalizing text-to-image models.
 
-pipe = perfusion.load("toyland")
-perfusion.Concept.load("concept.safetensors").attach(pipe)
-pipe("a photo of <cat*> on the beach").images[0]
+From a concept file to a picture:
+
+    pipe = perfusion.load("toyland")
+    perfusion.Concept.load("concept.safetensors").attach(pipe)
+    pipe("a photo of <cat*> on the beach").images[0]
 """
 
 from __future__ import annotations

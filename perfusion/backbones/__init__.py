@@ -1,0 +1,118 @@
+"""Frozen text-to-image models behind one seam (`base.py`).
+
+A backbone is one file `perfusion/backbones/<name>.py` that defines `BACKBONE` (a subclass of `Backbone`, with the class
+methods `defaults`, `fits` and `check_words` beside the seam's), and one preset in `conf/backbone/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from perfusion.backbones.base import Backbone, BackboneError
+from perfusion.config import BackboneConfig, ConfigError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+# What backbones are made of, and no backbones themselves.
+_PARTS = frozenset({"base", "captions", "everyday", "fingerprint", "layouts", "loading", "tokens"})
+
+# How a pipeline was loaded, for as long as it lives: wrapped again, it is the same backbone.
+_configs: weakref.WeakKeyDictionary[DiffusionPipeline, BackboneConfig] = weakref.WeakKeyDictionary()
+
+
+def available() -> list[str]:
+    """Names of the backbones in this package."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _PARTS)
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """The `BACKBONE` of `perfusion.backbones.<name>`.
+
+    Raises:
+        ConfigError: no such backbone.
+    """
+    return _backbone(name)
+
+
+def default_config(name: str) -> BackboneConfig:
+    """The config that a pipeline of the backbone `name` gets where none is given. Raises ConfigError."""
+    return _backbone(name).defaults()
+
+
+def check_words(config: BackboneConfig, placeholder: str, superclass: str) -> None:
+    """`Backbone.check_token` before any model is loaded: only tokenizers are read.
+
+    Raises:
+        ConfigError: no such backbone.
+        BackboneError: no tokenizer where `config` says.
+        TokenError: the placeholder is a word already, or either word cannot be used.
+    """
+    _backbone(config.name).check_words(config, placeholder, superclass)
+
+
+def load(
+    backbone: str = "toyland", path: str | None = None, dtype: str = "float32", device: str = "auto"
+) -> StableDiffusionPipeline:
+    """A frozen, stock diffusers pipeline, ready for `Concept.attach`.
+
+    Args:
+        backbone: `toyland`, or `stable_diffusion` with a `path`.
+        path: diffusers folder or hub id; None: the weights that the backbone ships.
+        dtype: float32, float16 or bfloat16.
+        device: auto (cuda, then mps, then cpu), or a torch device.
+
+    Raises:
+        ConfigError: no such backbone.
+        BackboneError: it cannot be loaded; the message says why.
+    """
+    config = dataclasses.replace(default_config(backbone), path=path, dtype=dtype, device=device)
+    loaded = _backbone(backbone).load(config)
+    _configs[loaded.pipe] = config
+    return loaded.pipe
+
+
+def around(pipe: DiffusionPipeline, config: BackboneConfig | None = None) -> Backbone:
+    """The backbone of a pipeline that is loaded already; nothing in it is changed but `requires_grad`.
+
+    Args:
+        config: default: the one that `load` used for this pipeline, else the defaults of the backbone that fits it
+            best, at the resolution that its UNet was made for.
+
+    Raises:
+        ConfigError: `config` names no backbone.
+        BackboneError: no backbone fits the pipeline.
+    """
+    config = config or _configs.get(pipe) or _guessed(pipe)
+    return _backbone(config.name).around(pipe, config)
+
+
+def _backbone(name: str) -> Any:
+    if name not in available():
+        raise ConfigError(f"backbone.name: no backbone {name!r}; there are: {', '.join(available())}")
+    return importlib.import_module(f"perfusion.backbones.{name}").BACKBONE
+
+
+def _guessed(pipe: DiffusionPipeline) -> BackboneConfig:
+    fitting = [cls for cls in map(_backbone, available()) if cls.fits(pipe)]
+    if not fitting:
+        raise BackboneError(f"no backbone fits a {type(pipe).__name__}; there are: {', '.join(available())}")
+    special = max(fitting, key=lambda cls: len(cls.__mro__))  # Toyland is a Stable Diffusion, but not the reverse
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor  # type: ignore[attr-defined]
+    return dataclasses.replace(special.defaults(), resolution=int(side))
+
+
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "around",
+    "available",
+    "backbone_class",
+    "check_words",
+    "default_config",
+    "load",
+]

@@ -1,0 +1,156 @@
+"""The backbone seam: what every method may ask of a frozen text-to-image model, and nothing else.
+
+A backbone wraps a stock diffusers pipeline. It gives the projections that can be edited (`edit_sites`), the text
+encodings that the cross-attention sees (`encode`), their second moment (`second_moment`), a new word (`add_token`),
+and the denoising that training needs (`latents`, `add_noise`, `predict`, `target`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from perfusion.config import BackboneConfig
+from perfusion.covariance import Factorised
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be loaded or does not fit what is asked of it."""
+
+
+class TokenError(ValueError):
+    """A placeholder or superclass that the tokenizer cannot take as asked."""
+
+
+@dataclass(frozen=True)
+class EditSite:
+    """One cross-attention projection that can be edited."""
+
+    name: str  # dotted path inside the denoiser, e.g. "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    kind: Literal["k", "v"]
+    context: str  # the text-context space that it reads
+    parent: nn.Module  # the attention module that holds it
+    attribute: str  # "to_k" or "to_v"
+
+    @property
+    def projection(self) -> nn.Module:
+        """What stands at the site now: the bias-free linear layer (h, d), or an edit around it."""
+        return getattr(self.parent, self.attribute)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Prompts as the denoiser sees them."""
+
+    context: Tensor  # (B, N, d): all positions, padding included
+    concept: Tensor  # (B, N) bool: the last token of every occurrence of the word asked for
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further keywords of the denoiser, e.g. added_cond_kwargs
+
+
+class AddedToken(ABC):
+    """A word added to every tokenizer and text encoder of a backbone, with trainable embeddings."""
+
+    placeholder: str
+
+    @abstractmethod
+    def embeddings(self) -> dict[str, nn.Parameter]:
+        """Name of the text encoder -> its vectors for the word, (vectors, d_e) float32."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Put tokenizers and embedding tables back exactly as they were."""
+
+
+class Backbone(ABC):
+    """A frozen text-to-image model behind a stock diffusers pipeline."""
+
+    family: ClassVar[str]
+    config: BackboneConfig
+    pipe: DiffusionPipeline
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: BackboneConfig) -> Backbone:
+        """Load the pipeline named by `config`, frozen and in eval mode, on the device and in the dtype it names."""
+
+    @classmethod
+    @abstractmethod
+    def around(cls, pipe: DiffusionPipeline, config: BackboneConfig) -> Backbone:
+        """Wrap a pipeline that the user loaded; nothing in it is changed but `requires_grad`."""
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The network that predicts noise; its `forward` takes `encoder_hidden_states` (B, N, d)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's parameters are."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the denoiser's parameters."""
+        return next(self.denoiser.parameters()).dtype
+
+    @abstractmethod
+    def edit_sites(self) -> list[EditSite]:
+        """Every cross-attention K and V projection, in the denoiser's module order, K before V."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], word: str) -> Encoding:
+        """Encode prompts; gradients reach the embeddings of added tokens.
+
+        `word` is the placeholder or a superclass of one or several tokens; the last token of each occurrence is marked,
+        because a causal text encoder has read the whole word only there.
+
+        Raises:
+            TokenError: a prompt does not hold `word`, or it is cut off at the encoder's length.
+        """
+
+    @abstractmethod
+    def check_token(self, placeholder: str, superclass: str) -> None:
+        """Raise TokenError if the placeholder is already a word of the vocabulary or either is empty."""
+
+    @abstractmethod
+    def add_token(self, placeholder: str, superclass: str, vectors: int = 1) -> AddedToken:
+        """Add `placeholder` to the vocabulary, its embedding the mean of the superclass's token embeddings at first."""
+
+    @abstractmethod
+    def second_moment(self, progress: bool = True) -> Factorised:
+        """`C + ridge` of the configured captions, factorised, from the cache when it holds it."""
+
+    @abstractmethod
+    def latents(self, pixels: Tensor) -> Tensor:
+        """(B, 3, R, R) in [-1, 1] to scaled latents (B, c, h, w): the posterior's mode, the same for the same image."""
+
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one image at the configured resolution."""
+
+    @property
+    @abstractmethod
+    def train_timesteps(self) -> int:
+        """Number of diffusion steps of the training schedule."""
+
+    @abstractmethod
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents (B, c, h, w) at diffusion steps `timesteps` (B,)."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser is trained to say: noise, or velocity for v-prediction."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
+        """The denoiser's output (B, c, h, w)."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """`family`, and sha256 prefixes `text_encoder` and `projections`: whether a concept fits this backbone."""

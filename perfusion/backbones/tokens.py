@@ -1,0 +1,221 @@
+"""New words for a pipeline: the tokenizer takes the placeholder as one token, the text encoder gets vectors for it.
+
+The pretrained embedding table is never copied, resized or changed. While words are added, an `ExtendedEmbedding` stands
+in its place and a copy of the tokenizer stands in the tokenizer's; when the last word goes, both come back. Everything
+that is known about the added words lies in that module, so it does not matter how many wrappers a pipeline has, nor in
+which order words are removed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+import torch
+from diffusers import DiffusionPipeline
+from tokenizers import Regex, normalizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from perfusion.backbones.base import AddedToken, TokenError
+
+
+class WordVectors(nn.Module):
+    """The vectors of one added word, `weight` (vectors, d_e): float32, whatever the encoder's dtype.
+
+    A module of its own, without submodules, so that offloading hooks can move it.
+    """
+
+    def __init__(self, word: str, initial: Tensor) -> None:
+        super().__init__()
+        self.word = word
+        self.weight = nn.Parameter(initial.detach().float().clone())
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class ExtendedEmbedding(nn.Module):
+    """An embedding table with the vectors of added words below its last row.
+
+    Ids below `first` are looked up in `base`, bit for bit as without the wrapper; the others in the words, cast to the
+    dtype of the table. `base` comes first among the submodules: transformers takes a model's dtype from its first
+    parameter.
+    """
+
+    def __init__(self, base: nn.Embedding, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.base = base
+        self.words = nn.ModuleList()
+        self.stock_tokenizer = tokenizer
+        self.first = len(tokenizer)  # id of the first added token
+
+    @property
+    def weight(self) -> Tensor:
+        """The pretrained table (V, d_e), without the added words."""
+        return self.base.weight
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.base.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.base.embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, N) int64 to (B, N, d_e)."""
+        added = ids >= self.first
+        stock = self.base(ids.masked_fill(added, 0))
+        vectors = torch.cat([word() for word in self.words]).to(stock.dtype)
+        own = F.embedding((ids - self.first).clamp_min(0), vectors)
+        return torch.where(added[..., None], own, stock)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors."""
+        extended = copy.deepcopy(self.stock_tokenizer)
+        for word in self.words:
+            assert isinstance(word, WordVectors)
+            _teach(extended, word.word, len(word.weight))
+        return extended
+
+
+class AddedWord(AddedToken):
+    """A word that `add_word` put into a pipeline."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, towers: Mapping[str, str], placeholder: str, words: Mapping[str, WordVectors]
+    ) -> None:
+        self.placeholder = placeholder
+        self._pipe, self._towers, self._words = pipe, dict(towers), dict(words)
+
+    def embeddings(self) -> dict[str, nn.Parameter]:
+        return {encoder: word.weight for encoder, word in self._words.items()}
+
+    def remove(self) -> None:
+        """Put tokenizers and tables back as they were, but for words that others added. Twice is as good as once."""
+        for encoder, word in self._words.items():
+            table = getattr(self._pipe, encoder).get_input_embeddings()
+            if not isinstance(table, ExtendedEmbedding) or all(w is not word for w in table.words):
+                continue
+            table.words = nn.ModuleList(w for w in table.words if w is not word)
+            if len(table.words):
+                setattr(self._pipe, self._towers[encoder], table.tokenizer())
+            else:
+                _put(getattr(self._pipe, encoder), table.base)
+                setattr(self._pipe, self._towers[encoder], table.stock_tokenizer)
+
+
+def add_word(
+    pipe: DiffusionPipeline, towers: Mapping[str, str], placeholder: str, superclass: str, vectors: int = 1
+) -> AddedWord:
+    """Add `placeholder` to tokenizers and text encoders of `pipe`, starting at the mean embedding of `superclass`.
+
+    Args:
+        towers: attribute of the text encoder in the pipeline -> attribute of its tokenizer.
+        vectors: how many; all start alike, and their positions tell them apart.
+
+    Raises:
+        TokenError: see `check_word`; nothing is changed then.
+    """
+    if vectors < 1:
+        raise TokenError(f"vectors of {placeholder!r}: found {vectors}, expected at least 1")
+    for tokenizer in towers.values():
+        check_word(getattr(pipe, tokenizer), placeholder, superclass)
+    words: dict[str, WordVectors] = {}
+    for encoder_name, tokenizer_name in towers.items():
+        encoder, tokenizer = getattr(pipe, encoder_name), getattr(pipe, tokenizer_name)
+        table = encoder.get_input_embeddings()
+        with torch.no_grad():
+            ids = torch.tensor(token_ids(tokenizer, superclass), device=table.weight.device)
+            initial = table(ids).float().mean(0).expand(vectors, -1)
+        if not isinstance(table, ExtendedEmbedding):
+            table = ExtendedEmbedding(table, tokenizer)
+            _put(encoder, table)
+        words[encoder_name] = WordVectors(placeholder, initial)
+        table.words.append(words[encoder_name])
+        setattr(pipe, tokenizer_name, table.tokenizer())
+    return AddedWord(pipe, towers, placeholder, words)
+
+
+def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass: str) -> None:
+    """Raise TokenError unless `placeholder` can be added and `superclass` can be read.
+
+    A placeholder is new (upper or lower case makes no word new for CLIP), without spaces and not empty; a superclass is
+    one or several words that the tokenizer knows, whole or in pieces.
+    """
+    if not placeholder or placeholder.split() != [placeholder]:
+        raise TokenError(
+            f"concept.placeholder: found {placeholder!r}, expected one word without spaces, such as '<cat*>'"
+        )
+    pieces = tokenizer.tokenize(placeholder)
+    added: Any = tokenizer.added_tokens_encoder
+    unknown = any(piece == tokenizer.unk_token for piece in pieces) and placeholder != tokenizer.unk_token
+    whole = len(pieces) < 2 or all(piece in added for piece in pieces)  # a word of several vectors is several tokens
+    if whole and not unknown:
+        bare = placeholder.strip("<|*>")
+        fresh = f"<{bare}*>" if placeholder.lower() != f"<{bare}*>".lower() else f"<my-{bare}*>"
+        raise TokenError(
+            f"concept.placeholder: {placeholder!r} is already a word of the tokenizer's vocabulary; expected a new "
+            f"one, such as {fresh!r}"
+        )
+    if not superclass.strip():
+        raise TokenError(f"concept.superclass: found {superclass!r}, expected one or several words, such as 'cat'")
+    token_ids(tokenizer, superclass)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """The ids of `word` as they stand inside a sentence.
+
+    Raises:
+        TokenError: the tokenizer finds nothing in it that it knows.
+    """
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        raise TokenError(f"{word!r}: the tokenizer does not know this word; it reads {tokenizer.tokenize(word)}")
+    return ids
+
+
+def last_tokens(ids: Tensor, word: Sequence[int]) -> Tensor:
+    """(B, N) bool: where an occurrence of the id sequence `word` ends in `ids` (B, N)."""
+    marks = torch.zeros_like(ids, dtype=torch.bool)
+    if len(word) <= ids.shape[1]:
+        windows = ids.unfold(1, len(word), 1)  # (B, N - n + 1, n)
+        marks[:, len(word) - 1 :] = (windows == ids.new_tensor(word)).all(-1)
+    return marks
+
+
+def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> None:
+    """Make `tokenizer` read `word`, in upper or lower case, as one token per vector, with the next free ids.
+
+    A word that ends in letters is not found inside longer words. A word of several vectors is written out by the
+    normalizer, as `<w>_0 <w>_1 ...`: so every caller of the tokenizer gets all of it.
+    """
+    first = len(tokenizer)
+    before, after = word[0].isalnum(), word[-1].isalnum()
+    if vectors == 1:
+        names = [word]
+    else:
+        names = [f"{word.lower()}_{i}" for i in range(vectors)]
+        pattern = "(?i)" + r"(?<!\w)" * before + re.escape(word) + r"(?!\w)" * after + r"(?!_\d)"
+        written_out = normalizers.Replace(Regex(pattern), " ".join(names))
+        rust: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        rust.normalizer = normalizers.Sequence([written_out, *([rust.normalizer] if rust.normalizer else [])])
+    # Normalized: matched after lower-casing, as all text is.
+    whole = vectors == 1 and (before or after)
+    added: Any = [tokenizers.AddedToken(name, normalized=True, single_word=whole) for name in names]
+    tokenizer.add_tokens(added)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    assert ids == list(range(first, first + vectors)), f"{names} got the ids {ids}, expected them from {first} on"
+
+
+def _put(encoder: PreTrainedModel, table: nn.Module) -> None:
+    """Make `table` the module that `encoder` looks its tokens up in."""
+    encoder.set_input_embeddings(table)
+    assert encoder.get_input_embeddings() is table and any(module is table for module in encoder.modules()), (
+        f"{type(encoder).__name__} did not take the new embedding"
+    )

@@ -1,0 +1,70 @@
+"""Toyland's pipeline: a small Stable Diffusion that ships with the project, and captions of its own world for `C`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+from perfusion import toyland
+from perfusion.backbones import loading
+from perfusion.backbones.base import BackboneError
+from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
+from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.toyland.captions import caption, vocabulary
+from perfusion.toyland.models import LATENT_CHANNELS, TEXT_POSITIONS
+from perfusion.toyland.world import sample_scene
+
+WEIGHTS = Path(toyland.__file__).with_name("weights") / "pipeline"
+CAPTION_SEED = 1 << 40  # of the first scene; the pipeline is trained on other seeds
+
+
+class ToylandBackbone(StableDiffusionBackbone):
+    """The shipped pipeline, or another one of its kind in `backbone.path`."""
+
+    family: ClassVar[str] = "toyland"
+
+    @classmethod
+    def defaults(cls) -> BackboneConfig:
+        return BackboneConfig(
+            name="toyland",
+            resolution=64,
+            prompts="toyland",
+            steps=50,
+            guidance=4.0,
+            covariance=CovarianceConfig(captions="toyland", count=4000, ridge=1e-2),
+        )
+
+    @classmethod
+    def fits(cls, pipe: DiffusionPipeline) -> bool:
+        """Whether `pipe` is of Toyland's kind: its number of latent channels and of text positions, and its words."""
+        if not isinstance(pipe, StableDiffusionPipeline) or pipe.tokenizer is None:
+            return False
+        shape = (pipe.unet.config.in_channels, pipe.tokenizer.model_max_length)
+        known = pipe.tokenizer.get_vocab()
+        return shape == (LATENT_CHANNELS, TEXT_POSITIONS) and all(f"{word}</w>" in known for word in vocabulary())
+
+    @classmethod
+    def source(cls, config: BackboneConfig) -> loading.Source:
+        if config.path:
+            return super().source(config)
+        if not (WEIGHTS / "model_index.json").is_file():
+            raise BackboneError(f"backbone.path: Toyland's weights are not in {WEIGHTS}; run `make toyland`")
+        return super().source(dataclasses.replace(config, path=str(WEIGHTS)))
+
+    def captions(self) -> Iterator[str]:
+        settings = self.config.covariance
+        return toyland_captions(settings.count) if settings.captions == "toyland" else super().captions()
+
+
+def toyland_captions(count: int) -> Iterator[str]:
+    """`count` captions as the pipeline was trained on, of scenes with the seeds from `CAPTION_SEED` on."""
+    for seed in range(CAPTION_SEED, CAPTION_SEED + count):
+        yield caption(sample_scene(seed), np.random.default_rng(seed)).text
+
+
+BACKBONE = ToylandBackbone

@@ -1,0 +1,74 @@
+"""Captions for `C`: the built-in grammar and files."""
+
+import re
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from perfusion.backbones.captions import caption_stream
+from perfusion.backbones.everyday import PHRASES
+from perfusion.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def everyday() -> list[str]:
+    return list(caption_stream("everyday", 10_000))
+
+
+def test_everyday_captions_are_the_same_in_every_run(everyday: list[str]) -> None:
+    assert everyday[:3] == [
+        "a gold map made of cardboard",
+        "our robot wearing a small vest in a gallery",
+        "Rome in the morning",
+    ]
+    assert list(caption_stream("everyday", 50)) == everyday[:50]  # whatever the count
+
+
+def test_everyday_captions_are_varied(everyday: list[str]) -> None:
+    assert len(everyday) == 10_000
+    assert len(set(everyday)) > 9_500
+    words = {word for caption in everyday for word in caption.replace(",", "").split()}
+    assert len(words) > 900
+    lengths = [len(caption.split()) for caption in everyday]
+    assert min(lengths) >= 2 and max(lengths) <= 30  # 30 words are well below CLIP's 77 tokens
+
+
+def test_everyday_captions_are_whole_sentences(everyday: list[str]) -> None:
+    text = "\n".join(everyday)
+    assert not re.search(r"[{}_]|  ", text)
+    assert not re.search(r"\b[Aa] [aeiou]", text) and not re.search(r"\b[Aa]n [^aeiou]", text)
+    assert re.search(r"\ban orange\b", text)
+
+
+def test_every_symbol_of_the_grammar_is_defined_and_used() -> None:
+    used = {name for phrases in PHRASES.values() for phrase in phrases for name in re.findall(r"\{(\w+)\}", phrase)}
+    assert used | {"caption"} == set(PHRASES)
+
+
+def test_a_file_gives_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "captions.txt"
+    path.write_bytes("\ufeffein Kätzchen\r\n\r\n  a dog \nun café\n".encode())
+    assert list(caption_stream(str(path), 10)) == ["ein Kätzchen", "a dog", "un café"]
+    assert list(caption_stream(str(path), 2)) == ["ein Kätzchen", "a dog"]
+
+
+def test_the_stream_is_lazy() -> None:
+    assert len(list(islice(caption_stream("everyday", 10**12), 3))) == 3
+
+
+def test_what_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"captions: 'everyda' is neither .*everyday.* nor a file"):
+        caption_stream("everyda", 1)
+    with pytest.raises(ConfigError, match="count: found 0, expected at least 1"):
+        caption_stream("everyday", 0)
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n")
+    with pytest.raises(ConfigError, match=r"blank\.txt: found no captions"):
+        caption_stream(str(blank), 1)
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.txt: no UTF-8 text at byte 3"):
+        caption_stream(str(latin), 1)
+    with pytest.raises(ConfigError, match=f"{tmp_path.name}: Is a directory"):
+        caption_stream(str(tmp_path), 1)

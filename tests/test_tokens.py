@@ -1,0 +1,196 @@
+"""Added words: read as one, trainable, and gone without a trace."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from perfusion.backbones.base import TokenError
+from perfusion.backbones.tokens import ExtendedEmbedding, add_word, check_word, last_tokens, token_ids
+from tests.pipelines import tiny_pipeline
+
+TOWERS = {"text_encoder": "tokenizer"}
+
+
+@pytest.fixture(scope="module")
+def shared() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def pipe(shared: StableDiffusionPipeline) -> Iterator[StableDiffusionPipeline]:
+    """The shared pipeline, checked to be left as it was found."""
+    tokenizer, table = shared.tokenizer, shared.text_encoder.get_input_embeddings()
+    state = {name: value.clone() for name, value in shared.text_encoder.state_dict().items()}
+    vocabulary = dict(tokenizer.get_vocab())
+    yield shared
+    table = shared.text_encoder.get_input_embeddings()
+    while isinstance(table, ExtendedEmbedding):  # left by a test: the next one starts afresh
+        shared.text_encoder.set_input_embeddings(table.base)
+        shared.tokenizer = table.stock_tokenizer
+        table = table.base
+    assert shared.tokenizer is tokenizer and tokenizer.get_vocab() == vocabulary
+    after = shared.text_encoder.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[name], state[name]) for name in state)
+
+
+def context(pipe: StableDiffusionPipeline, *prompts: str) -> Tensor:
+    with torch.no_grad():
+        return pipe.encode_prompt(list(prompts), torch.device("cpu"), 1, False)[0]
+
+
+def weighted_sum(encoded: Tensor) -> Tensor:
+    """A scalar that the last layer norm does not make constant."""
+    return (encoded * torch.arange(encoded.shape[-1])).sum()
+
+
+def set_vectors(word, value: Tensor | float) -> None:
+    with torch.no_grad():
+        for vectors in word.embeddings().values():
+            vectors.copy_(torch.as_tensor(value))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a photo of <cat*>", "<cat*>", "a <cat*>, sleeping", "my <CAT*>'s hat", "a photo (<Cat*>).", "a<cat*>in the snow"],
+)
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_the_placeholder_is_read_whole(pipe: StableDiffusionPipeline, prompt: str, vectors: int) -> None:
+    word = add_word(pipe, TOWERS, "<cat*>", "cat", vectors)
+    first = len(pipe.tokenizer) - vectors
+    ids = torch.tensor([pipe.tokenizer(prompt).input_ids])
+    assert [int(i) for i in ids[0] if i >= first] == list(range(first, first + vectors))
+    assert int(last_tokens(ids, token_ids(pipe.tokenizer, "<cat*>")).sum()) == 1
+    word.remove()
+
+
+def test_a_placeholder_of_letters_is_not_found_inside_words(pipe: StableDiffusionPipeline) -> None:
+    for vectors in (1, 2):
+        word = add_word(pipe, TOWERS, "sks", "cat", vectors)
+        first = len(pipe.tokenizer) - vectors
+        assert sum(i >= first for i in pipe.tokenizer("a sks, one SKS cat").input_ids) == 2 * vectors
+        assert all(i < first for i in pipe.tokenizer("asks sksa sks_").input_ids)
+        word.remove()
+
+
+def test_a_new_word_starts_at_the_mean_of_its_superclass(pipe: StableDiffusionPipeline) -> None:
+    table = pipe.text_encoder.get_input_embeddings().weight
+    ids = pipe.tokenizer("teddy bear", add_special_tokens=False).input_ids
+    word = add_word(pipe, TOWERS, "<t>", "teddy bear", vectors=2)
+    (vectors,) = word.embeddings().values()
+    assert len(ids) == 2 and vectors.shape == (2, 32) and vectors.requires_grad and vectors.dtype == torch.float32
+    assert torch.equal(vectors.detach(), table[ids].mean(0).expand(2, -1))
+    word.remove()
+    word = add_word(pipe, TOWERS, "<t>", "cat")
+    assert torch.equal(context(pipe, "a photo of a <t>"), context(pipe, "a photo of a cat"))
+    word.remove()
+
+
+def test_only_prompts_with_the_word_change(pipe: StableDiffusionPipeline) -> None:
+    prompts = ["a photo of a dog", "", "teddy bear on the beach"]
+    before = context(pipe, *prompts)
+    word = add_word(pipe, TOWERS, "<cat*>", "cat")
+    assert torch.equal(context(pipe, *prompts), before)
+    start = context(pipe, "a photo of <cat*>")
+    set_vectors(word, 1.0)
+    assert torch.equal(context(pipe, *prompts), before)
+    assert not torch.equal(context(pipe, "a photo of <cat*>"), start)
+    word.remove()
+    assert torch.equal(context(pipe, *prompts), before)
+
+
+def test_gradients_reach_the_new_vectors_and_nothing_else(pipe: StableDiffusionPipeline) -> None:
+    word = add_word(pipe, TOWERS, "<cat*>", "cat", vectors=2)
+    (vectors,) = word.embeddings().values()
+    encoded = pipe.encode_prompt(["a <cat*> on the beach", "a dog"], torch.device("cpu"), 1, False)[0]
+    weighted_sum(encoded).backward()
+    assert vectors.grad is not None and (vectors.grad.abs().sum(1) > 0).all()
+    trained = [name for name, p in pipe.text_encoder.named_parameters() if p.requires_grad]
+    assert len(trained) == 1 and all(p.grad is None for p in pipe.text_encoder.parameters() if p is not vectors)
+    word.remove()
+
+
+def test_words_leave_in_any_order(pipe: StableDiffusionPipeline) -> None:
+    cat, dog = add_word(pipe, TOWERS, "<cat*>", "cat", 2), add_word(pipe, TOWERS, "<dog*>", "dog")
+    set_vectors(dog, 0.5)
+    both = context(pipe, "<dog*> in the snow")
+    assert not torch.equal(both, context(pipe, "<cat*> in the snow"))
+    cat.remove()
+    assert torch.equal(context(pipe, "<dog*> in the snow"), both)
+    assert "<dog*>" in pipe.tokenizer.tokenize("<cat*> <dog*>") and "<cat*>_0" not in pipe.tokenizer.get_vocab()
+    cat.remove()  # once more changes nothing
+    assert torch.equal(context(pipe, "<dog*> in the snow"), both)
+    dog.remove()
+    assert not isinstance(pipe.text_encoder.get_input_embeddings(), ExtendedEmbedding)
+
+
+def test_in_half_precision_the_vectors_stay_single(pipe: StableDiffusionPipeline) -> None:
+    half = tiny_pipeline().to(torch.bfloat16)
+    word = add_word(half, TOWERS, "<cat*>", "cat")
+    (vectors,) = word.embeddings().values()
+    assert vectors.dtype == torch.float32 and half.text_encoder.dtype == torch.bfloat16
+    encoded = half.encode_prompt("a <cat*>", torch.device("cpu"), 1, False)[0]
+    assert encoded.dtype == torch.bfloat16
+    weighted_sum(encoded.float()).backward()
+    assert vectors.grad is not None and vectors.grad.dtype == torch.float32 and vectors.grad.abs().sum() > 0
+
+
+def test_a_stock_call_draws_the_new_word(pipe: StableDiffusionPipeline) -> None:
+    def drawn(prompt: str) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.from_numpy(pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images)
+
+    plain = drawn("a photo of cat")
+    word = add_word(pipe, TOWERS, "<cat*>", "cat")
+    assert torch.equal(drawn("a photo of <cat*>"), plain)
+    set_vectors(word, torch.randn(1, 32, generator=torch.Generator().manual_seed(1)) * 3)
+    assert not torch.equal(drawn("a photo of <cat*>"), plain)
+    word.remove()
+
+
+@pytest.mark.parametrize(
+    ("placeholder", "superclass", "message"),
+    [
+        ("", "cat", "concept.placeholder: found '', expected one word"),
+        ("  ", "cat", "concept.placeholder: found '  ', expected one word"),
+        ("my cat", "cat", "concept.placeholder: found 'my cat', expected one word without spaces"),
+        ("cat", "cat", r"'cat' is already a word .* such as '<cat\*>'"),
+        ("Dog", "cat", "'Dog' is already a word"),
+        ("<|endoftext|>", "cat", "is already a word"),
+        ("<taken>", "cat", "'<taken>' is already a word"),
+        ("<TAKEN>", "cat", "'<TAKEN>' is already a word"),
+        ("<two>", "cat", "'<two>' is already a word"),
+        ("<cat*>", "", "concept.superclass: found ''"),
+        ("<cat*>", " ", "concept.superclass: found ' '"),
+    ],
+)
+def test_words_that_cannot_be_added_are_refused(
+    pipe: StableDiffusionPipeline, placeholder: str, superclass: str, message: str
+) -> None:
+    words = [add_word(pipe, TOWERS, "<taken>", "cat"), add_word(pipe, TOWERS, "<two>", "cat", vectors=2)]
+    with pytest.raises(TokenError, match=message):
+        check_word(pipe.tokenizer, placeholder, superclass)
+    tokenizer = pipe.tokenizer
+    with pytest.raises(TokenError, match=message):
+        add_word(pipe, TOWERS, placeholder, superclass)
+    assert pipe.tokenizer is tokenizer
+    for word in words:
+        word.remove()
+
+
+def test_a_word_needs_a_vector(pipe: StableDiffusionPipeline) -> None:
+    with pytest.raises(TokenError, match="vectors of '<cat\\*>': found 0, expected at least 1"):
+        add_word(pipe, TOWERS, "<cat*>", "cat", vectors=0)
+
+
+def test_every_occurrence_is_marked_at_its_end() -> None:
+    ids = torch.tensor([[9, 1, 2, 3, 1, 2], [1, 2, 1, 2, 9, 9], [2, 1, 3, 9, 9, 1]])
+    marks = last_tokens(ids, [1, 2])
+    assert marks.tolist() == [
+        [False, False, True, False, False, True],
+        [False, True, False, True, False, False],
+        [False] * 6,
+    ]
+    assert not last_tokens(ids, [1] * 7).any()
