@@ -1,0 +1,206 @@
+"""The part of the rank-one edit that depends on the prompt alone, computed once for all layers (Eq. 3 and 4).
+
+For encodings e of a prompt and J concepts:
+
+    e' = e − Σ_j <u_j, e> u_j             what the concepts do not explain of the encoding
+    g_j = sigmoid((r_j(e) − β) / τ)       how much of each concept is there instead
+    e' + Σ_j g_j s_j                      what locked keys project: W e' + Σ_j g_j o*_j, for o*_j = W s_j
+
+`perfusion.edit` brings these to the layers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perfusion.rank_one import gate, low_rank_update, similarity
+
+# Determinant of the cosines between concepts, in the C⁻¹ metric, below which they cannot be told apart in float32.
+_DEPENDENT = 1e-6
+
+# Objects with their versions; see `stamp_of`.
+Stamp = tuple[tuple[object, int], ...]
+
+Directions = Tensor | Callable[[Tensor], Tensor]
+
+
+class EditError(ValueError):
+    """An edit that cannot be attached or set as asked, or that something else has taken out of the denoiser."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditedPrompt:
+    """Encodings as the edited projections read them."""
+
+    remainder: Tensor  # e' (B, N, d)
+    locked: Tensor  # e' + Σ_j g_j s_j (B, N, d)
+    gates: Tensor  # g_j(e) (J, B, N), float32 at least
+    context: Tensor  # e itself
+    stamp: Stamp | None  # of all that this was computed from
+    differentiable: bool  # computed while gradients were enabled
+    outputs: dict[nn.Module, tuple[Stamp, Tensor]] = field(default_factory=dict)  # of the layers, kept by them
+
+
+class PromptGate(nn.Module):
+    """What all layers of an edit share, for J concepts.
+
+    `target_inputs` (J, d) holds the i*_j, `directions` (J, d) the C⁻¹i*_j, each at a scale of its own:
+    r_j(e) = <i*_j, e> / <i*_j, i*_j> has no need of the scale, nor of anything else of C, even for many concepts.
+    `superclass_inputs` (J, d) holds the s_j of locked keys. Float32 or float64; buffers, so that checkpoints hold them.
+    In place of directions, a function can be given that takes them from target inputs; it is called at first need.
+    """
+
+    target_inputs: Tensor
+    directions: Tensor
+    superclass_inputs: Tensor
+
+    def __init__(
+        self,
+        target_inputs: Tensor,
+        directions: Directions,
+        superclass_inputs: Tensor,
+        beta: float | Tensor,
+        tau: float | Tensor,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("target_inputs", None)
+        self.register_buffer("directions", None)
+        self.register_buffer("superclass_inputs", superclass_inputs.detach().clone())
+        self.move(target_inputs, directions)
+        self.beta, self.tau = beta, tau
+
+    @property
+    def beta(self) -> float | Tensor:
+        """β: a number, or a tensor (S,) with one value per sample, (J, 1) with one per concept, or (J, S).
+
+        Row k of a batch takes value k mod S, so that S values serve the S prompts and the S empty prompts of guidance.
+        Setting it keeps a copy. Raises EditError for a value that is not finite or a tensor of another shape.
+        """
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float | Tensor) -> None:
+        self._beta = self._checked("beta", value, above=-math.inf)
+
+    @property
+    def tau(self) -> float | Tensor:
+        """τ > 0, in the forms of `beta`; raises EditError likewise."""
+        return self._tau
+
+    @tau.setter
+    def tau(self, value: float | Tensor) -> None:
+        self._tau = self._checked("tau", value, above=0)
+
+    def move(self, target_inputs: Tensor, directions: Directions) -> None:
+        """Replace the i*_j and the C⁻¹i*_j, (J, d) each, by copies of these. Raises EditError for dependent i*_j."""
+        self.target_inputs = target_inputs.detach().clone()
+        self._pending = None if isinstance(directions, Tensor) else directions
+        self.directions = (directions if isinstance(directions, Tensor) else target_inputs).detach().clone()
+        self.forget()
+        if len(target_inputs) > 1:
+            # Row j is scaled by 1/‖i*_j‖ and column j by ‖i*_j‖: the determinant is that of the cosines.
+            determinant = torch.linalg.det(self.similarity(self.target_inputs)).item()
+            if not determinant > _DEPENDENT:
+                raise EditError(
+                    f"target inputs: found {len(target_inputs)} concepts that are linearly dependent (determinant of "
+                    f"their cosines {determinant:.1e}), expected independent ones (above {_DEPENDENT:.0e})"
+                )
+
+    def similarity(self, e: Tensor) -> Tensor:
+        """r_j(e) of encodings `e` (..., d): (J, ...), float32 at least."""
+        self.settle()
+        i, v = self.target_inputs.to(e.device), self.directions.to(e.device)
+        over_concepts = (len(v), *[1] * (e.dim() - 1), -1)
+        return similarity(e, v.view(over_concepts)) / similarity(i, v).view(over_concepts[:-1])
+
+    def settle(self) -> None:
+        """Make `directions` those of the target inputs, if a function was given that has not been called yet."""
+        if self._pending:
+            self.directions, self._pending = self._pending(self.target_inputs), None
+
+    def forward(self, e: Tensor) -> EditedPrompt:
+        """The edit of encodings `e` (B, N, d), any float dtype; `remainder` and `locked` have the same."""
+        with torch.autocast(e.device.type, enabled=False):  # half precision would round terms before they cancel
+            r = self.similarity(e)
+            g = gate(r, self._per_row("beta", len(e)), self._per_row("tau", len(e)))
+            remainder = low_rank_update(e.to(r.dtype), -self._components(r), self.target_inputs.to(e.device))
+            locked = low_rank_update(remainder, g, self.superclass_inputs.to(e.device))
+        stamp = None if torch.is_grad_enabled() else self._stamp(e)
+        return EditedPrompt(remainder.to(e.dtype), locked.to(e.dtype), g, e, stamp, torch.is_grad_enabled())
+
+    def show(self, context: Tensor) -> None:
+        """Prepare a call of the denoiser with `context` (B, N, d). Without gradients, the same one is prepared once."""
+        known = self._shown.stamp if self._shown else None
+        if torch.is_grad_enabled() or not same(known, self._stamp(context)):
+            self._shown = self(context)
+
+    def prompt(self, x: Tensor) -> EditedPrompt:
+        """The edit of a layer's input `x` (B, N, d): as prepared when `show` was given this very tensor, else anew."""
+        shown = self._shown
+        if shown and shown.context is x and (shown.differentiable or not torch.is_grad_enabled()):
+            return shown
+        return self(x)
+
+    def forget(self) -> None:
+        """Let go of the prompt that was shown last and of the outputs that were kept for it."""
+        self._shown: EditedPrompt | None = None
+
+    def _components(self, r: Tensor) -> Tensor:
+        """c (J, B, N) with Σ_j <u_j, e> u_j = Σ_j c_j i*_j, from r (J, B, N).
+
+        Both are the part of e in span{i*_j}: what is left has r_k = 0 for all k, so Σ_j r_k(i*_j) c_j = r_k(e). The
+        orthonormal basis u would ask for C.
+        """
+        if len(r) == 1:
+            return r  # r(i*) = 1
+        return torch.linalg.solve(self.similarity(self.target_inputs.to(r)), r.flatten(1)).view_as(r)
+
+    def _per_row(self, name: str, rows: int) -> float | Tensor:
+        value = getattr(self, name)
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[-1] in (1, rows):
+            return value
+        if rows % value.shape[-1]:
+            raise EditError(f"{name}: found {value.shape[-1]} values for a batch of {rows} rows, expected a divisor")
+        return torch.cat([value] * (rows // value.shape[-1]), -1)
+
+    def _checked(self, name: str, value: float | Tensor, above: float) -> float | Tensor:
+        if isinstance(value, Tensor):
+            value = value.detach().clone()
+            if value.dim() > 2 or (value.dim() == 2 and len(value) != len(self.target_inputs)):
+                raise EditError(
+                    f"{name}: found shape {tuple(value.shape)}, expected a number, (S,) for S samples, or (J, 1) or "
+                    f"(J, S) for J = {len(self.target_inputs)} concepts"
+                )
+        numbers = torch.as_tensor(value)
+        if not bool((numbers.isfinite() & (numbers > above)).all()):
+            raise EditError(f"{name}: found {value}, expected finite values{' above 0' if above == 0 else ''}")
+        self.forget()
+        return value
+
+    def _stamp(self, context: Tensor) -> Stamp | None:
+        settings = (value for value in (self.beta, self.tau) if isinstance(value, Tensor))
+        return stamp_of(context, *self.buffers(), *settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shown": None}  # it may hold a graph, and graphs cannot be copied
+
+
+def stamp_of(*tensors: Tensor) -> Stamp | None:
+    """The stamp of what is computed from `tensors`: these objects, unchanged.
+
+    None for inference tensors, which do not say when they are changed in place, and inside a compiled graph.
+    """
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        return None
+    return tuple((tensor, tensor._version) for tensor in tensors)
+
+
+def same(one: Stamp | None, other: Stamp | None) -> bool:
+    """Whether what was computed under one stamp holds under the other."""
+    if one is None or other is None or len(one) != len(other):
+        return False
+    return all(a is b and n == m for (a, n), (b, m) in zip(one, other, strict=True))
