@@ -1,0 +1,1 @@
+"""Personalization methods behind one seam (`base.py`)."""

@@ -1,0 +1,127 @@
+"""The method seam: attach to a backbone, say what is trained and how fast, give the loss, give the state, detach.
+
+A method is one file `perfusion/methods/<name>.py` that defines `METHOD` (a subclass of `Method`) and its options (a
+subclass of `MethodOptions`), and one preset `conf/method/<name>.yaml`. After `detach` the backbone is bit-identical to
+before `attach`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from perfusion.backbones.base import Backbone, Encoding
+from perfusion.config import ConfigError, checked
+
+
+@dataclass
+class MethodOptions:
+    """What every method has."""
+
+    name: str = "?"
+    steps: int = 400  # optimizer steps
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Word:
+    """The concept's word and what it is a kind of."""
+
+    placeholder: str
+    superclass: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch, on the backbone's device."""
+
+    latents: Tensor  # (B, c, h, w)
+    masks: Tensor | None  # (B, 1, h, w) float32 with maximum 1, or None
+    prompts: list[str]  # with the placeholder in them
+    noise: Tensor  # (B, c, h, w)
+    timesteps: Tensor  # (B,) int64
+
+
+class Method(nn.Module, ABC):
+    """A personalization method. Its own parameters and buffers are all that training changes."""
+
+    Options: ClassVar[type[MethodOptions]]
+
+    def __init__(self, options: Any, word: Word) -> None:
+        super().__init__()
+        self.options = options
+        self.word = word
+
+    @abstractmethod
+    def attach(self, backbone: Backbone) -> None:
+        """Put the method's changes into the backbone. Calling it twice without `detach` is an error."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Leave the backbone bit-identical to before `attach`."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for AdamW: `params`, `lr`, `name`, and any other AdamW keyword."""
+
+    def on_step(self, encoding: Encoding) -> None:
+        """Called once a training step with the batch's encodings, before the denoiser runs (e.g. a moving average)."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What a concept file stores: name -> tensor, float32, detached copies. Attached methods only."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put a `state()` back into an attached method, exactly."""
+
+    @abstractmethod
+    def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
+        """Names and shapes that `state()` has on this backbone, without attaching: a file is checked against it."""
+
+    def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+        """Loss terms, summed by the training loop: here the masked denoising error.
+
+        Each sample's squared error is weighted by its soft mask and divided by the mask's sum, so that small and large
+        objects count the same.
+        """
+        encoding = backbone.encode(batch.prompts, self.word.placeholder)
+        self.on_step(encoding)
+        noisy = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
+        predicted = backbone.predict(noisy, batch.timesteps, encoding).float()
+        error = (predicted - backbone.target(batch.latents, batch.noise, batch.timesteps).float()).square()
+        if batch.masks is None:
+            return {"denoising": error.mean()}
+        weight = batch.masks.expand_as(error)
+        per_sample = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+        return {"denoising": per_sample.mean()}
+
+
+def available() -> list[str]:
+    """Names of the methods in this package."""
+    from perfusion import methods
+
+    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base")
+
+
+def method_class(name: str) -> type[Method]:
+    """The `METHOD` of `perfusion.methods.<name>`.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    if name not in available():
+        raise ConfigError(f"method.name: no method {name!r}; there are: {', '.join(available())}")
+    return importlib.import_module(f"perfusion.methods.{name}").METHOD
+
+
+def build(values: Mapping[str, Any], word: Word) -> Method:
+    """The method that a `method` config group describes, with checked options."""
+    cls = method_class(str(values.get("name")))
+    return cls(checked(cls.Options, values, "method"), word)

@@ -1,0 +1,249 @@
+"""Perfusion (arXiv 2305.01644): a gated rank-one edit of the cross-attention's K and V, with the keys locked.
+
+Trained are the outputs o*_V of the V projections and the embedding of the concept's word. The target input i* follows
+the word's encodings by a moving average; the keys are locked to the superclass, o*_K = W_K s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perfusion.backbones.base import Backbone, EditSite, Encoding
+from perfusion.config import ConfigError
+from perfusion.data.prompts import fill, templates
+from perfusion.edit import EditError, PromptGate, attach_edit
+from perfusion.methods.base import Method, MethodOptions, Word
+from perfusion.rank_one import precision_times
+
+
+class KeyLock(Enum):
+    """What the K projections give at the concept."""
+
+    local = "local"  # the superclass's keys, o*_K = W_K s, fixed
+    none = "none"  # o*_K is trained like o*_V: the paper's ablation "trained-K"
+
+
+@dataclass
+class PerfusionOptions(MethodOptions):
+    """The paper's values for Stable Diffusion."""
+
+    name: str = "perfusion"
+    beta: float = 0.75  # of the gate, while training
+    tau: float = 0.1
+    sample_beta: float = 0.7  # of the gate, otherwise
+    sample_tau: float = 0.15
+    ema: float = 0.99  # share of i* that stays at each step
+    value_rate: float = 0.03  # of o*_V, and of o*_K where it is trained
+    embedding_rate: float = 0.006
+    weight_decay: float = 0.0  # AdamW's; the paper gives none, and zero is no better value for an output or a word
+    key_lock: KeyLock = KeyLock.local
+    vectors: int = 1  # of the concept's word
+
+
+class Perfusion(Method):
+    """See the module.
+
+    While it is attached, `beta` and `tau` can be set; in training mode they start at the options' `beta` and `tau`, in
+    eval mode at `sample_beta` and `sample_tau`.
+    """
+
+    Options = PerfusionOptions
+    options: PerfusionOptions
+
+    def __init__(self, options: PerfusionOptions, word: Word) -> None:
+        super().__init__(options, word)
+        _check(options)
+        self._undo = ExitStack()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.gate: PromptGate | None = None  # None: not attached
+        self.values, self.keys = nn.ParameterList(), nn.ParameterList()  # o*_V, trained o*_K: (1, h) for each site
+        self.embeddings = nn.ParameterDict()  # text encoder -> (vectors, d_e)
+
+    def attach(self, backbone: Backbone) -> None:
+        """See the seam. In eval mode the second moment is computed only if no state that holds its part is loaded.
+
+        Raises:
+            EditError: this method, or another edit, is attached already.
+            TokenError: the word cannot be added to the vocabulary.
+        """
+        if self.gate is not None:
+            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
+        with ExitStack() as undo:
+            undo.callback(self._clear)
+            s = superclass_encoding(backbone, self.word.superclass)
+            self._directions = _Directions(backbone)
+            self.gate = PromptGate(s[None], self._directions, s[None], *self._gate_settings())
+            sites = backbone.edit_sites()
+            outputs = {site.name: self._target_outputs(site, s) for site in sites}
+            undo.callback(attach_edit(sites, backbone.denoiser, self.gate, outputs).detach)
+            token = backbone.add_token(self.word.placeholder, self.word.superclass, self.options.vectors)
+            undo.callback(token.remove)
+            self.embeddings.update(token.embeddings())
+            if self.training:
+                self.gate.settle()
+            self._undo = undo.pop_all()
+
+    def detach(self) -> None:
+        self._undo.close()
+
+    def _target_outputs(self, site: EditSite, s: Tensor) -> nn.Parameter | None:
+        """What `attach_edit` asks of a site: its own parameter (1, h), starting at W s, or None where it is locked."""
+        if site.kind == "k" and self.options.key_lock is KeyLock.local:
+            return None
+        with torch.no_grad():
+            start = nn.Parameter(site.projection(s[None].to(_weight(site))).float())
+        (self.values if site.kind == "v" else self.keys).append(start)
+        return start
+
+    def train(self, mode: bool = True) -> Perfusion:
+        """Training or eval mode, with the gate of each; a `beta` or `tau` that was set is given up."""
+        super().train(mode)
+        if self.gate is not None:
+            self.beta, self.tau = self._gate_settings()
+        return self
+
+    @property
+    def beta(self) -> float | Tensor:
+        """β of the gate now; see `PromptGate.beta` for the forms that it can be set to."""
+        return self._attached().beta
+
+    @beta.setter
+    def beta(self, value: float | Tensor) -> None:
+        self._attached().beta = value
+
+    @property
+    def tau(self) -> float | Tensor:
+        """τ of the gate now; see `PromptGate.tau`."""
+        return self._attached().tau
+
+    @tau.setter
+    def tau(self, value: float | Tensor) -> None:
+        self._attached().tau = value
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = [
+            {"name": "values", "params": [*self.values], "lr": self.options.value_rate},
+            {"name": "keys", "params": [*self.keys], "lr": self.options.value_rate},
+            {"name": "embedding", "params": [*self.embeddings.values()], "lr": self.options.embedding_rate},
+        ]
+        return [{**group, "weight_decay": self.options.weight_decay} for group in groups if group["params"]]
+
+    def on_step(self, encoding: Encoding) -> None:
+        """i* follows the mean encoding of the concept's word (moving average), and C⁻¹i* follows i*."""
+        gate = self._attached()
+        mean = _mean_at_word(encoding).to(gate.target_inputs)
+        gate.move(torch.lerp(mean[None], gate.target_inputs, self.options.ema), self._directions)
+
+    def state(self) -> dict[str, Tensor]:
+        """`target_input` i* (d,); `direction` C⁻¹i* (d,), its largest entry ±1; `values` (Σh,), the o*_V of all sites
+        one after the other in the backbone's order; `embedding.<encoder>` (vectors, d_e); `keys` (Σh,) if trained.
+
+        `direction` makes a concept whole: with it, neither captions nor C are needed where it is used. Only the ratio
+        of its entries counts, and at this length half precision holds it.
+        """
+        gate = self._attached()
+        gate.settle()
+        tensors = {
+            "target_input": gate.target_inputs[0],
+            "direction": gate.directions[0],
+            "values": torch.cat([*self.values], dim=1)[0],
+            **{f"embedding.{encoder}": vectors for encoder, vectors in self.embeddings.items()},
+        }
+        if len(self.keys):
+            tensors["keys"] = torch.cat([*self.keys], dim=1)[0]
+        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        gate = self._attached()
+        gate.move(state["target_input"][None].to(gate.target_inputs), state["direction"][None].to(gate.target_inputs))
+        for name, parameters in (("values", self.values), ("keys", self.keys)):
+            if len(parameters):
+                parts = state[name].split([parameter.shape[1] for parameter in parameters])
+                for parameter, part in zip(parameters, parts, strict=True):
+                    parameter.copy_(part[None])
+        for encoder, vectors in self.embeddings.items():
+            vectors.copy_(state[f"embedding.{encoder}"])
+
+    def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
+        sites = [(site.kind, *_weight(site).shape) for site in backbone.edit_sites()]
+        (d,) = {d for _, _, d in sites}
+        size = {kind: sum(h for k, h, _ in sites if k == kind) for kind in ("k", "v")}
+        shapes: dict[str, tuple[int, ...]] = {"target_input": (d,), "direction": (d,), "values": (size["v"],)}
+        for name, part in backbone.pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                shapes[f"embedding.{name}"] = (self.options.vectors, part.get_input_embeddings().embedding_dim)
+        if self.options.key_lock is KeyLock.none:
+            shapes["keys"] = (size["k"],)
+        return shapes
+
+    def _attached(self) -> PromptGate:
+        assert self.gate is not None, "attach() first"
+        return self.gate
+
+    def _gate_settings(self) -> tuple[float, float]:
+        options = self.options
+        return (options.beta, options.tau) if self.training else (options.sample_beta, options.sample_tau)
+
+
+class _Directions:
+    """i* (J, d) to C⁻¹i* (J, d), scaled to a largest entry of ±1. C is asked for at the first call."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._factor: Tensor | None = None
+
+    def __call__(self, target_inputs: Tensor) -> Tensor:
+        if self._factor is None:
+            where = "cpu" if target_inputs.device.type == "mps" else target_inputs.device  # MPS has no float64
+            self._factor = self._backbone.second_moment().factor.to(where)
+        directions = precision_times(self._factor, target_inputs.to(self._factor.device))
+        scaled = directions / directions.abs().amax(-1, keepdim=True)
+        return scaled.to(target_inputs.dtype).to(target_inputs.device)
+
+
+def superclass_encoding(backbone: Backbone, superclass: str) -> Tensor:
+    """s (d,), float32: the mean encoding of the superclass, at its last token, in the backbone's prompt templates."""
+    prompts = [fill(template, superclass) for template in templates(backbone.config.prompts)]
+    with torch.no_grad():
+        return _mean_at_word(backbone.encode(prompts, superclass))
+
+
+def _weight(site: EditSite) -> Tensor:
+    """W (h, d), also below an edit or LoRA."""
+    weight = site.projection.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _mean_at_word(encoding: Encoding) -> Tensor:
+    """(d,), float32: over all tokens where the word ends."""
+    context, marked = encoding.context.detach().float(), encoding.concept[..., None]
+    return (context * marked).sum((0, 1)) / marked.sum()
+
+
+def _check(options: PerfusionOptions) -> None:
+    bounds = {
+        "tau": (options.tau > 0, "more than 0"),
+        "sample_tau": (options.sample_tau > 0, "more than 0"),
+        "ema": (0 <= options.ema <= 1, "a number from 0 to 1"),
+        "value_rate": (options.value_rate >= 0, "at least 0"),
+        "embedding_rate": (options.embedding_rate >= 0, "at least 0"),
+        "weight_decay": (options.weight_decay >= 0, "at least 0"),
+        "vectors": (options.vectors >= 1, "at least 1"),
+    }
+    for key, (holds, expected) in bounds.items():
+        if not holds:
+            raise ConfigError(f"method.{key}: found {getattr(options, key)}, expected {expected}")
+
+
+METHOD = Perfusion

@@ -1,0 +1,237 @@
+"""What every method must hold, whatever it does: it comes and goes without a trace, trains only what is its own, and is
+whole in its file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from perfusion.backbones.base import Backbone
+from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
+from perfusion.concept import Concept, save_concept
+from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.methods.base import Batch, Method, Word, available, build
+from tests.pipelines import tiny_pipeline
+
+CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
+WORD = Word("<bear*>", "teddy bear")
+PARTS = ("unet", "vae", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
+    config = BackboneConfig(name="stable_diffusion", resolution=64, device="cpu", covariance=covariance)
+    return StableDiffusionBackbone.around(tiny_pipeline(), config)
+
+
+@pytest.fixture(params=available())
+def method(request: pytest.FixtureRequest, backbone: Backbone) -> Iterator[Method]:
+    """Not attached yet."""
+    before = Snapshot(backbone)
+    made = build({"name": request.param}, WORD)
+    yield made
+    made.detach()
+    assert before.differences() == []  # so that one test's mistake is not another's failure
+
+
+class Snapshot:
+    """All that a pipeline is: its objects, their values, what they do before and after a call, what is trainable."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.tokenizer = getattr(backbone.pipe, "tokenizer")  # noqa: B009
+        self.modules = self._modules()
+        self.values = {name: value.clone() for name, value in self._values().items()}
+        self.tensors = {name: value.data_ptr() for name, value in self._values().items()}
+        self.trainable = self._trainable()
+        self.hooks = self._hooks()
+
+    def differences(self) -> list[str]:
+        modules, values = self._modules(), self._values()
+        found = [name for name in modules.keys() ^ self.modules.keys()]
+        found += [name for name in modules.keys() & self.modules.keys() if modules[name] is not self.modules[name]]
+        if list(values) != list(self.values):
+            found += sorted(values.keys() ^ self.values.keys()) or ["the order of the tensors"]
+        both = values.keys() & self.values.keys()
+        found += [name for name in both if not torch.equal(values[name], self.values[name])]
+        found += [f"memory of {name}" for name in both if values[name].data_ptr() != self.tensors[name]]
+        for what in ("trainable", "hooks"):
+            if getattr(self, what) != getattr(self, f"_{what}")():
+                found.append(what)
+        if getattr(self.backbone.pipe, "tokenizer") is not self.tokenizer:  # noqa: B009
+            found.append("the tokenizer")
+        return found
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {name: getattr(self.backbone.pipe, name) for name in PARTS}
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {f"{part}.{name}": m for part, root in self._parts().items() for name, m in root.named_modules()}
+
+    def _values(self) -> dict[str, Tensor]:
+        return {f"{part}.{name}": v for part, root in self._parts().items() for name, v in root.state_dict().items()}
+
+    def _trainable(self) -> list[str]:
+        named = [(part, *item) for part, root in self._parts().items() for item in root.named_parameters()]
+        return [f"{part}.{name}" for part, name, parameter in named if parameter.requires_grad]
+
+    def _hooks(self) -> dict[str, int]:
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_pre_hooks_with_kwargs")
+        return {name: sum(len(getattr(m, kind)) for kind in kinds) for name, m in self._modules().items()}
+
+
+def batch(backbone: Backbone, seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    shape = (2, *backbone.latent_shape())
+    return Batch(
+        latents=torch.randn(shape, generator=draw),
+        masks=torch.rand(2, 1, *shape[2:], generator=draw),
+        prompts=[f"a photo of a {WORD.placeholder}", f"a good photo of the {WORD.placeholder}"],
+        noise=torch.randn(shape, generator=draw),
+        timesteps=torch.tensor([400, 800]),
+    )
+
+
+def train(method: Method, backbone: Backbone, steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW(method.parameter_groups())
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.stack(list(method.loss(backbone, batch(backbone, step)).values())).sum().backward()
+        optimizer.step()
+
+
+def trained(method: Method) -> list[nn.Parameter]:
+    return [parameter for group in method.parameter_groups() for parameter in group["params"]]
+
+
+def draw(backbone: Backbone, word: str) -> np.ndarray:
+    pipe: Any = backbone.pipe
+    generator = torch.Generator().manual_seed(0)
+    return pipe(f"a photo of a {word}", generator=generator, num_inference_steps=2, output_type="np").images
+
+
+def test_attach_and_detach_leave_no_trace(method: Method, backbone: Backbone) -> None:
+    before, plain = Snapshot(backbone), draw(backbone, "cat")
+    for _ in range(2):
+        method.attach(backbone)
+        assert before.differences() != []
+        train(method, backbone)
+        method.detach()
+        assert before.differences() == []
+        method.detach()
+    np.testing.assert_array_equal(draw(backbone, "cat"), plain)
+
+
+def test_an_attached_method_cannot_be_attached_again(method: Method, backbone: Backbone) -> None:
+    method.attach(backbone)
+    attached = Snapshot(backbone)
+    with pytest.raises(ValueError, match="expected detach"):
+        method.attach(backbone)
+    assert attached.differences() == []
+
+
+def test_only_what_the_groups_name_gets_gradients(method: Method, backbone: Backbone) -> None:
+    method.attach(backbone)
+    named = trained(method)
+    assert {id(p) for p in named} == {id(p) for p in method.parameters() if p.requires_grad}
+    assert len({id(p) for p in named}) == len(named)
+    assert all(group["lr"] > 0 and group["name"] for group in method.parameter_groups())
+    sum(method.loss(backbone, batch(backbone)).values(), torch.zeros(())).backward()
+    for parameter in named:
+        assert parameter.dtype == torch.float32 and parameter.is_leaf
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
+    own = {id(parameter) for parameter in method.parameters()}
+    for part in PARTS:
+        for name, parameter in getattr(backbone.pipe, part).named_parameters():
+            assert parameter.grad is None or id(parameter) in own, f"{part}.{name}"
+
+
+def test_training_changes_what_is_the_methods_own_and_nothing_else(method: Method, backbone: Backbone) -> None:
+    before = Snapshot(backbone)
+    method.attach(backbone)
+    start = [parameter.detach().clone() for parameter in trained(method)]
+    attached = Snapshot(backbone)
+    train(method, backbone)
+    assert all(not torch.equal(p, s) for p, s in zip(trained(method), start, strict=True))
+    own = {parameter.data_ptr() for parameter in method.parameters()}
+    changed = [name for name in attached.differences() if attached.tensors.get(name) not in own]
+    assert changed == []
+    method.detach()
+    assert before.differences() == []
+
+
+def test_a_state_goes_around_exactly(method: Method, backbone: Backbone) -> None:
+    method.attach(backbone)
+    train(method, backbone)
+    state = method.state()
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in state.values())
+    kept = {name: value.clone() for name, value in state.items()}
+    train(method, backbone)  # the state is a copy
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    assert any(not torch.equal(value, kept[name]) for name, value in method.state().items())
+    method.load_state(state)
+    for value in state.values():
+        value.zero_()  # and so is what was loaded
+    again = method.state()
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
+    assert all(parameter.requires_grad for parameter in trained(method))
+
+
+def test_shapes_are_known_before_attaching(method: Method, backbone: Backbone) -> None:
+    before = Snapshot(backbone)
+    shapes = method.state_shapes(backbone)
+    assert before.differences() == []
+    method.attach(backbone)
+    assert {name: tuple(value.shape) for name, value in method.state().items()} == shapes
+    assert method.state_shapes(backbone) == shapes
+
+
+def test_a_file_draws_what_the_method_in_memory_draws(method: Method, backbone: Backbone, tmp_path: Path) -> None:
+    base = draw(backbone, WORD.superclass)
+    method.attach(backbone)
+    train(method, backbone)
+    saved = save_concept(tmp_path / "concept.safetensors", Concept.of(method, backbone, seed=0))
+    method.load_state({name: value.half().float() for name, value in method.state().items()})
+    expected = draw(backbone, WORD.placeholder) if method.eval() else None
+    method.detach()
+
+    concept = Concept.load(tmp_path / "concept.safetensors")
+    assert concept.hash == saved.hash
+    with concept.attach(backbone.pipe) as attached:
+        found = draw(backbone, WORD.placeholder)
+        assert not any(parameter.requires_grad for parameter in attached.method.parameters())
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - base).max() > 1e-3
+    np.testing.assert_array_equal(draw(backbone, WORD.superclass), base)
+
+
+def test_a_checkpoint_of_the_module_goes_on_where_it_was(method: Method, backbone: Backbone) -> None:
+    method.attach(backbone)
+    train(method, backbone)
+    checkpoint = {name: value.clone() for name, value in method.state_dict().items()}
+    state, loss = method.state(), method.loss(backbone, batch(backbone))
+    method.detach()
+    method.attach(backbone)
+    method.load_state_dict(checkpoint)
+    found = method.state()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    again = method.loss(backbone, batch(backbone))
+    assert all(torch.equal(again[name], loss[name]) for name in loss)
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_preset_gives_all_options_of_its_method(preset: str) -> None:
+    values = OmegaConf.to_container(OmegaConf.load(CONF / f"{preset}.yaml"))
+    assert isinstance(values, dict)
+    made = build({str(key): value for key, value in values.items()}, WORD)
+    assert values.keys() == vars(made.options).keys()
+
+
+def test_every_method_has_a_preset() -> None:
+    assert set(available()) <= {path.stem for path in CONF.glob("*.yaml")}
