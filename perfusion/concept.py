@@ -1,0 +1,274 @@
+"""A trained concept: what its file holds, and how it is put into a pipeline.
+
+    concept = Concept.load("concept.safetensors")
+    concept.attach(pipe)                       # a stock diffusers pipeline
+    pipe("a photo of <cat*> on the beach")
+
+A file is whole: neither the pictures nor the captions that it was trained with are needed to use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from perfusion.backbones import around
+from perfusion.backbones.base import Backbone
+from perfusion.concept_format import ConceptFileError, read, write
+from perfusion.config import ConfigError
+from perfusion.files import PathLike
+from perfusion.methods.base import Method, Word, build
+from perfusion.provenance import provenance
+
+LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
+_COMMIT_DIGITS = 12
+_HASH_DIGITS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """A trained concept, apart from any pipeline."""
+
+    method: str  # module of perfusion.methods
+    superclass: str
+    placeholder: str
+    tensors: Mapping[str, Tensor]  # the method's state, in the dtype of the file
+    settings: Mapping[str, Any]  # the method's options, without its name
+    fingerprint: Mapping[str, str]  # what it needs of a backbone: Backbone.fingerprint and the set of prompt templates
+    covariance: str  # captions:count:ridge of the second moment, to tell which concepts share one
+    seed: int
+    versions: Mapping[str, str]
+    commit: str  # of this project; empty outside a checkout
+    source: str = "the concept"  # what error messages call it: the path of a file that was loaded
+
+    @classmethod
+    def of(cls, method: Method, backbone: Backbone, seed: int) -> Concept:
+        """The concept that `method`, attached to `backbone`, has now; float32."""
+        settings = {
+            key: value.name if isinstance(value, Enum) else value
+            for key, value in dataclasses.asdict(method.options).items()
+        }
+        captions = backbone.config.covariance
+        made = provenance()
+        return cls(
+            method=settings.pop("name"),
+            superclass=method.word.superclass,
+            placeholder=method.word.placeholder,
+            tensors=method.state(),
+            settings=settings,
+            fingerprint=_requirements(backbone),
+            covariance=f"{Path(captions.captions).name}:{captions.count}:{captions.ridge:g}",
+            seed=seed,
+            versions={name: made["versions"][name] for name in LIBRARIES if name in made["versions"]},
+            commit=(made["git_commit"] or "")[:_COMMIT_DIGITS],
+        )
+
+    @classmethod
+    def load(cls, path: PathLike) -> Concept:
+        """Read a concept file, without any model.
+
+        Raises:
+            ConceptFileError: the file cannot be read (see `concept_format.read`), or its metadata is incomplete.
+        """
+        tensors, metadata = read(path)
+        return cls(
+            method=_entry(path, metadata, "method"),
+            superclass=_entry(path, metadata, "superclass"),
+            placeholder=_entry(path, metadata, "placeholder"),
+            tensors=tensors,
+            settings=_object(path, metadata, "settings"),
+            fingerprint=_object(path, metadata, "fingerprint"),
+            covariance=_entry(path, metadata, "covariance"),
+            seed=_number(path, metadata, "seed"),
+            versions=_object(path, metadata, "versions"),
+            commit=_entry(path, metadata, "commit"),
+            source=str(path),
+        )
+
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits of the sha256 over names, dtypes, shapes and bytes of the tensors."""
+        total = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach().cpu().contiguous()
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return total.hexdigest()[:_HASH_DIGITS]
+
+    def rounded(self, dtype: torch.dtype) -> Concept:
+        """The same with its tensors in `dtype`."""
+        return dataclasses.replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+    def attach(
+        self,
+        pipe: DiffusionPipeline | Backbone,
+        *,
+        beta: float | Tensor | None = None,
+        tau: float | Tensor | None = None,
+    ) -> Attached:
+        """Put the concept into a stock pipeline, for drawing: prompts may hold its placeholder until `detach()`.
+
+        Everything is checked before the pipeline is touched. `beta` and `tau` are for methods with a gate; None is the
+        value that the concept's settings name. They can be changed later.
+
+        Raises:
+            ConceptFileError: the concept is not made for this backbone, its tensors do not fit its method, or this
+                version of perfusion does not know its method or settings.
+            TokenError: the placeholder is a word of the pipeline already, perhaps because it is attached.
+            EditError: another concept is attached that edits the same projections, or β or τ is impossible.
+            BackboneError: no backbone fits the pipeline.
+        """
+        backbone = pipe if isinstance(pipe, Backbone) else around(pipe)
+        self._check_backbone(backbone)
+        method = self._build().eval()
+        self._check_tensors(method, backbone)
+        backbone.check_token(self.placeholder, self.superclass)
+        with ExitStack() as undo:
+            undo.callback(method.detach)
+            method.attach(backbone)
+            method.load_state({name: tensor.float() for name, tensor in self.tensors.items()})
+            method.requires_grad_(False)
+            attached = Attached(self, method, backbone)
+            for name, value in (("beta", beta), ("tau", tau)):
+                if value is not None:
+                    setattr(attached, name, value)
+            undo.pop_all()
+        return attached
+
+    def _build(self) -> Method:
+        try:
+            return build({"name": self.method, **self.settings}, Word(self.placeholder, self.superclass))
+        except ConfigError as error:
+            raise ConceptFileError(f"{self.source}: this version of perfusion cannot use it: {error}") from error
+
+    def _check_backbone(self, backbone: Backbone) -> None:
+        found = _requirements(backbone)
+        for part in dict.fromkeys(("family", *self.fingerprint, *found)):
+            wanted, present = self.fingerprint.get(part, "none"), found.get(part, "none")
+            if wanted != present:
+                raise ConceptFileError(
+                    f"{self.source}: made for another backbone: found {part} {present}, expected {wanted}"
+                )
+
+    def _check_tensors(self, method: Method, backbone: Backbone) -> None:
+        expected = method.state_shapes(backbone)
+        for name in dict.fromkeys((*expected, *self.tensors)):
+            if name not in self.tensors:
+                raise ConceptFileError(f"{self.source}: found no tensor {name!r}, expected one {expected[name]}")
+            found = tuple(self.tensors[name].shape)
+            if name not in expected:
+                raise ConceptFileError(
+                    f"{self.source}: found a tensor {name!r} {found}, expected only {', '.join(expected)}"
+                )
+            if found != expected[name]:
+                raise ConceptFileError(
+                    f"{self.source}: tensor {name!r}: found shape {found}, expected {expected[name]} on this backbone"
+                )
+
+
+def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.float16) -> Concept:
+    """Write a concept file atomically, and give the concept as the file holds it, rounded to `dtype`.
+
+    Raises:
+        ConceptFileError: a value is not finite in `dtype`; nothing is written then.
+    """
+    concept = concept.rounded(dtype)
+    compact: Any = {"separators": (",", ":"), "ensure_ascii": False}
+    metadata = {
+        "method": concept.method,
+        "superclass": concept.superclass,
+        "placeholder": concept.placeholder,
+        "settings": json.dumps(concept.settings, **compact),
+        "fingerprint": json.dumps(concept.fingerprint, **compact),
+        "covariance": concept.covariance,
+        "seed": str(concept.seed),
+        "versions": json.dumps(concept.versions, **compact),
+        "commit": concept.commit,
+    }
+    write(path, concept.tensors, metadata)
+    return dataclasses.replace(concept, source=str(path))
+
+
+class Attached:
+    """A concept inside a pipeline: for `with`, or until `detach()`. Nothing happens when this object is dropped."""
+
+    def __init__(self, concept: Concept, method: Method, backbone: Backbone) -> None:
+        self.concept, self.method, self.backbone = concept, method, backbone
+
+    @property
+    def beta(self) -> float | Tensor:
+        """β of the gate: a number, or one value per sample (S,); see `PromptGate.beta`. ConfigError without a gate."""
+        return self._settable("beta").beta
+
+    @beta.setter
+    def beta(self, value: float | Tensor) -> None:
+        self._settable("beta").beta = value
+
+    @property
+    def tau(self) -> float | Tensor:
+        """τ of the gate, likewise."""
+        return self._settable("tau").tau
+
+    @tau.setter
+    def tau(self, value: float | Tensor) -> None:
+        self._settable("tau").tau = value
+
+    def detach(self) -> None:
+        """Leave the pipeline bit-identical to before `attach`; idempotent."""
+        self.method.detach()
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _settable(self, name: str) -> Any:
+        if not hasattr(type(self.method), name):
+            raise ConfigError(f"{name}: found a concept of the method {self.concept.method!r}, which has no {name}")
+        return self.method
+
+
+def _requirements(backbone: Backbone) -> dict[str, str]:
+    """What must be the same where a concept is trained and where it is used. The templates are part of it: methods take
+    the superclass's encoding from them."""
+    return {**backbone.fingerprint(), "prompts": backbone.config.prompts}
+
+
+def _entry(path: PathLike, metadata: Mapping[str, str], field: str) -> str:
+    if field not in metadata:
+        raise ConceptFileError(f"{path}: found no metadata {field!r}, expected it in a concept")
+    return metadata[field]
+
+
+def _number(path: PathLike, metadata: Mapping[str, str], field: str) -> int:
+    text = _entry(path, metadata, field)
+    try:
+        return int(text)
+    except ValueError:
+        raise ConceptFileError(f"{path}: metadata {field!r}: found {text!r}, expected a whole number") from None
+
+
+def _object(path: PathLike, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
+    text = _entry(path, metadata, field)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConceptFileError(f"{path}: metadata {field!r}: found {text!r}, expected a JSON object")
+    return found
