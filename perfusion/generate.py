@@ -1,0 +1,222 @@
+"""`python -m perfusion.generate`: pictures of a concept. `--help` says how it is used."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
+from perfusion.data.prompts import contains
+
+# Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+if TYPE_CHECKING:
+    from perfusion.concept import Attached, Concept
+    from perfusion.manifest import ImageRecord
+
+USAGE = """
+Usage: python -m perfusion.generate concept=<file> prompt='a photo of <cat*> on the beach' [key=value ...]
+
+Draws pictures of a trained concept. Each has a seed of its own: picture k of `seed` is the one that `seed + k` gives
+alone. All of this is written beside the pictures (manifest.json), and into them (PNG text).
+Several prompts:  prompt='["a photo of <cat*> on the beach", "a sketch of <cat*>"]'
+"""
+
+GRID = "grid.png"
+_COLUMNS = 4  # of the grid of one prompt
+_SLUG = 48  # characters of a prompt in the name of a file
+
+
+@dataclass
+class GenerateConfig:
+    """The options of `python -m perfusion.generate`."""
+
+    concept: str = MISSING  # concept file
+    prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
+    beta: float | None = None  # gate's threshold: lower looks more like the concept; null: as the concept says
+    tau: float | None = None  # gate's softness; null: as the concept says
+    num: int = 4  # pictures of each prompt
+    seed: int = 0  # of the first picture of each prompt; the others follow on
+    out: str | None = None  # folder; null: generated/<concept>-<prompt>
+    backbone: str | None = None  # toyland, sd15, ...; null: the kind that the concept was trained on
+    path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
+    dtype: str = "float32"  # float32, float16 or bfloat16
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    steps: int | None = None  # denoising steps; null: the backbone's
+    guidance: float | None = None  # classifier-free guidance; null: the backbone's
+    batch: int = 8  # pictures at once on a GPU; a CPU takes one at a time, so that none depends on the others
+
+
+def main(argv: Sequence[str]) -> None:
+    """Generate what a command line describes."""
+    generate(parse_key_values([_readable(word) for word in argv], GenerateConfig, USAGE))
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Draw, and write each picture, `manifest.json` and `grid.png` into one folder; returns it.
+
+    What lies there from former runs stays, and stays in the manifest; a picture is replaced by the same picture only.
+
+    Raises:
+        ConfigError: an option that cannot be used, or no such backbone.
+        ConceptFileError: no concept file, or one for another backbone.
+        BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
+    """
+    from perfusion.concept import Concept
+    from perfusion.manifest import known_records
+
+    prompts = _prompts(config)
+    if config.num < 1:
+        raise ConfigError(f"num: found {config.num}, expected at least 1")
+    concept = Concept.load(Path(config.concept).expanduser())
+    for prompt in prompts:
+        if not contains(prompt, concept.placeholder):
+            print(
+                f"warning: {prompt!r} does not name the concept; put its placeholder {concept.placeholder} where it "
+                "shall be",
+                file=sys.stderr,
+            )
+    name = _name(config.concept, concept)
+    out = Path(config.out or Path("generated") / f"{name}-{slug(prompts[0])}").expanduser()
+    known = known_records(out)
+    with _attached(config, concept) as attached:
+        defaults = attached.backbone.config
+        steps = defaults.steps if config.steps is None else config.steps
+        guidance = defaults.guidance if config.guidance is None else config.guidance
+        records = _records(config, prompts, name, attached, steps, guidance)
+        records = named(records, known)
+        _draw(config, attached, records, known, out)
+    print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")
+    print(f"all together: {out / GRID}")
+    return out
+
+
+def slug(text: str) -> str:
+    """A prompt as part of a file's name."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:_SLUG].rstrip("-") or "image"
+
+
+def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[ImageRecord]:
+    """The records with a file name each: `<prompt>-<seed>.png`, counted on where another picture has that name."""
+    taken = {record.file: record for record in known}
+    result: list[ImageRecord] = []
+    for record in records:
+        stem = f"{slug(record.prompt)}-{record.seed:04d}"
+        choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in _suffixes())
+        free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
+        taken[free.file] = free
+        result.append(free)
+    return result
+
+
+def _suffixes() -> Iterable[str]:
+    yield ""
+    number = 2
+    while True:
+        yield f"-{number}"
+        number += 1
+
+
+def _readable(word: str) -> str:
+    """A word of the command line as `parse_key_values` wants it.
+
+    The backbone's own keys may be named as in training, `backbone.path=`. A prompt is text as it stands, unless it is
+    a list.
+    """
+    key, equals, value = word.removeprefix("backbone.").partition("=")
+    if equals and key == "prompt" and not value.lstrip().startswith("["):
+        value = json.dumps(value.replace("${", "\\${"), ensure_ascii=False)
+    return f"{key}{equals}{value}"
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ConfigError(f"prompt: found {config.prompt!r}, expected a text or a list of texts")
+    return prompts
+
+
+def _name(file: str, concept: Concept) -> str:
+    """What to call a concept: its file's name if that says more than that it is one, else its placeholder's letters."""
+    stem = Path(file).stem
+    return slug(concept.placeholder) if stem == "concept" else stem
+
+
+def _attached(config: GenerateConfig, concept: Concept) -> Attached:
+    """The concept in a backbone that was loaded for it."""
+    from perfusion.backbones import backbone_class
+    from perfusion.presets import backbone_config
+
+    family = concept.fingerprint.get("family", "toyland")
+    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device)
+    return concept.attach(backbone_class(chosen.name).load(chosen), beta=config.beta, tau=config.tau)
+
+
+def _records(
+    config: GenerateConfig, prompts: Sequence[str], name: str, attached: Attached, steps: int, guidance: float
+) -> list[ImageRecord]:
+    """What is known of each picture before it is drawn, prompt by prompt, but for its file."""
+    from perfusion.manifest import ImageRecord
+
+    concept = attached.concept
+    gated = hasattr(type(attached.method), "beta")
+    common: dict[str, Any] = {
+        "file": "",
+        "concept": name,
+        "concept_hash": concept.hash,
+        "placeholder": concept.placeholder,
+        "superclass": concept.superclass,
+        "method": concept.method,
+        "backbone": concept.fingerprint.get("family"),
+        "beta": attached.beta if gated else None,
+        "tau": attached.tau if gated else None,
+        "steps": steps,
+        "guidance": guidance,
+    }
+    return [ImageRecord(prompt=p, seed=config.seed + k, **common) for p in prompts for k in range(config.num)]
+
+
+def _draw(
+    config: GenerateConfig,
+    attached: Attached,
+    records: Sequence[ImageRecord],
+    known: Sequence[ImageRecord],
+    out: Path,
+) -> None:
+    """Draw the pictures of `records` into `out`; when interrupted, the manifest names those that were finished."""
+    from perfusion.files import atomic_path
+    from perfusion.manifest import save_png, write_manifest
+    from perfusion.sampling import image_grid, stream
+
+    drawn = stream(
+        attached.backbone.pipe,
+        [record.prompt for record in records],
+        [record.seed for record in records],  # type: ignore[misc]
+        records[0].steps,  # type: ignore[arg-type]
+        records[0].guidance,  # type: ignore[arg-type]
+        config.batch,
+        progress=True,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    images = []
+    try:
+        for record, image in zip(records, drawn, strict=True):
+            save_png(out, image, record)
+            images.append(image)
+    finally:
+        written = {record.file: record for record in (*known, *records[: len(images)])}
+        write_manifest(out, written.values())
+    grid = image_grid(images, config.num if len(images) > config.num else _COLUMNS)
+    with atomic_path(out / GRID) as temporary:
+        grid.save(temporary)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

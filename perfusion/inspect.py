@@ -1,0 +1,258 @@
+"""`python -m perfusion.inspect`: what a concept file holds, or what there is to edit in a backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
+
+# Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from perfusion.backbones.base import Backbone
+    from perfusion.backbones.loading import Source
+    from perfusion.concept import Concept
+    from perfusion.methods.base import Method
+
+USAGE = """
+Usage: python -m perfusion.inspect <concept file>                               what it holds; loads no model
+       python -m perfusion.inspect backbone=sd15                               what a method edits, without weights
+       python -m perfusion.inspect <concept file> prompt='a photo of <cat*>'   similarity r and gate g of each token
+"""
+
+Row = tuple[str, ...]
+
+
+@dataclass
+class InspectConfig:
+    """The options of `python -m perfusion.inspect`."""
+
+    concept: str | None = None  # concept file; `concept=` may be left out
+    backbone: str | None = None  # toyland, sd15, ...; with a prompt null is the kind that the concept was trained on
+    prompt: str | None = None  # text whose tokens are looked at
+    beta: float | None = None  # with a prompt: gate's threshold; null: as the concept says
+    tau: float | None = None  # with a prompt: gate's softness; null: as the concept says
+    path: str | None = None  # backbone's diffusers folder; null: the weights that it ships, or a known layout
+    dtype: str = "float32"  # with a prompt: float32, float16 or bfloat16
+    device: str = "auto"  # with a prompt: auto (cuda, then mps, then cpu)
+    method: str = "perfusion"  # without a concept: whose concept is measured
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print what a command line asks for."""
+    words = [word.removeprefix("backbone.") for word in argv]  # `backbone.path=`, as in training
+    for line in inspect(parse_key_values(words, InspectConfig, USAGE, positional="concept")):
+        print(line)
+
+
+def inspect(config: InspectConfig) -> list[str]:
+    """The lines of the answer.
+
+    Raises:
+        ConfigError: neither a concept nor a backbone, a prompt without a concept, or no such backbone or method.
+        ConceptFileError, BackboneError: what cannot be read.
+    """
+    from perfusion.concept import Concept
+
+    if config.concept is None and (config.backbone is None or config.prompt is not None):
+        missing = "neither a concept file nor backbone=" if config.prompt is None else "prompt= without a concept file"
+        raise ConfigError(f"found {missing}; --help says what there is to inspect")
+    lines: list[str] = []
+    if config.concept is not None:
+        concept = Concept.load(Path(config.concept).expanduser())
+        lines += describe_concept(concept, Path(config.concept).expanduser())
+        if config.prompt is not None:
+            lines += ["", *describe_prompt(concept, config)]
+    if config.backbone is not None and config.prompt is None:
+        lines += [""] * bool(lines) + describe_backbone(config.backbone, config.path, config.method)
+    return lines
+
+
+def describe_concept(concept: Concept, path: Path) -> list[str]:
+    """Everything that a concept file says, as lines; needs no model."""
+    from perfusion.concept_format import FORMAT_VERSION
+
+    numbers = sum(tensor.numel() for tensor in concept.tensors.values())
+    settings = ", ".join(f"{key} {value}" for key, value in concept.settings.items())
+    facts = [
+        ("file", f"{path} ({path.stat().st_size:,} bytes)"),
+        ("format", f"version {FORMAT_VERSION}"),
+        ("method", concept.method),
+        ("placeholder", concept.placeholder),
+        ("superclass", concept.superclass),
+        ("settings", settings),
+        ("seed", str(concept.seed)),
+        ("covariance", f"{concept.covariance} (captions:count:ridge)"),
+        ("backbone", ", ".join(f"{part} {value}" for part, value in concept.fingerprint.items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in concept.versions.items())),
+        ("commit", concept.commit or "none (not made in a checkout)"),
+        ("hash", concept.hash),
+        ("numbers", f"{numbers:,}"),
+    ]
+    rows: list[Row] = [("tensor", "shape", "dtype", "bytes", "mean", "std", "largest")]
+    for name, tensor in concept.tensors.items():
+        values = tensor.double()
+        spread = (values.mean(), values.std(correction=0), values.abs().max())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        rows.append((name, _shape(tensor.shape), dtype, f"{tensor.nbytes:,}", *(f"{v.item():.4g}" for v in spread)))
+    return [*_table(facts), "", *_table(rows, right=range(3, 7))]
+
+
+def describe_backbone(name: str, path: str | None, method_name: str) -> list[str]:
+    """Edit sites of a backbone, and the size of a concept on it, as lines; needs no weights."""
+    from perfusion.methods.base import Word, build
+
+    backbone = meta_backbone(name, path)
+    sites = backbone.edit_sites()
+    rows: list[Row] = [("edit site", "kind", "in", "out")]
+    for site in sites:
+        outputs, inputs = site.projection.weight.shape
+        rows.append((site.name, site.kind, str(inputs), str(outputs)))
+    out = {kind: sum(s.projection.weight.shape[0] for s in sites if s.kind == kind) for kind in ("k", "v")}
+    method = build({"name": method_name}, Word("<new*>", "object"))
+    shapes = method.state_shapes(backbone)
+    tensors = ", ".join(f"{key} {_shape(shape)}" for key, shape in shapes.items())
+    facts = [
+        ("sites", f"{len(sites)}, with {out['k']:,} outputs of K and {out['v']:,} of V"),
+        (f"concept of {method_name}", tensors),
+        ("numbers", f"{sum(math.prod(shape) for shape in shapes.values()):,}"),
+        ("file", f"{file_bytes(method, shapes, backbone.family):,} bytes in float16"),
+    ]
+    return [*_table(rows, right=(2, 3)), "", *_table(facts)]
+
+
+def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
+    """Similarity r and gate g of a concept at each token of a prompt, as lines; loads the backbone.
+
+    The padding after the prompt is one line, with the range of its values: the edit touches these positions, too.
+
+    Raises:
+        ConfigError: the concept's method has no gate.
+    """
+    import torch
+
+    from perfusion.backbones import backbone_class
+    from perfusion.edit import PromptGate
+    from perfusion.presets import backbone_config
+
+    assert config.prompt is not None
+    chosen = backbone_config(
+        config.backbone or concept.fingerprint.get("family", "toyland"), config.path, config.dtype, config.device
+    )
+    backbone = backbone_class(chosen.name).load(chosen)
+    pipe: Any = backbone.pipe
+    with concept.attach(backbone, beta=config.beta, tau=config.tau) as attached, torch.no_grad():
+        gate = getattr(attached.method, "gate", None)
+        if not isinstance(gate, PromptGate):
+            raise ConfigError(f"prompt: a concept of the method {concept.method!r} has no gate to look at")
+        encoding = pipe.encode_prompt(config.prompt, backbone.device, 1, False)[0]  # (1, N, d)
+        r = gate.similarity(encoding)[0, 0].tolist()
+        g = gate(encoding).gates[0, 0].tolist()
+        settings = f"β {attached.beta}, τ {attached.tau}"
+        ids = pipe.tokenizer(config.prompt, padding="max_length", truncation=True).input_ids
+        tokens = pipe.tokenizer.convert_ids_to_tokens(ids)
+        end = ids.index(pipe.tokenizer.eos_token_id)
+    rows: list[Row] = [("position", "token", "r", "g")]
+    rows += [(str(k), tokens[k].removesuffix("</w>"), f"{r[k]:.3f}", f"{g[k]:.3f}") for k in range(end + 1)]
+    if end + 1 < len(ids):
+        rest = slice(end + 1, None)
+        rows.append((f"{end + 1}–{len(ids) - 1}", "padding", _range(r[rest]), _range(g[rest])))
+    return [f"{config.prompt!r}, {settings}", *_table(rows, right=(2, 3))]
+
+
+def meta_backbone(name: str, path: str | None) -> Backbone:
+    """A backbone without weights, on the meta device: a known layout, or the configs of a diffusers folder.
+
+    Raises:
+        ConfigError: no such backbone.
+        BackboneError: neither a layout nor a folder with configs.
+    """
+    from perfusion.backbones import backbone_class
+    from perfusion.backbones.layouts import available_layouts, meta_pipeline
+    from perfusion.presets import backbone_config
+
+    config = backbone_config(name, path)
+    cls: Any = backbone_class(config.name)
+    if config.path is None and name in available_layouts():
+        return cls.around(meta_pipeline(name), config)
+    return cls.around(_meta_pipeline_of(cls.source(config)), config)
+
+
+def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], family: str) -> int:
+    """Size of the file of a concept with tensors of these shapes in float16 and all its metadata, by writing one."""
+    import torch
+
+    from perfusion.concept import LIBRARIES, Concept, save_concept
+    from perfusion.provenance import provenance
+
+    options = dataclasses.asdict(method.options)
+    digest = "0" * 16
+    concept = Concept(
+        method=options.pop("name"),
+        superclass=method.word.superclass,
+        placeholder=method.word.placeholder,
+        tensors={name: torch.zeros(shape) for name, shape in shapes.items()},
+        settings={key: value.name if isinstance(value, Enum) else value for key, value in options.items()},
+        fingerprint={"family": family, "text_encoder": digest, "projections": digest},
+        covariance="everyday:10000:0.01",
+        seed=0,
+        versions={name: version for name, version in provenance()["versions"].items() if name in LIBRARIES},
+        commit="0" * 12,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "concept.safetensors"
+        save_concept(file, concept)
+        return file.stat().st_size
+
+
+def _meta_pipeline_of(origin: Source) -> StableDiffusionPipeline:
+    """The pipeline whose configs lie in a diffusers folder, on the meta device, without its tokenizer."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from perfusion.backbones.base import BackboneError
+    from perfusion.backbones.loading import reading
+
+    if not origin.local:
+        raise BackboneError(f"path: found {origin.name!r}, expected a folder: the layout is read from its files")
+    with reading(origin), torch.device("meta"):
+        parts: dict[str, Any] = {
+            name: kind.from_config(kind.load_config(origin.name, subfolder=name))
+            for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDIMScheduler))
+        }
+        text = CLIPTextConfig.from_pretrained(origin.name, subfolder="text_encoder")
+        parts["text_encoder"] = CLIPTextModel(text)
+    absent: dict[str, Any] = {"tokenizer": None, "safety_checker": None, "feature_extractor": None}
+    return StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)
+
+
+def _table(rows: Iterable[Row], right: Iterable[int] = ()) -> list[str]:
+    """Rows as lines of aligned columns; those in `right` are aligned to the right."""
+    rows, right = list(rows), set(right)
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    aligned = [str.rjust if k in right else str.ljust for k in range(len(widths))]
+    lines = ("  ".join(align(*cell) for align, *cell in zip(aligned, row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "×".join(str(size) for size in shape)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

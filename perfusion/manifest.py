@@ -1,0 +1,144 @@
+"""Pictures with their origin: `manifest.json` beside them, and the same in the text chunks of every PNG.
+
+The manifest is a JSON list with one object per picture. `file` and `prompt` are required, every other key of
+`ImageRecord` is optional: pictures that another tool made can be described, and scored, in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from perfusion.files import PathLike, atomic_path, atomic_write_text
+
+FILE_NAME = "manifest.json"
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; names the file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """Where one picture comes from. None: not known, or not a thing of the method that made it."""
+
+    file: str  # relative to the manifest's folder, with "/"
+    prompt: str  # as it was given, with the placeholder in it
+    seed: int | None = None
+    concept: str | None = None  # name of the concept; pictures of one concept share it
+    concept_hash: str | None = None  # of the concept file's tensors
+    placeholder: str | None = None
+    superclass: str | None = None
+    method: str | None = None
+    backbone: str | None = None
+    beta: float | None = None
+    tau: float | None = None
+    steps: int | None = None
+    guidance: float | None = None
+
+
+def save_png(folder: PathLike, image: Image.Image, record: ImageRecord) -> None:
+    """Write a picture as `record.file` in `folder`, atomically, with everything known about it as PNG text chunks."""
+    info = PngInfo()
+    for key, value in _known(record).items():
+        if key != "file":
+            info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    with atomic_path(Path(folder) / record.file) as temporary:
+        image.save(temporary, "PNG", pnginfo=info)
+
+
+def write_manifest(folder: PathLike, records: Iterable[ImageRecord]) -> Path:
+    """Write `manifest.json` into `folder`, atomically; returns its path."""
+    path = Path(folder) / FILE_NAME
+    atomic_write_text(path, json.dumps([_known(record) for record in records], indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def read_manifest(folder: PathLike) -> list[ImageRecord]:
+    """The records of `manifest.json` in `folder`, in its order.
+
+    Raises:
+        ManifestError: no such file, no JSON list of objects, an unknown key, a missing or wrong value, a file that is
+            named twice, does not exist, or lies outside of the folder.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise ManifestError(f"{path}: no such file; expected a list of pictures (file, prompt, seed, ...)")
+    records = _records(path)
+    for record in records:
+        if not (path.parent / record.file).is_file():
+            raise ManifestError(f"{path}: names {record.file!r}, but there is no such file")
+    return records
+
+
+def known_records(folder: PathLike) -> list[ImageRecord]:
+    """The records of those pictures in `folder` that are there; none without a manifest. Raises ManifestError."""
+    path = Path(folder) / FILE_NAME
+    records = _records(path) if path.is_file() else []
+    return [record for record in records if (path.parent / record.file).is_file()]
+
+
+def _records(path: Path) -> list[ImageRecord]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # json's and Unicode's errors are ValueErrors
+        raise ManifestError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ManifestError(f"{path}: found {_kind(entries)}, expected a list of objects")
+    records = [_record(entry, f"{path}, entry {i}") for i, entry in enumerate(entries)]
+    seen: set[str] = set()
+    for record in records:
+        if record.file in seen:
+            raise ManifestError(f"{path}: {record.file!r} is there twice, expected one entry per file")
+        seen.add(record.file)
+    return records
+
+
+def _known(record: ImageRecord) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(record).items() if value is not None}
+
+
+def _record(entry: Any, where: str) -> ImageRecord:
+    if not isinstance(entry, Mapping):
+        raise ManifestError(f"{where}: found {_kind(entry)}, expected an object")
+    hints = typing.get_type_hints(ImageRecord)
+    for key, value in entry.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ManifestError(f"{where}: unknown key {key!r}{hint} Known: {', '.join(hints)}")
+        _check(value, hints[key], f"{where}: {key}")
+    for key in ("file", "prompt"):
+        if not entry.get(key):
+            raise ManifestError(f"{where}: {key!r} is missing or empty")
+    inside = os.path.normpath(entry["file"])
+    if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+        raise ManifestError(f"{where}: found the file {entry['file']!r}, expected one inside of the manifest's folder")
+    return ImageRecord(**entry)
+
+
+def _check(value: Any, hint: Any, where: str) -> None:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    whole_for_float = float in kinds and type(value) is int
+    if not (type(value) in kinds or whole_for_float) or (type(value) is float and not math.isfinite(value)):
+        names = " or ".join(_NAMES[kind] for kind in kinds)
+        raise ManifestError(f"{where}: found {value!r}, expected {names}")
+
+
+_NAMES = {str: "text", int: "a whole number", float: "a finite number", types.NoneType: "null"}
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text"}.get(type(value), repr(value))

@@ -1,0 +1,268 @@
+"""From a concept file to pictures that say where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from perfusion import generate as module
+from perfusion import manifest
+from perfusion.backbones import backbone_class, default_config
+from perfusion.backbones.base import Backbone
+from perfusion.cli import run_cli
+from perfusion.concept import Concept, save_concept
+from perfusion.config import ConfigError
+from perfusion.generate import GenerateConfig, generate, main, slug
+from perfusion.manifest import ImageRecord, read_manifest
+from perfusion.methods.base import Word, build
+from perfusion.presets import backbone_config
+from tests.pipelines import toyland_folder
+
+BEACH = "a photo of <cat*> on the beach"
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toyland_folder(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def backbone(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    config = dataclasses.replace(default_config("toyland"), path=str(pipeline), device="cpu")
+    config.covariance.count = 50
+    config.covariance.cache = str(tmp_path_factory.mktemp("covariance"))
+    return backbone_class("toyland").load(config)
+
+
+@pytest.fixture(scope="module")
+def concept(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file whose values are far from the superclass's, so that its pictures are, too."""
+    method = build({"name": "perfusion"}, Word("<cat*>", "cat"))
+    method.attach(backbone)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    path = tmp_path_factory.mktemp("concept") / "concept.safetensors"
+    save_concept(path, Concept.of(method, backbone, seed=0))
+    method.detach()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Nothing is loaded twice, and what is written by default lands in the test's folder. Holds what was asked for."""
+    asked: list[str] = []
+
+    def load(config) -> Backbone:
+        asked.append(config.path)
+        return backbone
+
+    monkeypatch.setattr(type(backbone), "load", load)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def run(concept: Path, *words: str) -> int:
+    return run_cli(main, [f"concept={concept}", f"steps={STEPS}", "device=cpu", *words])
+
+
+def draw(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], **settings: float) -> list[bytes]:
+    """The same by stock calls, with nothing of ours but the concept."""
+    backbone.pipe.set_progress_bar_config(disable=True)
+    guidance = settings.pop("guidance", 4.0)
+    images = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        images.append(
+            backbone.pipe(prompt, generator=generator, num_inference_steps=STEPS, guidance_scale=guidance).images[0]
+        )
+    return [image.tobytes() for image in images]
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    return {record.file: Image.open(folder / record.file).tobytes() for record in read_manifest(folder)}
+
+
+def test_pictures_with_their_origin(concept: Path, backbone: Backbone, pipeline: Path, loaded, capsys) -> None:
+    assert run(concept, f"prompt={BEACH}", "num=2", "seed=7", f"backbone.path={pipeline}") == 0
+    out = Path("generated/cat-a-photo-of-cat-on-the-beach")
+    said = capsys.readouterr()
+    assert f"pictures: {out} (2 PNG files and manifest.json)" in said.out and str(out / "grid.png") in said.out
+    assert f"100%|██████████| {2 * STEPS}/{2 * STEPS}" in said.err and "warning" not in said.err
+    assert loaded == [str(pipeline)]
+
+    first, second = read_manifest(out)
+    file = Concept.load(concept)
+    assert first == ImageRecord(
+        file="a-photo-of-cat-on-the-beach-0007.png", prompt=BEACH, seed=7, concept="cat", concept_hash=file.hash,
+        placeholder="<cat*>", superclass="cat", method="perfusion", backbone="toyland", beta=0.7, tau=0.15, steps=STEPS,
+        guidance=4.0,
+    )  # fmt: skip
+    assert second == dataclasses.replace(first, file="a-photo-of-cat-on-the-beach-0008.png", seed=8)
+    with Image.open(out / first.file) as image:
+        text = {key: json.loads(image.text[key]) for key in ("seed", "beta", "tau", "steps")}
+        assert text == {"seed": 7, "beta": 0.7, "tau": 0.15, "steps": STEPS}
+        assert (image.text["prompt"], image.text["concept_hash"]) == (BEACH, file.hash)
+    with file.attach(backbone):
+        expected = draw(backbone, [BEACH] * 2, [7, 8])
+    assert list(pixels(out).values()) == expected
+    assert Image.open(out / "grid.png").size == (2 * 64 + 2, 64)
+    assert {path.name for path in out.iterdir()} == {first.file, second.file, "manifest.json", "grid.png"}
+
+
+def test_picture_k_does_not_depend_on_how_many_are_drawn_nor_in_which_batches(concept: Path) -> None:
+    assert run(concept, f"prompt={BEACH}", "num=3", "batch=2", "out=many") == 0
+    assert run(concept, f"prompt={BEACH}", "num=1", "seed=2", "batch=1", "out=one") == 0
+    name = "a-photo-of-cat-on-the-beach-0002.png"
+    assert pixels(Path("many"))[name] == pixels(Path("one"))[name]
+    assert len(set(pixels(Path("many")).values())) == 3
+
+
+def test_beta_tau_guidance_reach_the_picture(concept: Path, backbone: Backbone) -> None:
+    assert run(concept, f"prompt={BEACH}", "num=1", "beta=0.1", "tau=0.05", "guidance=2", "out=o") == 0
+    (record,) = read_manifest("o")
+    assert (record.beta, record.tau, record.guidance) == (0.1, 0.05, 2.0)
+    with Concept.load(concept).attach(backbone, beta=0.1, tau=0.05):
+        expected = draw(backbone, [BEACH], [0], guidance=2.0)
+    with Concept.load(concept).attach(backbone):
+        other = draw(backbone, [BEACH], [0], guidance=2.0)
+    assert list(pixels(Path("o")).values()) == expected != other
+
+
+def test_several_prompts_share_seeds_and_a_grid(concept: Path) -> None:
+    assert run(concept, 'prompt=["<cat*>, in a box", a sketch of <cat*>]', "num=2", "out=o") == 0
+    made = [(record.file, record.prompt, record.seed) for record in read_manifest("o")]
+    assert made == [
+        ("cat-in-a-box-0000.png", "<cat*>, in a box", 0),
+        ("cat-in-a-box-0001.png", "<cat*>, in a box", 1),
+        ("a-sketch-of-cat-0000.png", "a sketch of <cat*>", 0),
+        ("a-sketch-of-cat-0001.png", "a sketch of <cat*>", 1),
+    ]
+    grid, pictures = Image.open("o/grid.png"), pixels(Path("o"))
+    assert grid.size == (130, 130), "one row for each prompt"
+    assert grid.crop((66, 66, 130, 130)).tobytes() == pictures["a-sketch-of-cat-0001.png"]
+
+
+def test_a_prompt_is_text_as_it_stands(concept: Path, capsys) -> None:
+    prompt = "<cat*>: on the ${beach}, 'asleep' # 1"
+    assert run(concept, f"prompt={prompt}", "num=1", "out=o") == 0
+    assert [record.prompt for record in read_manifest("o")] == [prompt]
+
+
+def test_a_prompt_without_the_placeholder_is_drawn_with_a_warning(concept: Path, capsys) -> None:
+    assert run(concept, "prompt=[a cat* in a box, a sketch of <CAT*>]", "num=1", "out=o") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: 'a cat* in a box' does not name the concept; put its placeholder <cat*> where it shall be"
+    ]
+    assert len(read_manifest("o")) == 2
+
+
+def test_no_picture_of_a_former_run_is_lost(concept: Path) -> None:
+    for beta in (0.7, 0.2, 0.7):  # the third run draws the first one's picture again
+        assert run(concept, f"prompt={BEACH}", "num=1", f"beta={beta}", "out=o") == 0
+    first, second = read_manifest("o")
+    assert (first.file, first.beta) == ("a-photo-of-cat-on-the-beach-0000.png", 0.7)
+    assert (second.file, second.beta) == ("a-photo-of-cat-on-the-beach-0000-2.png", 0.2)
+    Path("o", first.file).unlink()
+    assert run(concept, f"prompt={BEACH}", "num=1", "seed=1", "out=o") == 0
+    assert [record.seed for record in read_manifest("o")] == [0, 1]
+
+
+def test_prompts_that_differ_in_signs_only_get_files_of_their_own(concept: Path) -> None:
+    assert run(concept, "prompt=[a <cat*> asleep, 'a <cat*>, asleep!']", "num=1", "out=o") == 0
+    assert [r.file for r in read_manifest("o")] == ["a-cat-asleep-0000.png", "a-cat-asleep-0000-2.png"]
+
+
+def test_what_was_drawn_before_an_interruption_is_in_the_manifest(concept: Path, monkeypatch) -> None:
+    saved = manifest.save_png
+
+    def save(folder, image, record) -> None:
+        if record.seed == 2:
+            raise KeyboardInterrupt
+        saved(folder, image, record)
+
+    monkeypatch.setattr(manifest, "save_png", save)
+    assert run(concept, f"prompt={BEACH}", "num=4", "out=o") == 130
+    assert [record.seed for record in read_manifest("o")] == [0, 1]
+
+
+def test_the_pipeline_is_left_without_the_concept(concept: Path, backbone: Backbone) -> None:
+    before = draw(backbone, ["a cat"], [0])
+    assert run(concept, f"prompt={BEACH}", "num=1", "out=o") == 0
+    assert draw(backbone, ["a cat"], [0]) == before and "<cat*>" not in backbone.pipe.tokenizer.get_vocab()
+
+
+def test_the_name_of_a_concept(concept: Path, tmp_path: Path) -> None:
+    other = tmp_path / "mittens.safetensors"
+    other.write_bytes(concept.read_bytes())
+    assert generate(GenerateConfig(str(other), [BEACH], num=1, steps=1)) == Path(
+        "generated/mittens-a-photo-of-cat-on-the-beach"
+    )
+
+
+def test_slug() -> None:
+    assert slug("A photo of <cat*>, in Zürich!") == "a-photo-of-cat-in-zürich"
+    assert slug("<*>") == "image"
+    assert slug("x" * 47 + " y" * 40) == "x" * 47
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prompt="], "prompt: found '', expected a text or a list of texts"),
+        (["prompt=[]"], "prompt: found [], expected a text or a list of texts"),
+        (["prompt=[1, 2]"], "prompt: found [1, 2], expected"),
+        (["num=0"], "num: found 0, expected at least 1"),
+        (["seeds=1"], "seeds: unknown key; did you mean 'seed'?"),
+        (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: sd15, stable_diffusion, toyland"),
+        (["tau=0"], "tau: found 0"),
+        (["steps=0"], "steps: found 0, expected 1 to 1000"),
+        (["batch=0"], "batch size: found 0"),
+        ([f"seed={2**64}"], f"seed: found {2**64}"),
+    ],
+)
+def test_mistakes(concept: Path, words: list[str], message: str, capsys) -> None:
+    assert run(concept, f"prompt={BEACH}", "out=o", *words) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not Path("o").exists() or not list(Path("o").glob("*.png"))
+
+
+def test_mistakes_in_files(concept: Path, capsys) -> None:
+    assert run(Path("nowhere.safetensors"), f"prompt={BEACH}") == 2
+    assert "nowhere.safetensors: found no such file" in capsys.readouterr().err
+    Path("o").mkdir()
+    Path("o/manifest.json").write_text("{}")
+    assert run(concept, f"prompt={BEACH}", "out=o") == 2
+    assert "manifest.json: found an object, expected a list" in capsys.readouterr().err
+    assert run_cli(main, [f"concept={concept}"]) == 2
+    assert "prompt: missing" in capsys.readouterr().err
+
+
+def test_every_preset_of_a_backbone_can_be_named(monkeypatch) -> None:
+    sd15 = backbone_config("sd15", "folder", "float16", "cpu")
+    assert (sd15.name, sd15.path, sd15.dtype, sd15.device) == ("stable_diffusion", "folder", "float16", "cpu")
+    assert (sd15.steps, sd15.guidance, sd15.resolution) == (50, 6.0, 512)
+    assert backbone_config("toyland").resolution == 64
+    monkeypatch.setattr("perfusion.presets.FOLDER", Path("nowhere"))
+    assert backbone_config("stable_diffusion").prompts == "imagenet", "by its own name, where there are no presets"
+    with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: stable_diffusion, toyland"):
+        backbone_config("sd15")
+
+
+def test_help_names_every_key(capsys) -> None:
+    with pytest.raises(SystemExit) as status:
+        run_cli(main, ["--help"])
+    assert status.value.code == 0
+    said = capsys.readouterr().out
+    for field in dataclasses.fields(GenerateConfig):
+        line = next(line for line in said.splitlines() if line.startswith(f"  {field.name} "))
+        assert len(line.split()) > 3, f"{field.name} has no explanation"
+    assert module.USAGE.strip().splitlines()[0] in said

@@ -1,0 +1,115 @@
+"""A picture belongs to its prompt and seed, whatever is drawn beside it."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from perfusion.sampling import SamplingError, image_grid, sample
+from tests.pipelines import toyland_pipeline
+
+PROMPTS = ["a photo of a cat on the beach", "a sketch of a dog", "a mug at night", "a red car"]
+SEEDS = [7, 2**40, -3, 7]
+STEPS = 2
+
+
+@functools.cache
+def shared_pipe() -> StableDiffusionPipeline:
+    return toyland_pipeline()
+
+
+@pytest.fixture
+def pipe() -> StableDiffusionPipeline:
+    return shared_pipe()
+
+
+@pytest.fixture
+def calls(pipe, monkeypatch) -> list[int]:
+    """Grows by the batch size of every call of the denoiser."""
+    sizes: list[int] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    yield sizes
+    handle.remove()
+
+
+@functools.cache
+def drawn_one_by_one() -> list[bytes]:
+    return [sample(shared_pipe(), [p], [s], STEPS)[0].tobytes() for p, s in zip(PROMPTS, SEEDS, strict=True)]
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+def test_the_image_of_a_seed_is_the_same_in_any_batch(pipe, batch_size):
+    images = sample(pipe, PROMPTS, SEEDS, STEPS, batch_size=batch_size)
+    assert [image.tobytes() for image in images] == drawn_one_by_one()
+
+
+def test_prompts_and_seeds_make_the_image():
+    assert len(set(drawn_one_by_one())) == len(PROMPTS)
+    again = sample(shared_pipe(), [PROMPTS[0]] * 2, [SEEDS[0], SEEDS[0] + 1], STEPS)
+    assert again[0].tobytes() == drawn_one_by_one()[0] != again[1].tobytes()
+
+
+def test_it_is_the_image_of_the_stock_call(pipe):
+    generator = torch.Generator().manual_seed(5)
+    stock = pipe(PROMPTS[0], num_inference_steps=STEPS, guidance_scale=3.0, generator=generator).images[0]
+    assert sample(pipe, PROMPTS[:1], [5], STEPS, guidance=3.0)[0].tobytes() == stock.tobytes()
+    assert sample(pipe, PROMPTS[:1], [5], STEPS, guidance=1.0)[0].tobytes() != stock.tobytes()
+
+
+def test_a_cpu_takes_batches_only_if_it_need_not_be_exact(pipe, calls):
+    sample(pipe, PROMPTS, SEEDS, STEPS, guidance=1.0, batch_size=3)
+    assert calls == [1] * STEPS * len(PROMPTS)
+    calls.clear()
+    images = sample(pipe, PROMPTS, SEEDS, STEPS, guidance=1.0, batch_size=3, exact=False)
+    assert calls == [3] * STEPS + [1] * STEPS
+    exact = sample(pipe, PROMPTS, SEEDS, STEPS, guidance=1.0)  # the same but for rounding
+    for image, same in zip(images, exact, strict=True):
+        difference = np.abs(np.asarray(image, dtype=int) - np.asarray(same, dtype=int))
+        assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+def test_size(pipe):
+    assert sample(pipe, PROMPTS[:1], [0], 1)[0].size == (64, 64)
+    assert sample(pipe, PROMPTS[:1], [0], 1, size=48)[0].size == (48, 48)
+
+
+def test_no_generator_that_others_draw_from_is_touched(pipe):
+    before = torch.get_rng_state()
+    sample(pipe, PROMPTS[:1], [0], 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_progress_counts_every_step_and_the_pipelines_own_bar_is_put_back(pipe, capsys):
+    own = dict(pipe._progress_bar_config)
+    sample(pipe, PROMPTS[:3], SEEDS[:3], STEPS, progress=True)
+    shown = capsys.readouterr().err
+    assert f"Sampling: 100%|██████████| {3 * STEPS}/{3 * STEPS}" in shown
+    assert pipe._progress_bar_config == own
+    sample(pipe, PROMPTS[:1], SEEDS[:1], STEPS)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps: found 0, expected 1 to 1000"),
+        ({"steps": 1001}, "steps: found 1001, expected 1 to 1000"),
+        ({"batch_size": 0}, "batch size: found 0, expected at least 1"),
+        ({"seeds": [2**64]}, f"seed: found {2**64}, expected"),
+    ],
+)
+def test_requests_that_cannot_be_followed(pipe, arguments, message):
+    with pytest.raises(SamplingError, match=message):
+        sample(pipe, **({"prompts": PROMPTS[:1], "seeds": [0]} | arguments))
+
+
+def test_image_grid():
+    colours = ["red", "green", "blue"]
+    grid = image_grid([Image.new("RGB", (4, 3), colour) for colour in colours], columns=2, gap=1)
+    assert grid.size == (9, 7)
+    found = [grid.getpixel(at) for at in [(0, 0), (5, 0), (3, 6), (4, 0), (0, 3), (8, 6)]]
+    assert found == [(255, 0, 0), (0, 128, 0), (0, 0, 255)] + [(255, 255, 255)] * 3
+    assert image_grid([Image.new("RGB", (4, 3))], columns=5).size == (4, 3)
