@@ -1,0 +1,1 @@
+"""Scores of generated images. May import `perfusion`; nothing in `perfusion` imports this package."""

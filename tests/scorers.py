@@ -1,0 +1,41 @@
+"""A scoring model in open_clip's folder format, tiny and with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from perfusion.toyland.tokenizer import build_tokenizer
+
+WORDS = ("a", "cat", "dog", "photo", "of", "on", "in", "the", "beach", "hat", "snow")
+SIZE, POSITIONS, DIMENSION = 64, 16, 24
+
+
+def make_scorer(folder: Path, seed: int = 0) -> str:
+    """Write the model into `folder`, which is made; returns the name that `ClipScorer` takes."""
+    tokenizer = build_tokenizer(WORDS, POSITIONS)
+    shape = {
+        "embed_dim": DIMENSION,
+        "vision_cfg": {"image_size": SIZE, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+        "text_cfg": {
+            "context_length": POSITIONS,
+            "vocab_size": len(tokenizer),
+            "hf_tokenizer_name": "local",  # open_clip then takes the tokenizer that lies in the folder
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    config = {"model_cfg": shape, "preprocess_cfg": {"size": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3}}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = open_clip.CLIP(shape["embed_dim"], shape["vision_cfg"], shape["text_cfg"])
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    return f"local-dir:{folder}"

@@ -1,0 +1,232 @@
+"""The step with the best harmonic mean of CLIP-I and CLIP-T is the one that training ends with."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from PIL import Image
+from torch import Tensor
+
+from eval.clip import ClipScorer, ScorerError
+from eval.selection import SelectBestStep, pictures
+from perfusion.backbones import backbone_class, default_config
+from perfusion.backbones.base import Backbone
+from perfusion.config import ConfigError
+from perfusion.data.dataset import Examples
+from perfusion.data.prompts import PromptError
+from perfusion.methods.base import Method, Word, build
+from perfusion.sampling import sample
+from perfusion.training.checkpoint import SafetensorsCheckpointIO
+from perfusion.training.data import ConceptData
+from perfusion.training.loggers import MetricsCSV
+from perfusion.training.module import PersonalizationModule
+from perfusion.training.trainer import results
+from tests.pipelines import toyland_folder
+from tests.scorers import make_scorer
+
+STEPS = 6
+TEMPLATES = ["a photo of a {} on the beach", "a {} in a box"]
+WORD = Word("<toy*>", "cat")
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_scorer(tmp_path_factory.mktemp("scorer") / "model")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    folder = toyland_folder(tmp_path_factory.mktemp("pipeline"))
+    config = dataclasses.replace(default_config("toyland"), path=str(folder), device="cpu", resolution=32)
+    config.covariance.count = 50
+    config.covariance.cache = str(tmp_path_factory.mktemp("covariance"))
+    return backbone_class("toyland").load(config)
+
+
+@pytest.fixture
+def method(backbone: Backbone):
+    made = build({"name": "perfusion", "steps": STEPS, "batch_size": 2, "sample_beta": 0.3, "value_rate": 0.1}, WORD)
+    made.attach(backbone)
+    yield made
+    made.detach()
+
+
+class Scripted(SelectBestStep):
+    """Gives each step the score that a test wants."""
+
+    def __init__(self, scores: Mapping[int, float], **settings: Any) -> None:
+        super().__init__(prompts=TEMPLATES, steps=1, **settings)
+        self.script, self.looked_at = scores, []
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        self._score = lambda images: {"harmonic": self._at(trainer.global_step)}
+        super().on_train_batch_end(trainer, *rest)
+
+    def _at(self, step: int) -> float:
+        self.looked_at.append(step)
+        return self.script[step]
+
+
+class States(Callback):
+    """The method's state after each step."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self.after[trainer.global_step] = pl_module.method.state()
+
+
+def fit(
+    method: Method, backbone: Backbone, folder: Path, *callbacks: Callback, resume: Path | None = None, **more: Any
+):
+    draw = torch.Generator().manual_seed(0)
+    examples = Examples(torch.rand(2, 3, 32, 32, generator=draw) * 2 - 1, None, ["a", "b"])
+    trainer = Trainer(
+        max_steps=STEPS,
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=[MetricsCSV(folder / "metrics.csv")],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[SafetensorsCheckpointIO()],
+        **more,
+    )
+    data = ConceptData(examples, backbone, method.options, WORD.placeholder, seed=0)
+    trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=resume)
+    return trainer
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_best_step_is_kept_and_of_equal_ones_the_first(method, backbone, scorer, tmp_path) -> None:
+    select, states = Scripted({2: 0.2, 4: 0.5, 6: 0.5}, every=2, scorer=scorer), States()
+    trainer = fit(method, backbone, tmp_path, select, states)
+    assert select.looked_at == [2, 4, 6], "not step 0"
+    assert (select.best_step, select.best_scores) == (4, {"harmonic": 0.5})
+    assert same(method.state(), states.after[4]) and not same(states.after[4], states.after[6])
+    assert results(trainer) == {"step_kept": 4, "scores": {"harmonic": 0.5}}
+
+
+def test_the_last_step_counts_too(method, backbone, scorer, tmp_path) -> None:
+    select, states = Scripted({4: 0.1, 6: 0.2}, every=4, scorer=scorer), States()
+    fit(method, backbone, tmp_path, select, states)
+    assert select.looked_at == [4, 6] and select.best_step == 6
+    assert same(method.state(), states.after[6])
+
+
+def test_steps_are_optimizer_steps(method, backbone, scorer, tmp_path) -> None:
+    select = Scripted({2: 0.2, 4: 0.5, 6: 0.1}, every=2, scorer=scorer)
+    fit(method, backbone, tmp_path, select, accumulate_grad_batches=2)
+    assert select.looked_at == [2, 4, 6], "each of them once, although two batches make a step"
+
+
+def test_a_resumed_run_chooses_like_one_that_never_stopped(method, backbone, scorer, tmp_path) -> None:
+    """The best step lies before the checkpoint: only the checkpoint can know it."""
+    script = {2: 0.9, 4: 0.5, 6: 0.4}
+
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "at-3.safetensors")
+
+    whole = Scripted(script, every=2, scorer=scorer)
+    fit(method, backbone, tmp_path, whole, Save())
+    expected = method.state()
+    method.load_state({name: value * 0 + 1 for name, value in expected.items()})
+    resumed = Scripted(script, every=2, scorer=scorer)
+    fit(method, backbone, tmp_path, resumed, resume=tmp_path / "at-3.safetensors")
+    assert resumed.looked_at == [4, 6]
+    assert (resumed.best_step, resumed.best_scores) == (2, {"harmonic": 0.9})
+    assert same(method.state(), expected)
+
+
+def test_scores_of_the_samples_that_the_concept_gives(method, backbone, scorer, tmp_path) -> None:
+    """The whole way: samples at the best step, drawn again and scored in float64, give the scores that were logged."""
+    seen: list[tuple[bool, float]] = []
+    watch = backbone.denoiser.register_forward_pre_hook(lambda *_: seen.append((method.training, method.beta)))
+    select = SelectBestStep(every=3, scorer=scorer, prompts=TEMPLATES, steps=2, guidance=2.0, seed=11, batch_size=2)
+    fit(method, backbone, tmp_path, select)
+    watch.remove()
+    trained, sampled = (True, 0.75), (False, 0.3)
+    assert seen == ([trained] * 3 + [sampled] * 2) * 2, "sampling has the method's settings for it, training its own"
+    assert method.training and method.beta == 0.75
+
+    method.eval()
+    prompts = [template.replace("{}", "<toy*>") for template in TEMPLATES]
+    images = sample(backbone.pipe, prompts, [11, 12], 2, 2.0, 2, size=32, exact=False)
+    model = ClipScorer(scorer)
+    draw = torch.Generator().manual_seed(0)
+    pixels = (torch.rand(2, 3, 32, 32, generator=draw) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    references = model.image_embeddings([Image.fromarray(p) for p in pixels]).double()
+    generated = model.image_embeddings(images).double()
+    texts = model.text_embeddings([template.replace("{}", "cat") for template in TEMPLATES]).double()
+    i, t = (generated @ references.T).mean().item(), (generated * texts).sum(-1).mean().item()
+    assert i > 0 and t > 0, "else the mean is 0 whatever they are"
+    expected = {"clip_i": i, "clip_t": t, "harmonic": 2 * i * t / (i + t)}
+    assert select.best_scores == pytest.approx(expected, abs=1e-6)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["harmonic"]]
+    assert [row["step"] for row in rows] == ["3", "6"]
+    kept = next(row for row in rows if row["step"] == str(select.best_step))
+    assert {key: float(kept[key]) for key in expected} == pytest.approx(expected, abs=1e-6)
+    assert select.summary() == {"step_kept": select.best_step, "scores": select.best_scores}
+
+    strips = sorted((tmp_path / "progress").iterdir())
+    assert [path.name for path in strips] == ["step-00003.png", "step-00006.png"]
+    strip = Image.open(tmp_path / "progress" / f"step-{select.best_step:05d}.png")
+    assert strip.size == (2 * 32 + 2, 32) and strip.crop((34, 0, 66, 32)).tobytes() == images[1].tobytes()
+
+
+def test_watching_changes_nothing_in_training(method, backbone, scorer, tmp_path) -> None:
+    alone, watched = States(), States()
+    start = method.state()
+    fit(method, backbone, tmp_path, alone)
+    method.load_state(start)
+    fit(method, backbone, tmp_path, watched, SelectBestStep(every=2, scorer=scorer, prompts=TEMPLATES, steps=1))
+    assert same(watched.after[STEPS], alone.after[STEPS]) and not same(start, alone.after[STEPS])
+
+
+def test_the_prompts_are_those_that_go_with_the_backbone(method, backbone, scorer, tmp_path) -> None:
+    counted: list[int] = []
+
+    class Count(SelectBestStep):
+        def _score(self, images: Any) -> dict[str, float]:
+            counted.append(len(images))
+            return {"harmonic": 0.0}
+
+    fit(method, backbone, tmp_path, Count(every=STEPS, scorer=scorer, steps=1))
+    assert counted == [8]
+
+
+def test_a_mistake_is_found_before_the_first_step(method, backbone, scorer, tmp_path) -> None:
+    start = method.state()
+    with pytest.raises(ScorerError, match="no such folder"):
+        fit(method, backbone, tmp_path, SelectBestStep(scorer="local-dir:nowhere"))
+    with pytest.raises(PromptError, match=r"expected one \{\}"):
+        fit(method, backbone, tmp_path, SelectBestStep(scorer=scorer, prompts=["a cat"]))
+    assert same(method.state(), start)
+    with pytest.raises(ConfigError, match="every: found 0"):
+        SelectBestStep(every=0)
+    with pytest.raises(ConfigError, match="prompts: found none"):
+        SelectBestStep(prompts=[])
+
+
+def test_pictures() -> None:
+    pixels = torch.tensor([-1.0, 0.0, 1.0, 1.2]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    (image,) = pictures(pixels)
+    assert image.mode == "RGB" and list(image.tobytes()[::3]) == [0, 128, 255, 255]
