@@ -1,0 +1,170 @@
+"""`python -m perfusion.train`: from a few pictures to a concept file. `--help` says how it is used."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from perfusion.cli import run_cli
+from perfusion.config import ConfigError, TrainConfig, checked
+from perfusion.training import composition
+
+# Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from perfusion.backbones.base import Backbone
+    from perfusion.concept import Concept
+    from perfusion.data.dataset import Examples
+    from perfusion.methods.base import Method
+    from perfusion.training.run_folder import RunFolder
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train what a command line describes."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    composition.run(argv, train)
+
+
+def train(config: TrainConfig) -> RunFolder:
+    """One run, from its config to its finished folder; goes on where a former process stopped.
+
+    Raises:
+        ConfigError, ConceptImageError, TokenError, BackboneError: the config cannot be trained. Its pictures, masks and
+            words are checked before a model is loaded.
+        TrainingError: the loss became NaN.
+        KeyboardInterrupt: stopped; its message says how to go on.
+    """
+    started = time.monotonic()
+    from perfusion import backbones
+    from perfusion.concept import Concept, save_concept
+    from perfusion.methods.base import MethodOptions, Word, build, method_class
+    from perfusion.training.data import examples_of
+    from perfusion.training.run_folder import RunFolder, peak_memory_bytes
+    from perfusion.training.trainer import check_keywords, quieten
+
+    options: Any = checked(method_class(str(config.method.get("name"))).Options, config.method, "method")
+    assert isinstance(options, MethodOptions)
+    for key in ("steps", "batch_size"):
+        if getattr(options, key) < 1:
+            raise ConfigError(f"method.{key}={getattr(options, key)}: expected at least 1")
+    check_keywords(config.trainer)
+    examples = examples_of(config.concept, config.backbone.resolution)
+    word = Word(config.concept.placeholder, config.concept.superclass)
+    backbones.check_words(config.backbone, word.placeholder, word.superclass)
+
+    folder = RunFolder.of(config)
+    if config.run.overwrite and (folder.finished or not folder.holds(config)):
+        folder.clear()
+    folder.check(config)
+    if folder.finished:
+        print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
+        return folder
+    folder.begin(config)
+    quieten()
+    backbone = backbones.backbone_class(config.backbone.name).load(config.backbone)
+    method = build(config.method, word)
+    method.attach(backbone)
+    try:
+        metrics = _fit(config, folder, method, backbone, examples)
+        concept = save_concept(folder.concept, Concept.of(method, backbone, config.seed))
+    finally:
+        method.detach()
+    _draw_samples(config, folder, concept, backbone, examples, metrics)
+    seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
+    folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **_made_with(examples)})
+    _say_where(config, folder)
+    return folder
+
+
+def _fit(
+    config: TrainConfig, folder: RunFolder, method: Method, backbone: Backbone, examples: Examples
+) -> dict[str, Any]:
+    """Train the attached method, from the newest checkpoint if there is one; gives what metrics.json says of it."""
+    from lightning.pytorch import seed_everything
+
+    from perfusion.training.checkpoint import newest_readable, step_of
+    from perfusion.training.data import ConceptData
+    from perfusion.training.module import PersonalizationModule
+    from perfusion.training.trainer import build, results
+
+    checkpoint = newest_readable(folder.checkpoints)
+    resumed = step_of(checkpoint) if checkpoint else 0
+    options = method.options
+    print(f"run folder: {folder.path}" + (f" (going on at step {resumed})" if resumed else ""))
+    # All that is drawn in training has seeds of its own; this is for what a third party's callback may draw.
+    seed_everything(config.seed, verbose=False)
+    data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed)
+    trainer = build(config, folder, options.steps, backbone.device, resumed)
+    started = time.monotonic()
+    try:
+        trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=checkpoint)
+    except SystemExit as error:  # Lightning's answer to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has switched off
+        kept = newest_readable(folder.checkpoints)
+        at = f"goes on at step {step_of(kept)}" if kept else "starts anew (no checkpoint was due yet)"
+        raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same command {at}") from error
+    seconds = time.monotonic() - started
+    return {"steps": options.steps, **results(trainer), "resumed_at_step": resumed, "seconds": seconds}
+
+
+def _draw_samples(
+    config: TrainConfig,
+    folder: RunFolder,
+    concept: Concept,
+    backbone: Backbone,
+    examples: Examples,
+    metrics: dict[str, Any],
+) -> None:
+    """Draw the base model beside the concept, as its file holds it."""
+    from perfusion.data.prompts import fill
+    from perfusion.sampling import sample
+    from perfusion.training.samples import sample_templates, save_samples
+
+    def draw(prompts: list[str]) -> list[Image]:
+        settings = {"steps": config.backbone.steps, "guidance": config.backbone.guidance}
+        seeds = range(config.seed, config.seed + len(prompts))
+        return sample(backbone.pipe, prompts, seeds, **settings, size=config.backbone.resolution, exact=False)
+
+    templates = sample_templates(config.backbone.prompts)
+    plain = [fill(template, config.concept.superclass) for template in templates]
+    personal = [fill(template, config.concept.placeholder) for template in templates]
+    print("drawing samples")
+    rows = [(f"base model: {config.concept.superclass}", plain, draw(plain))]
+    with concept.attach(backbone):
+        rows.append((config.concept.placeholder, personal, draw(personal)))
+    count = f"{len(examples)} picture" + "s" * (len(examples) > 1)
+    title = f"{config.concept.placeholder} learned from {count}, step {metrics['step_kept']} of {metrics['steps']}"
+    save_samples(folder.samples, examples.pixels, rows, title)
+
+
+def _made_with(examples: Examples) -> dict[str, Any]:
+    from perfusion.provenance import provenance
+
+    return {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
+
+
+def _say_where(config: TrainConfig, folder: RunFolder) -> None:
+    from perfusion.training.samples import sample_templates
+
+    prompt = sample_templates(config.backbone.prompts)[0].replace("{}", config.concept.placeholder)
+    words = {"concept": folder.concept, "prompt": prompt}
+    if config.backbone.path is not None:
+        words["backbone.path"] = config.backbone.path
+    command = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in words.items())
+    print(f"concept: {folder.concept} ({folder.concept.stat().st_size / 1000:.1f} kB)")
+    print(f"samples: {folder.samples}")
+    print(f"next: python -m perfusion.generate {command}")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

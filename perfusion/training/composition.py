@@ -1,0 +1,152 @@
+"""From a command line to a checked config: Hydra composes, `perfusion.config` checks, and mistakes read well."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from perfusion.config import ConfigError, TrainConfig, checked
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+_WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
+
+
+def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
+    """Call `task` with the config that a command line describes; once per job with `--multirun`.
+
+    `from=<run folder or config.yaml>` starts from a former run's config instead of conf/train.yaml.
+
+    Raises:
+        ConfigError: anything that is wrong with the command line or the config.
+    """
+    sources = [word.partition("=")[2] for word in argv if word.startswith("from=")]
+    words = [prepared(word) for word in argv if not word.startswith("from=")]
+    if sources:
+        task(_former(sources[-1], words))
+        return
+    composed: list[DictConfig] = []
+
+    def job(values: DictConfig) -> None:
+        # A sweep's launcher runs the job itself, maybe in another process; else Hydra's part ends with composing.
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            task(_checked(values))
+        else:
+            composed.append(values)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we explain
+    sys.argv = [sys.argv[0], *words]
+    try:
+        hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(job)()
+    except HydraException as error:
+        raise _explained(error) from error
+    for values in composed:  # none after --help or --cfg
+        task(_checked(values))
+
+
+def prepared(word: str) -> str:
+    """A word of the command line as Hydra's grammar wants it.
+
+    A value that the grammar cannot read, such as `<cat*>`, is quoted. A dotted key gets `++`, so that a preset need not
+    name every key of the schema; the schema, not Hydra, then says which keys exist.
+
+    Raises:
+        ConfigError: a key without dots that is neither a group nor in the schema.
+    """
+    match = _WORD.fullmatch(word)
+    if match is None or re.match(r"hydra[./]", match["key"]):
+        return word
+    sign, key, value = match.groups()
+    if not sign and re.fullmatch(r"\w+", key):
+        _check_top(key, value)
+    if not sign and "." in key and not re.search(r"[/@:]", key):
+        sign = "++"
+    if not _readable(f"{sign}{key}={value}") and value[:1] not in ("[", "{", '"', "'"):
+        value = '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
+    return f"{sign}{key}={value}"
+
+
+def _check_top(key: str, value: str) -> None:
+    if key == "experiment":
+        raise ConfigError(f"experiment={value}: an experiment is added to the config: +experiment={value}")
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    if key not in known:
+        raise ConfigError(f"{key}: unknown key{_hint(key, known)}. Known here: {', '.join(known)}, from")
+
+
+def _readable(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
+
+
+def _checked(values: DictConfig) -> TrainConfig:
+    try:
+        for key in sorted(OmegaConf.missing_keys(values)):
+            raise ConfigError(f"{key} is not given: add {key}=<value>")
+        return checked(TrainConfig, values)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(f"{error.full_key}: {_first_lines(str(error), 1)}") from error
+
+
+def _former(source: str, words: Sequence[str]) -> TrainConfig:
+    """The config of a former run with the overrides of a command line."""
+    path = Path(source).expanduser()
+    path = path / "config.yaml" if path.is_dir() else path
+    try:
+        values = OmegaConf.load(path)
+    except Exception as error:  # YAML errors are of many kinds
+        raise ConfigError(f"from={source}: not a readable config: {error}") from error
+    if isinstance(values, ListConfig):
+        raise ConfigError(f"from={source}: expected the config.yaml of a run, found a list")
+    for word in words:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            raise _explained(error) from error
+        key, value = override.key_or_group, override.value()
+        if (CONF / key).is_dir() or override.is_sweep_override() or override.is_delete():
+            raise ConfigError(f"{word}: with from= only single keys can be changed, as in method.steps=100")
+        OmegaConf.update(values, key, value, force_add=True)
+    return _checked(values)
+
+
+def _explained(error: HydraException) -> ConfigError:
+    """Hydra's words, made short."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = sorted(error.options)
+        return ConfigError(f"{group}={option}: no such option{_hint(option, options)}. There are: {', '.join(options)}")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override.lstrip('+')}: cannot be read as key=value; maybe quoted: 'key=\"value\"'")
+    text = str(error)
+    if sweep := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
+        given = sweep[1].lstrip("+")
+        return ConfigError(
+            f"{given}: commas make a sweep, which needs -m; write a list as [a,b], a text as 'key=\"a, b\"'"
+        )
+    cause = f": {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+    return ConfigError(_first_lines(text + cause, 2))
+
+
+def _hint(found: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(found, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _first_lines(text: str, count: int) -> str:
+    return " ".join(line.strip() for line in text.strip().splitlines()[:count])

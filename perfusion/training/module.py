@@ -1,0 +1,56 @@
+"""The training step: a method's loss on a frozen backbone, watched for NaN."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from perfusion.backbones.base import Backbone
+from perfusion.methods.base import Batch, Method
+
+
+class TrainingError(ValueError):
+    """A training that cannot go on; says at which step and on which pictures."""
+
+
+class PersonalizationModule(LightningModule):
+    """Trains an attached method. Nothing here depends on which method or backbone it is.
+
+    The backbone is no torch module, so Lightning neither moves it nor saves it: a checkpoint holds the method alone.
+
+    Args:
+        method: attached to `backbone`.
+        backbone: frozen.
+    """
+
+    def __init__(self, method: Method, backbone: Backbone) -> None:
+        super().__init__()
+        self.method = method
+        self.backbone = backbone
+
+    def training_step(self, batch: tuple[Batch, list[str]], batch_idx: int) -> Tensor:
+        """The sum of the method's loss terms, a scalar; the second part of the batch names its pictures.
+
+        Raises:
+            TrainingError: the loss is NaN or infinite.
+        """
+        content, names = batch
+        step = self.global_step + 1
+        terms = self.method.loss(self.backbone, content)
+        loss = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(loss):
+            found = ", ".join(f"{name} {value.item()}" for name, value in terms.items())
+            raise TrainingError(
+                f"step {step}: the loss is not finite ({found}) on the pictures {', '.join(dict.fromkeys(names))}. "
+                "Lower learning rates (method.*_rate=) or trainer.precision=32 may help."
+            )
+        self.log("loss", loss, prog_bar=True, batch_size=len(names))
+        if len(terms) > 1:
+            self.log_dict({f"loss/{name}": value for name, value in terms.items()}, batch_size=len(names))
+        self.log("step", float(step), batch_size=len(names))  # makes loggers count optimizer steps from 1
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.AdamW:
+        """AdamW over the method's groups, each with its own rate."""
+        return torch.optim.AdamW(self.method.parameter_groups())

@@ -1,0 +1,40 @@
+"""The training's progress bar: loss, seconds per step, time left."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+_IN_A_FILE = 25  # steps between two updates where nobody watches a terminal
+
+
+class StepProgress(TQDMProgressBar):
+    """Lightning's bar, counting the optimizer steps of the whole run."""
+
+    BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left{postfix}"
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else _IN_A_FILE)
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.unit = "step"
+        return bar
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        bar = self.train_progress_bar
+        bar.reset(total=trainer.max_steps * trainer.accumulate_grad_batches)
+        # A resumed run starts at its step: the steps before it took no time of this process.
+        bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        bar.set_description("Training")
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

@@ -1,0 +1,178 @@
+"""The folder of one run: named after its config, so that the same command finds it again and resumes.
+
+- concept.safetensors: the trained concept
+- config.yaml: the whole config, resolved
+- metrics.csv: what was logged at every step
+- metrics.json: final scores, step kept, seconds, peak memory, what it was made with
+- samples.png: fixed prompts, the base model beside the concept
+- progress/: what callbacks drew while training
+- checkpoints/: while training only
+- DONE: everything above is complete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import resource
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from perfusion.config import ConfigError, TrainConfig, checked
+from perfusion.files import atomic_write_text
+from perfusion.training.checkpoint import FOLDER
+
+# What does not change the result: where it goes, who watches, how often it is saved.
+_IGNORED = ("run", "logger", "trainer.enable_progress_bar", "callbacks.checkpoint", "backbone.covariance.cache")
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and its states: new, begun (has a config), finished (has the marker)."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunFolder:
+        """`run.dir`, or `<root>/<experiment>/<concept>-<method>-<hash of the config>`; nothing is created."""
+        if config.run.dir is not None:
+            return cls(Path(config.run.dir).expanduser())
+        name = "-".join([_plain(config.concept.name), _plain(str(config.method["name"])), config_hash(config)])
+        return cls(Path(config.run.root).expanduser() / _plain(config.experiment) / name)
+
+    @property
+    def concept(self) -> Path:
+        return self.path / "concept.safetensors"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_csv(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / FOLDER
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    def holds(self, config: TrainConfig) -> bool:
+        """Whether the run that lies here, finished or not, is the one of `config`."""
+        try:
+            return config_hash(read_config(self.config)) == config_hash(config)
+        except ConfigError:
+            return False
+
+    def check(self, config: TrainConfig) -> None:
+        """Hold that a run that lies here already is the one of `config`.
+
+        Raises:
+            ConfigError: it is another one; the message names the keys that differ.
+        """
+        if self.config.exists() and not self.holds(config):
+            then, now = _flat(read_config(self.config)), _flat(config)
+            differing = [key for key in sorted({*then, *now}) if then.get(key, _MISSING) != now.get(key, _MISSING)]
+            key = differing[0]
+            found = f"{key} is {then.get(key)!r} there and {now.get(key)!r} here"
+            more = f", {len(differing) - 1} more keys differ" if len(differing) > 1 else ""
+            raise ConfigError(
+                f"{self.path} holds a run of another config ({found}{more}); "
+                "choose another run.dir=, or replace that run with run.overwrite=true"
+            )
+
+    def begin(self, config: TrainConfig) -> None:
+        """Make the folder and write its config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self.config, _header() + OmegaConf.to_yaml(_container(config)))
+
+    def clear(self) -> None:
+        """Remove what a run wrote here, the marker first; other files in the folder stay."""
+        (self.path / "DONE").unlink(missing_ok=True)
+        for file in (self.metrics, self.concept, self.samples, self.metrics_csv, self.config):
+            file.unlink(missing_ok=True)
+        for made in (self.checkpoints, self.path / "progress"):
+            shutil.rmtree(made, ignore_errors=True)
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write `metrics.json`, remove the checkpoints and set the marker, in this order."""
+        atomic_write_text(self.metrics, json.dumps(metrics, indent=2) + "\n")
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        atomic_write_text(self.path / "DONE", "")
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Eight hex digits over everything in a config that changes the result."""
+    return hashlib.sha256(json.dumps(_flat(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The checked config in a `config.yaml`.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not fit the schema.
+    """
+    try:
+        return checked(TrainConfig, OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{path}: not a readable config: {error}") from error
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held: on the GPU if it has used one, else in RAM."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _plain(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "_"
+
+
+def _container(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """Dotted key -> value of everything that changes the result."""
+    flat: dict[str, Any] = {}
+
+    def visit(value: Any, key: str) -> None:
+        if key in _IGNORED:
+            return
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                visit(inner, f"{key}.{name}" if key else str(name))
+        else:
+            flat[key] = value
+
+    visit(_container(config), "")
+    return flat
+
+
+def _header() -> str:
+    return "# Train this again, or with changes:  python -m perfusion.train from=<this file> [key=value ...]\n"

@@ -1,0 +1,143 @@
+"""A quiet Lightning trainer from the config groups trainer, logger and callbacks."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import hydra.utils
+import torch
+import transformers
+from hydra.errors import InstantiationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+from perfusion.config import ConfigError, TrainConfig
+from perfusion.training import loggers
+from perfusion.training.checkpoint import SafetensorsCheckpointIO
+from perfusion.training.progress import StepProgress
+from perfusion.training.run_folder import RunFolder
+
+# What is decided elsewhere, and the key that decides it.
+_ELSEWHERE = {
+    "max_steps": "method.steps",
+    "min_steps": "method.steps",
+    "max_epochs": "method.steps",
+    "min_epochs": "method.steps",
+    "callbacks": "the group callbacks",
+    "enable_checkpointing": "callbacks.checkpoint",
+    "logger": "the group logger",
+    "default_root_dir": "run.dir",
+}
+_ACCELERATORS = {"cpu": ("cpu",), "cuda": ("gpu", "cuda"), "mps": ("gpu", "mps")}  # torch device -> Lightning's names
+
+
+def check_keywords(trainer: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key of the group `trainer` that is no keyword of lightning.Trainer, or set elsewhere."""
+    known = inspect.signature(Trainer.__init__).parameters.keys() - {"self", "plugins"} - _ELSEWHERE.keys()
+    for key in trainer:
+        if key in _ELSEWHERE:
+            raise ConfigError(f"trainer.{key}: set {_ELSEWHERE[key]} instead")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(
+                f"trainer.{key}: no keyword of lightning.Trainer{hint}. Known: {', '.join(sorted(known))}"
+            )
+
+
+def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.device, resumed: int) -> Trainer:
+    """The trainer of a run.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        device: the backbone's.
+        resumed: the step that the run goes on from, 0 for a new one.
+
+    Raises:
+        ConfigError: a key of the three groups that cannot be used.
+    """
+    check_keywords(config.trainer)
+    callbacks = [_callback(name, spec) for name, spec in config.callbacks.items()]
+    own = any(isinstance(callback, ProgressBar) for callback in callbacks)
+    if config.trainer.get("enable_progress_bar", True) and not own:
+        callbacks.append(StepProgress())
+    log: list[Logger] = [loggers.MetricsCSV(folder.metrics_csv, keep_until=resumed)]
+    log += [loggers.build(name, spec, folder.path) for name, spec in config.logger.items()]
+    keywords = {"enable_model_summary": False, **config.trainer, **_hardware(config.trainer, device)}
+    try:
+        trainer = Trainer(
+            **keywords,
+            max_steps=steps,
+            max_epochs=1,  # the whole run is one epoch
+            default_root_dir=folder.path,
+            logger=log,
+            callbacks=callbacks,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            plugins=[SafetensorsCheckpointIO()],
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {error}") from error
+    if trainer.world_size != 1:
+        raise ConfigError(f"trainer.devices: one concept trains on one device, found {trainer.world_size}")
+    return trainer
+
+
+def quieten() -> None:
+    """Lightning without its notices about devices, workers and products, and loading without a bar for every part."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)  # many workers, resumable loaders, log intervals
+    warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
+    warnings.filterwarnings("ignore", message=r".*LeafSpec", module="lightning")  # Lightning's use of torch
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _callback(name: str, spec: Any) -> Callback:
+    if not isinstance(spec, Mapping) or "_target_" not in spec:
+        raise ConfigError(f"callbacks.{name}: expected a mapping with a _target_, found {spec!r}")
+    try:
+        made = hydra.utils.instantiate(dict(spec))
+    except InstantiationException as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ConfigError(f"callbacks.{name}: {cause}") from error
+    if not isinstance(made, Callback):
+        raise ConfigError(f"callbacks.{name}: expected a Lightning callback, found a {type(made).__name__}")
+    return made
+
+
+def _hardware(trainer: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """`accelerator` and `devices` for where the backbone is."""
+    accelerator = trainer.get("accelerator") or "auto"
+    fitting = _ACCELERATORS.get(device.type, (device.type,))
+    if accelerator not in ("auto", *fitting):
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}: the backbone is on {device}; set backbone.device instead"
+        )
+    devices = trainer.get("devices") or 1
+    if devices in (1, "1", "auto"):
+        devices = 1 if device.index is None or device.type == "cpu" else [device.index]
+    return {"accelerator": fitting[0], "devices": devices}
+
+
+def results(trainer: Trainer) -> dict[str, Any]:
+    """What metrics.json says of a finished training: the step that was kept and its scores.
+
+    A callback that keeps another step than the last says so in a method `summary()`.
+    """
+    said: dict[str, Any] = {"step_kept": trainer.global_step, "scores": {}}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "summary"):
+            said |= callback.summary()
+    return said

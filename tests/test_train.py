@@ -1,0 +1,275 @@
+"""`python -m perfusion.train`, from a command line to a finished folder, and its answers to mistakes."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import tiny_pipeline_folder
+from safetensors.torch import load_file
+from scorers import make_scorer
+
+from perfusion import train
+from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
+from perfusion.cli import run_cli
+from perfusion.concept import Concept
+from perfusion.config import ConfigError
+from perfusion.toyland.draw import render
+from perfusion.toyland.world import concept_scene, sample_instance
+from perfusion.training import loggers
+from perfusion.training.module import PersonalizationModule
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline_folder(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of one toy, of different size and kind, with masks beside them."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "mask").mkdir()
+    toy = sample_instance(np.random.default_rng(3), "cat")
+    for k, (name, size) in enumerate([("a.jpg", (96, 80)), ("b.png", (50, 70))]):
+        drawn = render(concept_scene(toy, k))
+        Image.fromarray(drawn.image).resize(size).save(folder / name)
+        Image.fromarray(drawn.masks[0]).resize(size).save((folder / "mask" / name).with_suffix(".png"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("covariance")
+
+
+@pytest.fixture
+def words(pipeline: Path, photos: Path, cache: Path) -> list[str]:
+    """A command line that trains in seconds."""
+    return [
+        f"backbone=sd15 backbone.path={pipeline} backbone.device=cpu backbone.resolution=64 backbone.steps=2",
+        f"backbone.covariance.count=100 backbone.covariance.cache={cache}",
+        f"method=perfusion method.steps={STEPS} method.batch_size=2 callbacks=none callbacks.checkpoint.every=2",
+        f"concept=photos concept.images={photos} concept.masks={photos}/mask",
+        "concept.superclass='teddy bear' concept.placeholder='<bear*>'",
+    ]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory; signal handlers and arguments are put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(*words: str) -> int:
+    return run_cli(train.main, shlex.split(" ".join(words)))
+
+
+def test_the_command_makes_every_file(words: list[str], tmp_path: Path) -> None:
+    scorer = make_scorer(tmp_path / "scorer")
+    select = f"callbacks=select callbacks.select.scorer={scorer} callbacks.select.every=2 callbacks.select.steps=1"
+    command = [
+        sys.executable,
+        "-m",
+        "perfusion.train",
+        *shlex.split(" ".join([*words, select, f"run.root={tmp_path}"])),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "default").iterdir()
+    assert folder.name.startswith("photos-perfusion-")
+    assert sorted(os.listdir(folder)) == [
+        *("DONE", "concept.safetensors", "config.yaml", "metrics.csv", "metrics.json", "progress", "samples.png")
+    ]
+    concept = Concept.load(folder / "concept.safetensors")
+    assert (concept.superclass, concept.placeholder, concept.settings["steps"]) == ("teddy bear", "<bear*>", STEPS)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["step_kept"] in (2, 4, STEPS) and set(metrics["scores"]) == {"clip_i", "clip_t", "harmonic"}
+    assert metrics["images"] == ["a.jpg", "b.png"] and metrics["masks"] is True and metrics["steps"] == STEPS
+    assert 0 < metrics["seconds"]["training"] < metrics["seconds"]["total"] and metrics["resumed_at_step"] == 0
+    assert metrics["peak_memory_bytes"] > 1e8 and "torch" in metrics["provenance"]["versions"]
+    with Image.open(folder / "samples.png") as sheet:
+        sheet.load()
+        assert sheet.width > 1000 and sheet.height > 300
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + STEPS and set(rows[0].split(",")) == {"step", "loss", "clip_i", "clip_t", "harmonic"}
+    assert str(folder / "samples.png") in done.stdout
+    assert (
+        f"python -m perfusion.generate concept={folder}/concept.safetensors prompt='a photo of a <bear*>" in done.stdout
+    )
+    for noise in ("GPU", "TPU", "Tip", "workers", "Traceback", "Warning", "deprecated"):
+        assert noise not in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_a_stopped_run_is_resumed_by_the_same_command(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    step = PersonalizationModule.training_step
+
+    def stopping(self: PersonalizationModule, *args: Any) -> Any:
+        if self.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(PersonalizationModule, "training_step", stopping)
+    assert run(*words, "run.dir=stopped") == 130
+    shown = capfd.readouterr()
+    assert shown.err.splitlines()[-1] == "stopped at step 3; the same command goes on at step 2"
+    assert "Traceback" not in shown.err and not Path("stopped/concept.safetensors").exists()
+
+    monkeypatch.setattr(PersonalizationModule, "training_step", step)
+    assert run(*words, "run.dir=stopped") == 0
+    assert "run folder: stopped (going on at step 2)" in capfd.readouterr().out
+    assert run(*words, "run.dir=whole") == 0
+    assert Concept.load("stopped/concept.safetensors").hash == Concept.load("whole/concept.safetensors").hash
+    assert Path("stopped/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
+    assert Path("stopped/samples.png").read_bytes() == Path("whole/samples.png").read_bytes()
+    assert sorted(os.listdir()) == ["stopped", "whole"], "nothing is left in the working directory"
+
+    capfd.readouterr()
+    before = Path("whole/DONE").stat().st_mtime_ns
+    assert run(*words, "run.dir=whole") == 0
+    assert capfd.readouterr().out.startswith("finished already: whole")
+    assert Path("whole/DONE").stat().st_mtime_ns == before
+    assert run(*words, "run.dir=whole", "seed=1") == 2
+    assert "seed is 0 there and 1 here" in capfd.readouterr().err
+    assert run("from=whole", "seed=1", "run.dir=whole", "run.overwrite=true", "method.steps=1") == 0
+    whole, other = load_file("whole/concept.safetensors"), load_file("stopped/concept.safetensors")
+    assert not torch.equal(whole["values"], other["values"])
+    assert len(Path("whole/metrics.csv").read_text().splitlines()) == 2
+
+
+def test_a_crash_while_drawing_costs_no_step(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "samples.png")
+
+    words = [*words, "method.steps=2", "run.dir=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("perfusion.training.samples.save_samples", broken)
+        assert run(*words) == 2
+    assert "No space left on device" in capfd.readouterr().err and not Path("run/DONE").exists()
+    monkeypatch.setattr(PersonalizationModule, "training_step", broken)
+    assert run(*words) == 0
+    assert Path("run/DONE").exists() and len(Path("run/metrics.csv").read_text().splitlines()) == 3
+
+
+def zero_mask(folder: Path) -> None:
+    Image.new("L", (96, 80)).save(folder / "mask" / "a.png")
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / "a.jpg").read_bytes()
+    (folder / "a.jpg").write_bytes(data[: len(data) // 2])
+
+
+def lone_mask(folder: Path) -> None:
+    Image.new("L", (96, 80), 255).save(folder / "mask" / "c.png")
+
+
+def no_images(folder: Path) -> None:
+    for file in folder.glob("*.*g"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "extra", "parts"),
+    [
+        (no_images, "", ["concept.images", "no JPEG, PNG or WebP file"]),
+        (truncated, "", ["a.jpg", "truncated"]),
+        (lone_mask, "", ["c.png", "mask without image"]),
+        (zero_mask, "", ["a.png", "zero everywhere"]),
+        (None, "concept.placeholder=cat", ["concept.placeholder", "'cat'", "already"]),
+        (None, "concept.superclass=''", ["concept.superclass"]),
+        (None, "concept.images=null", ["concept.masks", "concept.images"]),
+        (None, "method.beat=1", ["method.beat", "'beta'"]),
+        (None, "+method.beat=1", ["method.beat", "'beta'"]),
+        (None, "method.steps=0", ["method.steps", "at least 1"]),
+        (None, "method.name=prefusion", ["method.name", "'prefusion'", "perfusion"]),
+        (None, "trainer.max_steps=3", ["trainer.max_steps", "method.steps"]),
+        (None, "backbone.path=no/such", ["backbone.path", "no/such"]),
+        (None, "backbone.name=sd", ["backbone.name", "stable_diffusion"]),
+        (None, "backbone=sd51", ["backbone=sd51", "'sd15'"]),
+    ],
+)
+def test_mistakes_are_answered_before_a_model_is_loaded(
+    spoil: Any,
+    extra: str,
+    parts: list[str],
+    words: list[str],
+    photos: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def load(*args: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(StableDiffusionBackbone, "load", load)
+    if spoil is not None:
+        own = here / "photos"
+        own.mkdir()
+        subprocess.run(["cp", "-r", f"{photos}/.", own], check=True)
+        spoil(own)
+        extra = f"concept.images={own} concept.masks={own}/mask"
+    assert run(*words, extra) == 2
+    shown = capfd.readouterr()
+    assert shown.err.startswith("error: ") and "Traceback" not in shown.err and not shown.out
+    assert all(part in shown.err for part in parts), shown.err
+    assert not Path("runs").exists()
+
+
+def test_help_says_what_there_is(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    shown = capfd.readouterr().out
+    for part in ("usage: python -m perfusion.train", "backbone: sd15, toyland", "experiment: cat_fewshot, cat_oneshot"):
+        assert part in shown
+    assert all(len(line) <= 120 for line in shown.splitlines())
+    assert not os.listdir(here)
+
+
+def test_wandb_without_an_account_logs_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "perfusion"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_MODE", "set, so that it is put back")
+    monkeypatch.delenv("WANDB_MODE")
+    loggers.build("wandb", spec, tmp_path)
+    assert "WANDB_MODE" not in os.environ and not capfd.readouterr().out
+    monkeypatch.delenv("WANDB_API_KEY")
+    logger = loggers.build("wandb", spec, tmp_path)
+    assert os.environ["WANDB_MODE"] == "offline" and logger.save_dir == str(tmp_path)
+    assert capfd.readouterr().out.startswith("wandb: no account found, logging offline")
+
+
+def test_tensorboard_is_made_or_says_what_is_missing(tmp_path: Path) -> None:
+    spec = {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "name": "tensorboard", "version": ""}
+    try:
+        import tensorboard  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(ConfigError, match=r"logger\.tb: .*tensorboard"):
+            loggers.build("tb", spec, tmp_path)
+    else:
+        assert Path(loggers.build("tb", spec, tmp_path).log_dir or "") == tmp_path / "tensorboard"

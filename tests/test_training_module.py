@@ -1,0 +1,264 @@
+"""The training loop on a tiny Stable Diffusion: data, exact resume, NaN, what is trained and what is not."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from pipelines import RESOLUTION, tiny_pipeline
+from torch import Tensor
+
+from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
+from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, CovarianceConfig, ToylandConcept, TrainConfig
+from perfusion.data.dataset import Examples
+from perfusion.data.images import ConceptImageError
+from perfusion.methods.base import Batch, Method, Word, build
+from perfusion.training import trainer as training
+from perfusion.training.checkpoint import SafetensorsCheckpointIO, newest_readable, step_of
+from perfusion.training.data import ConceptData, examples_of
+from perfusion.training.module import PersonalizationModule, TrainingError
+from perfusion.training.run_folder import RunFolder
+
+STEPS = 6
+CONCEPT = ConceptConfig(name="cat", superclass="cat", placeholder="<cat*>", toyland=ToylandConcept(count=3))
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionBackbone:
+    cache = str(tmp_path_factory.mktemp("covariance"))
+    covariance = CovarianceConfig(count=100, cache=cache)
+    config = BackboneConfig(name="stable_diffusion", device="cpu", resolution=RESOLUTION, covariance=covariance)
+    return StableDiffusionBackbone.around(tiny_pipeline(), config)
+
+
+@pytest.fixture(scope="module")
+def examples() -> Examples:
+    return examples_of(CONCEPT, RESOLUTION)
+
+
+@pytest.fixture
+def method(backbone: StableDiffusionBackbone) -> Iterator[Method]:
+    made = build({"name": "perfusion", "steps": STEPS, "batch_size": 4}, Word("<cat*>", "cat"))
+    made.attach(backbone)
+    yield made
+    made.detach()
+
+
+class Stop(Callback):
+    """Raises after a step, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+def fit(
+    folder: Path,
+    backbone: StableDiffusionBackbone,
+    examples: Examples,
+    *extra: Callback,
+    seed: int = 0,
+    **keywords: Any,
+) -> dict[str, Tensor]:
+    """Train from scratch, or from what lies in `folder`; the concept's tensors at the end."""
+    training.quieten()
+    method = build({"name": "perfusion", "steps": STEPS, "batch_size": 4}, Word("<cat*>", "cat"))
+    method.attach(backbone)
+    try:
+        checkpoint = newest_readable(folder / "checkpoints")
+        checkpoints = {"_target_": "perfusion.training.checkpoint.Checkpoints", "every": 2}
+        keywords = {"enable_progress_bar": False, "log_every_n_steps": 1, **keywords}
+        config = TrainConfig(trainer=keywords, callbacks={"checkpoint": checkpoints})
+        resumed = step_of(checkpoint) if checkpoint else 0
+        trainer = training.build(config, RunFolder(folder), STEPS, backbone.device, resumed)
+        trainer.callbacks.extend(extra)  # type: ignore[attr-defined]
+        data = ConceptData(examples, backbone, method.options, "<cat*>", seed)
+        trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=checkpoint)
+        assert training.results(trainer) == {"step_kept": STEPS, "scores": {}}
+        return method.state()
+    finally:
+        method.detach()
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, backbone: StableDiffusionBackbone, examples: Examples
+) -> tuple[Path, dict[str, Tensor]]:
+    """A training that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(folder, backbone, examples)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], backbone: StableDiffusionBackbone, examples: Examples
+) -> None:
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert same(fit(tmp_path / "again", backbone, examples), whole[1])
+    assert not same(fit(tmp_path / "other", backbone, examples, seed=1), whole[1])
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["last", "the one before a damaged last"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tmp_path: Path,
+    whole: tuple[Path, dict[str, Tensor]],
+    backbone: StableDiffusionBackbone,
+    examples: Examples,
+    damaged: bool,
+) -> None:
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path, backbone, examples, Stop(5))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000002.safetensors", "step-000004.safetensors"], "the last and the one before"
+    if damaged:
+        last = tmp_path / "checkpoints" / names[-1]
+        last.write_bytes(last.read_bytes()[:-100])
+    assert same(fit(tmp_path, backbone, examples), whole[1])
+    assert (tmp_path / "metrics.csv").read_text() == (whole[0] / "metrics.csv").read_text()
+    assert (tmp_path / "checkpoints" / "step-000006.safetensors").exists()
+
+
+def test_a_run_that_stopped_after_its_last_step_needs_no_step(
+    whole: tuple[Path, dict[str, Tensor]], backbone: StableDiffusionBackbone, examples: Examples
+) -> None:
+    assert same(fit(whole[0], backbone, examples), whole[1])
+
+
+def test_metrics_csv_has_every_step(whole: tuple[Path, dict[str, Tensor]]) -> None:
+    with open(whole[0] / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    assert all(float(row["loss"]) > 0 for row in rows)
+
+
+def test_only_the_concept_changes(tmp_path: Path, backbone: StableDiffusionBackbone, examples: Examples) -> None:
+    parts = (backbone.pipe.unet, backbone.pipe.text_encoder, backbone.pipe.vae)
+    before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
+    state = fit(tmp_path, backbone, examples)
+    for part, old in zip(parts, before, strict=True):
+        assert same(dict(part.state_dict()), old)
+    checkpoint = SafetensorsCheckpointIO().load_checkpoint(tmp_path / "checkpoints/step-000006.safetensors")
+    assert all(name.startswith("method.") for name in checkpoint["state_dict"])
+    numbers = sum(value.numel() for value in checkpoint["state_dict"].values())
+    assert numbers < 2 * sum(value.numel() for value in state.values()), "the backbone is in no checkpoint"
+
+
+def test_parts_of_a_batch_are_the_batch(
+    tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], backbone: StableDiffusionBackbone, examples: Examples
+) -> None:
+    state = fit(tmp_path, backbone, examples, accumulate_grad_batches=2)
+    for name, value in whole[1].items():
+        assert (state[name] - value).norm() < 0.05 * value.norm(), name
+    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=3: expected a divisor of method.batch_size=4"):
+        fit(tmp_path / "odd", backbone, examples, accumulate_grad_batches=3)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_pictures(
+    tmp_path: Path, backbone: StableDiffusionBackbone, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def loss(self: Method, backbone: Any, batch: Batch) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        total = sum(parameter.square().sum() for parameter in self.parameters())
+        assert isinstance(total, Tensor)
+        return {"denoising": total, "prior": total * (float("nan") if calls == 3 else 1.0)}
+
+    monkeypatch.setattr(Method, "loss", loss)
+    with pytest.raises(TrainingError, match=r"step 3: the loss is not finite .*prior nan.*cat-0-\d"):
+        fit(tmp_path, backbone, examples)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header == "step,loss,loss/denoising,loss/prior", "several terms are logged apart"
+
+
+def test_pictures_are_encoded_once(
+    method: Method, backbone: StableDiffusionBackbone, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = 0
+    latents = backbone.latents
+
+    def counting(pixels: Tensor) -> Tensor:
+        nonlocal encoded
+        encoded += len(pixels)
+        return latents(pixels)
+
+    monkeypatch.setattr(backbone, "latents", counting)
+    data = ConceptData(examples, backbone, method.options, "<cat*>", seed=0)
+    data.trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert encoded == len(examples) and len(batches) == STEPS
+    batch, names = batches[0]
+    assert batch.latents.shape == batch.noise.shape == (4, *backbone.latent_shape())
+    assert batch.masks is not None and batch.masks.shape == (4, 1, *backbone.latent_shape()[1:])
+    assert torch.equal(batch.masks.amax((1, 2, 3)), torch.ones(4))
+    assert all("<cat*>" in prompt for prompt in batch.prompts) and len(names) == 4
+    for row, name in enumerate(names):
+        expected = data.latents[examples.names.index(name)]
+        assert torch.equal(batch.latents[row], expected)
+
+
+def test_toyland_draws_one_toy(examples: Examples) -> None:
+    again = examples_of(CONCEPT, RESOLUTION)
+    assert torch.equal(again.pixels, examples.pixels)
+    one = examples_of(ConceptConfig("cat", "cat", "<x>", toyland=ToylandConcept(count=1)), RESOLUTION)
+    assert torch.equal(one.pixels[0], examples.pixels[0]), "picture k does not depend on how many there are"
+    other = examples_of(ConceptConfig("cat", "cat", "<x>", toyland=ToylandConcept(instance=1)), RESOLUTION)
+    assert not torch.equal(other.pixels, one.pixels)
+    assert examples.masks is not None and 0.05 < examples.masks.mean() < 0.6
+    large = examples_of(CONCEPT, 2 * RESOLUTION)
+    assert large.pixels.shape == (3, 3, 2 * RESOLUTION, 2 * RESOLUTION)
+
+
+@pytest.mark.parametrize(
+    ("concept", "error", "message"),
+    [
+        (ConceptConfig("x", "sofa", "<x>"), ConfigError, "'sofa': Toyland draws no such thing.*cat, dog"),
+        (ConceptConfig("x", "cat", "<x>", masks="m"), ConfigError, "concept.masks='m'.*concept.images"),
+        (ConceptConfig("x", "cat", "<x>", toyland=ToylandConcept(count=0)), ConfigError, "count=0"),
+        (ConceptConfig("x", "sofa", "<x>", images="no/such"), ConceptImageError, "no/such"),
+    ],
+)
+def test_concepts_that_cannot_be_had(concept: ConceptConfig, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        examples_of(concept, RESOLUTION)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"trainer": {"precision": "17"}}, "trainer: .*17"),
+        ({"trainer": {"accelerator": "tpu"}}, "trainer.accelerator=tpu: the backbone is on cpu"),
+        ({"trainer": {"max_steps": 3}}, "trainer.max_steps: set method.steps"),
+        ({"trainer": {"devices": 2}}, "trainer.devices: .*one device"),
+        ({"callbacks": {"x": {"_target_": "no.such.Thing"}}}, "callbacks.x: .*no"),
+        ({"callbacks": {"x": {"every": 3}}}, "callbacks.x: expected a mapping with a _target_"),
+        ({"callbacks": {"x": {"_target_": "pathlib.Path"}}}, "callbacks.x: expected a Lightning callback"),
+        ({"logger": {"x": {"_target_": "no.such.Logger"}}}, "logger.x: .*no"),
+        ({"logger": {"x": {"_target_": "lightning.pytorch.loggers.CSVLogger", "nmae": "y"}}}, "logger.x: .*nmae"),
+    ],
+)
+def test_groups_that_cannot_be_used(tmp_path: Path, group: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        training.build(TrainConfig(**group), RunFolder(tmp_path), STEPS, torch.device("cpu"), 0)
+
+
+def test_the_bar_shows_loss_rate_and_time_left(
+    tmp_path: Path, backbone: StableDiffusionBackbone, examples: Examples, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, backbone, examples, enable_progress_bar=True)
+    shown = capfd.readouterr()
+    last = shown.out.replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("Training: 100%") and f"{STEPS}/{STEPS} steps" in last
+    assert "s/step" in last and "left" in last and "loss=" in last
+    assert "GPU available" not in shown.err and "workers" not in shown.err and "Tip" not in shown.out + shown.err
