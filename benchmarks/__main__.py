@@ -1,0 +1,71 @@
+"""`python -m benchmarks [name ...] [rounds=15]`: measure, print a table, write `latest.json`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import projection, projection_sampling, report, sampling_1, timing, train_step
+from perfusion.backbones.loading import resolve_device
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
+
+BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair]]] = {
+    "projection": projection.pairs,
+    "projection_sampling": projection_sampling.pairs,
+    "train_step": train_step.pairs,
+    "sampling_1": sampling_1.pairs,
+}
+
+USAGE = f"""
+Measure speed as ratios: what the project does (subject) against what nothing could do without (baseline), in turn.
+
+  python -m benchmarks                       all: {", ".join(BENCHMARKS)}
+  python -m benchmarks projection rounds=30  some, longer
+
+Results are printed and put into out=; rows there of benchmarks that were not run stay. benchmarks/<name>.py says what
+each side does. Ratios from a busy machine are good to about their spread.
+"""
+
+
+@dataclass
+class BenchConfig:
+    """Command line, besides the names."""
+
+    rounds: int = 15  # measurements of each side; they alternate
+    threads: int = 1  # of the CPU
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
+    out: str = str(Path(__file__).with_name("latest.json"))  # file of the results
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line entry point. Raises ConfigError, and BackboneError for a device that is not there."""
+    names = [word for word in argv if "=" not in word and not word.startswith("-")]
+    config = parse_key_values([word for word in argv if word not in names], BenchConfig, USAGE)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise ConfigError(f"no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
+    if config.rounds < 2 or config.threads < 1:
+        raise ConfigError(
+            f"found rounds={config.rounds} threads={config.threads}, expected at least 2 rounds and 1 thread"
+        )
+    device = resolve_device(config.device)
+    torch.set_num_threads(config.threads)
+    where, clock = report.machine(device), timing.clock_for(device, config.threads)
+    print(f"{where['cpu']}; threads {where['threads']}; torch {where['torch']}; {where['device']}; {clock} time")
+    print(report.HEADER)
+    results = []
+    for name in names or BENCHMARKS:
+        for pair in BENCHMARKS[name](device):
+            found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock])
+            results.append(report.result(pair, found, clock, where))
+            print(report.line(results[-1]), flush=True)
+    report.write(Path(config.out), results)
+    print(f"Written to {config.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,102 @@
+"""Results as rows of `latest.json` and as lines of a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from benchmarks.timing import Clock, Comparison, Pair
+from perfusion.config import ConfigError
+from perfusion.files import atomic_write_text
+from perfusion.provenance import provenance
+
+
+class Median(TypedDict):
+    """Seconds of one call."""
+
+    subject: float
+    baseline: float
+
+
+class Machine(TypedDict):
+    """Where a result was measured."""
+
+    cpu: str  # model and number of logical cores
+    threads: int  # of them, used by torch
+    torch: str  # version
+    device: str  # "cpu", or the accelerator and its name
+
+
+class Result(TypedDict):
+    """One row; `name` and `model` identify it."""
+
+    name: str
+    model: str
+    ratio: float  # median over the rounds of subject / baseline
+    median: Median
+    spread: float  # interquartile range of the rounds' ratios
+    rounds: int
+    clock: Clock
+    machine: Machine
+
+
+def machine(device: torch.device) -> Machine:
+    """This machine, as torch uses it now."""
+    described = provenance()
+    gpu = "" if device.type == "cpu" else f" ({described['gpu']})"
+    return Machine(
+        cpu=described["cpu"], threads=torch.get_num_threads(), torch=torch.__version__, device=f"{device.type}{gpu}"
+    )
+
+
+def result(pair: Pair, found: Comparison, clock: Clock, where: Machine) -> Result:
+    """The row of a measured pair."""
+    return Result(
+        name=pair.name,
+        model=pair.model,
+        ratio=found.ratio,
+        median=Median(subject=found.subject, baseline=found.baseline),
+        spread=found.spread,
+        rounds=found.rounds,
+        clock=clock,
+        machine=where,
+    )
+
+
+def write(path: Path, results: Sequence[Result]) -> None:
+    """Put `results` into the file at `path`, atomically; rows of other benchmarks stay there.
+
+    Raises:
+        ConfigError: the file holds something else than results.
+    """
+    rows = {(row["name"], row["model"]): row for row in [*_read(path), *results]}
+    ordered = [rows[key] for key in sorted(rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, json.dumps(ordered, indent=2) + "\n")
+
+
+def _read(path: Path) -> list[Result]:
+    if not path.exists():
+        return []
+    try:
+        rows: list[Result] = json.loads(path.read_text(encoding="utf-8"))
+        assert all(isinstance(row["name"], str) and isinstance(row["model"], str) for row in rows)
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise ConfigError(f"out: {path} does not hold results of benchmarks; delete it or name another file") from error
+    return rows
+
+
+HEADER = f"{'benchmark':<20} {'model':<8} {'ratio':>7} {'spread':>7} {'subject':>10} {'baseline':>10} {'rounds':>7}"
+
+
+def line(row: Result) -> str:
+    """`row` under `HEADER`."""
+    subject, baseline = (f"{1000 * row['median'][side]:.2f} ms" for side in ("subject", "baseline"))
+    return (
+        f"{row['name']:<20} {row['model']:<8} {row['ratio']:>7.3f} {row['spread']:>7.3f} {subject:>10} {baseline:>10} "
+        f"{row['rounds']:>7}"
+    )

@@ -1,0 +1,85 @@
+"""Two ways to do a thing, timed in turn (A, B, A, B, ...), so that a machine that slows down slows both of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+WINDOW = 0.05  # seconds that one measurement lasts at least: above that, timers and schedulers do not count
+WARM_UPS = 2  # calls of each side before the first that counts: allocators, lazily made kernels, caches
+
+
+Clock = Literal["process", "wall"]
+CLOCKS: dict[Clock, Callable[[], float]] = {"process": time.process_time, "wall": time.perf_counter}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is compared: `subject` is the project's work, `baseline` what nothing could do without."""
+
+    name: str  # of the benchmark
+    model: str  # whose sizes it has
+    subject: Callable[[], object]
+    baseline: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`ratio` is the median of the rounds' ratios subject / baseline, `spread` their interquartile range."""
+
+    ratio: float
+    spread: float
+    subject: float  # median seconds of one call
+    baseline: float
+    rounds: int
+
+
+def clock_for(device: torch.device, threads: int) -> Clock:
+    """`process` on a CPU with one thread: the CPU time of this process, which other processes do not lengthen but
+    through the caches that they share. Else `wall`: waiting for an accelerator or for a thread takes no CPU time."""
+    return "process" if device.type == "cpu" and threads == 1 else "wall"
+
+
+def compare(pair: Pair, rounds: int, device: torch.device, clock: Callable[[], float]) -> Comparison:
+    """Time both sides of `pair` by `clock` (seconds), one after the other, `rounds` >= 2 times.
+
+    Each measurement repeats its side until it lasts about `WINDOW`, and ends when `device` has done all of it.
+    """
+    assert rounds >= 2, "a spread needs two rounds"
+
+    def seconds(side: Callable[[], object], calls: int) -> float:
+        finish(device)
+        start = clock()
+        for _ in range(calls):
+            side()
+        finish(device)
+        return (clock() - start) / calls
+
+    calls = []
+    for side in (pair.subject, pair.baseline):
+        seconds(side, WARM_UPS)
+        calls.append(max(1, round(WINDOW / max(seconds(side, 1), 1e-9))))
+    subject, baseline = [], []
+    for _ in range(rounds):
+        subject.append(seconds(pair.subject, calls[0]))
+        baseline.append(seconds(pair.baseline, calls[1]))
+    ratios = [a / b for a, b in zip(subject, baseline, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Comparison(
+        ratio=statistics.median(ratios),
+        spread=high - low,
+        subject=statistics.median(subject),
+        baseline=statistics.median(baseline),
+        rounds=rounds,
+    )
+
+
+def finish(device: torch.device) -> None:
+    """Return once `device` has done what it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,297 @@
+"""`benchmarks`: that the harness finds a known ratio by a clock of the tests', what it writes, and that both sides of
+every benchmark do what they say. Nothing here is timed."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import __main__ as command
+from benchmarks import projection, projection_sampling, report, sampling_1, timing, toyland, train_step
+from benchmarks.timing import Pair, compare
+from perfusion.cli import run_cli
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def side(self, name: str, seconds: Callable[[], float]) -> Callable[[], None]:
+        def run() -> None:
+            self.log.append(name)
+            self.now += seconds()
+
+        return run
+
+    def pair(self, a: Callable[[], float], b: Callable[[], float]) -> Pair:
+        return Pair("p", "m", self.side("A", a), self.side("B", b))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_a_known_ratio_is_found(clock: Clock) -> None:
+    found = compare(clock.pair(lambda: 0.2, lambda: 0.1), 5, CPU, clock)
+    assert found.ratio == pytest.approx(2)
+    assert found.spread == pytest.approx(0, abs=1e-9)
+    assert (found.subject, found.baseline) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert found.rounds == 5
+
+
+def test_rounds_alternate_after_the_warm_up(clock: Clock) -> None:
+    compare(clock.pair(lambda: 0.2, lambda: 0.1), 4, CPU, clock)
+    assert clock.log[-8:] == ["A", "B"] * 4
+
+
+def test_a_machine_that_slows_down_does_not_change_the_ratio(clock: Clock) -> None:
+    """It is five times as slow in the end; all of A before all of B would give a ratio below 1."""
+    slowness = lambda: 1 + len(clock.log) / 10  # noqa: E731
+    found = compare(clock.pair(lambda: 0.2 * slowness(), lambda: 0.1 * slowness()), 20, CPU, clock)
+    assert found.ratio == pytest.approx(2, rel=0.1)
+    assert found.subject > 0.4
+
+
+def test_first_calls_do_not_count(clock: Clock) -> None:
+    slow_start = lambda seconds, name: lambda: 100 if clock.log.count(name) <= timing.WARM_UPS else seconds  # noqa: E731
+    found = compare(clock.pair(slow_start(0.2, "A"), slow_start(0.1, "B")), 3, CPU, clock)
+    assert found.ratio == pytest.approx(2)
+    assert found.subject == pytest.approx(0.2)
+
+
+def test_the_spread_is_the_interquartile_range_of_the_rounds_ratios(clock: Clock) -> None:
+    found = compare(clock.pair(_after_warm_up(1, [1, 2, 3, 4, 50]), lambda: 1), 5, CPU, clock)
+    assert found.ratio == pytest.approx(3)
+    assert found.spread == pytest.approx(2)
+
+
+def _after_warm_up(first: float, rounds: list[float]) -> Callable[[], float]:
+    left = iter([*[first] * (timing.WARM_UPS + 1), *rounds])
+    return lambda: next(left)
+
+
+def test_short_work_is_repeated_and_still_given_per_call(clock: Clock) -> None:
+    found = compare(clock.pair(lambda: timing.WINDOW / 10, lambda: timing.WINDOW * 2), 2, CPU, clock)
+    assert clock.log.count("A") == timing.WARM_UPS + 1 + 2 * 10
+    assert clock.log.count("B") == timing.WARM_UPS + 1 + 2
+    assert found.ratio == pytest.approx(0.05)
+    assert found.subject == pytest.approx(timing.WINDOW / 10)
+
+
+def test_an_accelerator_is_waited_for_inside_every_measurement(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes work at once and does it while it is waited for."""
+    waiting = [0.0]
+
+    def synchronize(device: torch.device) -> None:
+        assert device.type == "cuda"
+        clock.now, waiting[0] = clock.now + waiting[0], 0.0
+
+    def queue(seconds: float) -> Callable[[], None]:
+        return lambda: waiting.__setitem__(0, waiting[0] + seconds)
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
+    found = compare(Pair("p", "m", queue(0.2), queue(0.1)), 3, torch.device("cuda"), clock)
+    assert (found.subject, found.baseline) == (pytest.approx(0.2), pytest.approx(0.1))
+
+
+def test_only_one_thread_on_a_cpu_is_timed_by_the_process() -> None:
+    assert timing.clock_for(CPU, 1) == "process"
+    assert timing.clock_for(CPU, 2) == timing.clock_for(torch.device("cuda"), 1) == "wall"
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def row(name: str, ratio: float, model: str = "m") -> report.Result:
+    found = timing.Comparison(ratio=ratio, spread=0.1, subject=0.002 * ratio, baseline=0.002, rounds=5)
+    return report.result(Pair(name, model, lambda: None, lambda: None), found, "wall", report.machine(CPU))
+
+
+def test_a_row_holds_all_that_was_measured_and_where() -> None:
+    found: Any = json.loads(json.dumps(row("a", 1.5)))
+    where = found.pop("machine")
+    median = found.pop("median")
+    assert found == {"name": "a", "model": "m", "ratio": 1.5, "spread": 0.1, "rounds": 5, "clock": "wall"}
+    assert median == {"subject": pytest.approx(0.003), "baseline": 0.002}
+    assert where.pop("cpu")
+    assert where == {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": "cpu"}
+
+
+def test_results_replace_their_own_rows_and_leave_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "latest.json"
+    report.write(path, [row("b", 1), row("a", 2), row("a", 3, "n")])
+    report.write(path, [row("a", 4)])
+    written = json.loads(path.read_text())
+    assert [(r["name"], r["model"], r["ratio"]) for r in written] == [("a", "m", 4), ("a", "n", 3), ("b", "m", 1)]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", '[{"name": "a"}]', "3"])
+def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "latest.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"out: .*latest\.json does not hold results"):
+        report.write(path, [row("a", 4)])
+    assert path.read_text() == content
+
+
+def test_lines_stand_under_their_heads() -> None:
+    line = report.line(row("projection_sampling", 1.5, "toyland"))
+    assert len(line) == len(report.HEADER)
+    assert line.split() == ["projection_sampling", "toyland", "1.500", "0.100", "3.00", "ms", "2.00", "ms", "5"]
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Benchmarks `one` and `two` that take no time; gives the list of those that were built."""
+    built: list[str] = []
+
+    def pairs(name: str) -> Callable[[torch.device], Iterator[Pair]]:
+        def build(device: torch.device) -> Iterator[Pair]:
+            built.append(name)
+            yield Pair(name, "m", lambda: None, lambda: None)
+
+        return build
+
+    monkeypatch.setattr(command, "BENCHMARKS", {name: pairs(name) for name in ("one", "two")})
+    monkeypatch.setattr(timing, "WINDOW", 0.0)
+    threads = torch.get_num_threads()
+    yield built
+    torch.set_num_threads(threads)
+
+
+def test_the_command_runs_what_is_named(
+    stand_ins: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "latest.json"
+    assert run_cli(command.main, ["two", "rounds=3", f"out={out}", "device=cpu"]) == 0
+    assert stand_ins == ["two"]
+    (written,) = json.loads(out.read_text())
+    assert (written["name"], written["rounds"], written["clock"]) == ("two", 3, "process")
+    assert written["machine"]["threads"] == 1
+    assert "two" in capsys.readouterr().out
+
+
+def test_without_names_the_command_runs_all(stand_ins: list[str], tmp_path: Path) -> None:
+    assert run_cli(command.main, ["rounds=2", f"out={tmp_path / 'x.json'}", "device=cpu"]) == 0
+    assert stand_ins == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["three"], "no benchmark 'three'; there are: one, two"),
+        (["rounds=1"], "rounds=1"),
+        (["threads=0"], "threads=0"),
+        (["round=3"], "round: unknown key; did you mean 'rounds'"),
+        (["--fast"], "'--fast': expected key=value"),
+        (["device=abacus"], "backbone.device: found 'abacus'"),
+    ],
+)
+def test_mistakes_are_answered_before_anything_runs(
+    stand_ins: list[str], capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    assert run_cli(command.main, argv) == 2
+    assert message in capsys.readouterr().err
+    assert stand_ins == []
+
+
+# --- what is compared -----------------------------------------------------------------------------------------------
+
+
+def test_every_file_of_a_benchmark_is_in_the_command() -> None:
+    folder = Path(command.__file__).parent
+    found = {path.stem for path in folder.glob("*.py") if "\ndef pairs(" in path.read_text(encoding="utf-8")}
+    assert found == set(command.BENCHMARKS)
+
+
+def test_layouts_are_whole() -> None:
+    """Stable Diffusion 1.5: 16 cross-attentions, 12,480 V outputs in all."""
+    layouts = {layout.name: layout for layout in projection.LAYOUTS}
+    sites = projection.edit_sites_of(layouts["sd15"].denoiser())
+    assert len(sites) == 32
+    assert sum(int(site.projection.out_features) for site in sites if site.kind == "v") == 12_480  # type: ignore
+    assert (layouts["sd15"].positions, layouts["toyland"].positions) == (77, 24)
+
+
+def test_projections_are_edited_on_one_side_alone_and_both_are_differentiable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "LAYOUTS", projection.LAYOUTS[:1])
+    (pair,) = projection.pairs(CPU, batch=2)
+    edited, plain = pair.subject(), pair.baseline()
+    assert isinstance(edited, list) and isinstance(plain, list)
+    assert len(edited) == len(plain) == 14  # 7 cross-attentions
+    for one, other in zip(edited, plain, strict=True):
+        assert one.shape == other.shape
+        assert one.requires_grad and other.requires_grad
+        assert not torch.allclose(one, other)
+    again = pair.subject()
+    assert isinstance(again, list)
+    assert again[0] is not edited[0], "training computes at every call"
+
+
+def test_the_steps_of_a_sampling_share_what_the_first_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection_sampling, "LAYOUTS", projection.LAYOUTS[:1])
+    calls = {"edited": 0, "plain": 0}
+    (pair,) = projection_sampling.pairs(CPU)
+
+    def count(side: str, run: Callable[[], object]) -> Any:
+        linear = torch.nn.Linear.forward
+
+        def counted(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+            calls[side] += 1
+            return linear(self, x)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Linear, "forward", counted)
+            return run()
+
+    edited = count("edited", pair.subject)
+    plain = count("plain", pair.baseline)
+    assert calls == {"edited": 14, "plain": 14 * projection_sampling.STEPS}
+    assert not any(output.requires_grad for output in [*edited, *plain])
+    assert count("edited", pair.subject)[0] is not edited[0], "each run is a new prompt"
+
+
+def test_a_step_trains_the_concept_alone_and_its_bound_reaches_the_token_embeddings() -> None:
+    plain = train_step.around(toyland.pipeline(CPU), train_step.default_config("toyland"))
+    with toyland.concept(toyland.pipeline(CPU), training=True) as (backbone, method):
+        content = train_step.batch(backbone, 2, toyland.WORD.placeholder)
+        before = method.state()
+        loss = train_step.whole_step(backbone, method, content)()
+        after = method.state()
+        assert loss.isfinite()
+        assert not any(torch.equal(before[name], after[name]) for name in ("values", "target_input", "direction"))
+        assert not torch.equal(before["embedding.text_encoder"], after["embedding.text_encoder"])
+        ours = {id(parameter) for parameter in method.parameters()}
+        assert not any(p.requires_grad and id(p) not in ours for p in backbone.denoiser.parameters())
+
+    gradient = train_step.lower_bound(plain, content)()
+    assert gradient.shape == (2, 24, 128)
+    assert gradient.abs().amax((1, 2)).min() > 0
+    parts = (plain.denoiser, plain.pipe.text_encoder)  # type: ignore[attr-defined]
+    assert not any(p.requires_grad or p.grad is not None for part in parts for p in part.parameters())
+
+
+def test_a_sampling_gives_a_picture_on_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_1, "STEPS", 1)
+    for pair in sampling_1.pairs(CPU):
+        edited, plain = pair.subject(), pair.baseline()
+        assert isinstance(edited, Image.Image) and isinstance(plain, Image.Image)
+        assert edited.size == plain.size == (64, 64)
+        assert edited.tobytes() != plain.tobytes()
