@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.cli import parse_key_values, run_cli
@@ -53,7 +54,11 @@ class BuildConfig:
 
 
 def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
-    """Put the trained parts together as a plain diffusers pipeline in `out/pipeline` (float16) and copy the scorer."""
+    """Put the trained parts together as a plain diffusers pipeline in `out/pipeline` and copy the scorer.
+
+    UNet and autoencoder are stored in float16, which stock diffusers loads as float32. The text encoder stays float32:
+    transformers loads a model in the type of its file, and a half-precision encoder would not fit the others.
+    """
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "autoencoder"),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
@@ -64,7 +69,9 @@ def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
-    pipe.to(torch.float16).save_pretrained(out / "pipeline", safe_serialization=True)
+    for part in (pipe.unet, pipe.vae):
+        nn.Module.to(part, torch.float16)
+    pipe.save_pretrained(out / "pipeline", safe_serialization=True)
     shutil.copytree(folder / "scorer", out / "scorer", dirs_exist_ok=True)
     return pipe
 
