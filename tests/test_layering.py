@@ -22,9 +22,9 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config"}),
     frozenset({"cli"}),  # turns the mistakes that the schema finds into messages
     frozenset({"toyland"}),
-    frozenset({"rank_one", "covariance", "data"}),
-    frozenset({"backbones"}),
-    frozenset({"edit"}),
+    frozenset({"rank_one", "covariance", "data", "concept_format"}),
+    frozenset({"backbones", "prompt_gate"}),
+    frozenset({"edit", "manifest", "presets", "sampling"}),
     frozenset({"methods"}),
     frozenset({"concept"}),
     frozenset({"training", "generate", "inspect"}),
