@@ -1,4 +1,4 @@
-"""`python -m benchmarks [name ...] [rounds=15]`: measure, print a table, write `latest.json`."""
+"""`python -m benchmarks [name ...] [rounds=9]`: measure, print a table, write `latest.json`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ each side does. Ratios from a busy machine are good to about their spread.
 class BenchConfig:
     """Command line, besides the names."""
 
-    rounds: int = 15  # measurements of each side; they alternate
+    rounds: int = 9  # measurements of each side; they alternate
     threads: int = 1  # of the CPU
     device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
     out: str = str(Path(__file__).with_name("latest.json"))  # file of the results

@@ -60,12 +60,13 @@ class ClipScorer:
         else:
             pretrained, settings = _checked_weights(model, pretrained)
         try:
-            self._model = open_clip.create_model(model, pretrained, device=self.device, **settings)
-            self._tokenize = open_clip.get_tokenizer(model)
+            self._model: Any = open_clip.create_model(model, pretrained, device=self.device, **settings)
+            self._tokenize: Any = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip lets torch, json, hub and tokenizer errors through as they are
             raise ScorerError(f"the scorer {self.name} cannot be loaded: {_first_line(error)}") from error
         self._model.requires_grad_(False).eval()
-        self._preprocess = image_transform_v2(PreprocessCfg(**self._model.visual.preprocess_cfg), is_train=False)
+        preprocess = PreprocessCfg(**self._model.visual.preprocess_cfg)
+        self._preprocess: Any = image_transform_v2(preprocess, is_train=False)
 
     @torch.no_grad()
     def image_embeddings(self, images: Sequence[Image.Image]) -> Tensor:

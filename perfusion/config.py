@@ -118,7 +118,7 @@ def _reject_unknown(schema: type, values: Any, where: str) -> None:
         full = f"{where}.{key}" if where else str(key)
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigError(f"{full}: unknown key{hint} Known here: {', '.join(known)}")
         inner = known[key].default_factory
         if isinstance(inner, type) and dataclasses.is_dataclass(inner) and value is not None:

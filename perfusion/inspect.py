@@ -115,10 +115,12 @@ def describe_backbone(name: str, path: str | None, method_name: str) -> list[str
     backbone = meta_backbone(name, path)
     sites = backbone.edit_sites()
     rows: list[Row] = [("edit site", "kind", "in", "out")]
+    out = {"k": 0, "v": 0}
     for site in sites:
-        outputs, inputs = site.projection.weight.shape
+        weight: Any = site.projection.weight
+        outputs, inputs = weight.shape
         rows.append((site.name, site.kind, str(inputs), str(outputs)))
-    out = {kind: sum(s.projection.weight.shape[0] for s in sites if s.kind == kind) for kind in ("k", "v")}
+        out[site.kind] += outputs
     method = build({"name": method_name}, Word("<new*>", "object"))
     shapes = method.state_shapes(backbone)
     tensors = ", ".join(f"{key} {_shape(shape)}" for key, shape in shapes.items())
@@ -228,7 +230,7 @@ def _meta_pipeline_of(origin: Source) -> StableDiffusionPipeline:
         raise BackboneError(f"path: found {origin.name!r}, expected a folder: the layout is read from its files")
     with reading(origin), torch.device("meta"):
         parts: dict[str, Any] = {
-            name: kind.from_config(kind.load_config(origin.name, subfolder=name))
+            name: kind.from_config(kind.load_config(origin.name, subfolder=name))  # type: ignore[arg-type]
             for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDIMScheduler))
         }
         text = CLIPTextConfig.from_pretrained(origin.name, subfolder="text_encoder")
@@ -241,9 +243,11 @@ def _table(rows: Iterable[Row], right: Iterable[int] = ()) -> list[str]:
     """Rows as lines of aligned columns; those in `right` are aligned to the right."""
     rows, right = list(rows), set(right)
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    aligned = [str.rjust if k in right else str.ljust for k in range(len(widths))]
-    lines = ("  ".join(align(*cell) for align, *cell in zip(aligned, row, widths, strict=True)) for row in rows)
-    return [line.rstrip() for line in lines]
+
+    def cell(text: str, k: int) -> str:
+        return text.rjust(widths[k]) if k in right else text.ljust(widths[k])
+
+    return ["  ".join(cell(text, k) for k, text in enumerate(row)).rstrip() for row in rows]
 
 
 def _shape(shape: Iterable[int]) -> str:

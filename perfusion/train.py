@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import signal
 import sys
@@ -65,12 +66,13 @@ def train(config: TrainConfig) -> RunFolder:
     if folder.finished:
         print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
         return folder
-    folder.begin(config)
+
     quieten()
     backbone = backbones.backbone_class(config.backbone.name).load(config.backbone)
     method = build(config.method, word)
     method.attach(backbone)
     try:
+        folder.begin(config)
         metrics = _fit(config, folder, method, backbone, examples)
         concept = save_concept(folder.concept, Concept.of(method, backbone, config.seed))
     finally:
@@ -88,6 +90,7 @@ def _fit(
     """Train the attached method, from the newest checkpoint if there is one; gives what metrics.json says of it."""
     from lightning.pytorch import seed_everything
 
+    from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
     from perfusion.training.data import ConceptData
     from perfusion.training.module import PersonalizationModule
@@ -101,6 +104,8 @@ def _fit(
     seed_everything(config.seed, verbose=False)
     data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed)
     trainer = build(config, folder, options.steps, backbone.device, resumed)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(dataclasses.asdict(config))
     started = time.monotonic()
     try:
         trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=checkpoint)
@@ -109,6 +114,8 @@ def _fit(
         kept = newest_readable(folder.checkpoints)
         at = f"goes on at step {step_of(kept)}" if kept else "starts anew (no checkpoint was due yet)"
         raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same command {at}") from error
+    finally:
+        loggers.close()
     seconds = time.monotonic() - started
     return {"steps": options.steps, **results(trainer), "resumed_at_step": resumed, "seconds": seconds}
 
@@ -127,14 +134,20 @@ def _draw_samples(
     from perfusion.training.samples import sample_templates, save_samples
 
     def draw(prompts: list[str]) -> list[Image]:
-        settings = {"steps": config.backbone.steps, "guidance": config.backbone.guidance}
-        seeds = range(config.seed, config.seed + len(prompts))
-        return sample(backbone.pipe, prompts, seeds, **settings, size=config.backbone.resolution, exact=False)
+        return sample(
+            backbone.pipe,
+            prompts,
+            range(config.seed, config.seed + len(prompts)),
+            config.backbone.steps,
+            config.backbone.guidance,
+            progress=config.trainer.get("enable_progress_bar", True),
+            size=config.backbone.resolution,
+            exact=False,
+        )
 
     templates = sample_templates(config.backbone.prompts)
     plain = [fill(template, config.concept.superclass) for template in templates]
     personal = [fill(template, config.concept.placeholder) for template in templates]
-    print("drawing samples")
     rows = [(f"base model: {config.concept.superclass}", plain, draw(plain))]
     with concept.attach(backbone):
         rows.append((config.concept.placeholder, personal, draw(personal)))

@@ -208,6 +208,18 @@ def test_outputs_are_computed_once_per_prompt_and_reused_bit_for_bit(bench: Benc
     assert torch.equal(bench(), first) and counter.calls == 24
 
 
+def test_layers_share_one_computation_of_the_gate(bench: Bench) -> None:
+    bench.attach()
+    calls: list[object] = []
+    bench.gate.register_forward_hook(lambda *_: calls.append(None))
+    with torch.no_grad():
+        bench(), bench()
+    assert len(calls) == 1
+    for count in (2, 3):  # a graph of its own for every call, also after the same prompt without gradients
+        bench()
+        assert len(calls) == count
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_nothing_stale_is_reused(bench: Bench, inference: bool) -> None:
     value_site = next(site for site in bench.sites if site.kind == "v")
@@ -441,12 +453,14 @@ def test_the_context_may_be_positional(bench: Bench) -> None:
 
 @torch.no_grad()
 def test_half_precision_keeps_the_similarity_exact(bench: Bench) -> None:
-    expected = bench.gate(bench.context.bfloat16().float()).gates
+    expected = bench.gate(bench.context.bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(bench.gate(bench.context.bfloat16().float()).gates, expected)
+        found = bench.gate(bench.context.bfloat16().float())
+    for name in ("gates", "remainder", "locked"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
     half = bench.gate(bench.context.bfloat16())
-    assert torch.equal(half.gates, expected) and half.locked.dtype == half.remainder.dtype == torch.bfloat16
-    exact = bench.projections()
+    assert torch.equal(half.gates, expected.gates) and torch.equal(half.locked, expected.locked.bfloat16())
+    assert torch.equal(half.remainder, expected.remainder.bfloat16())
     bench.attach()
     exact = bench.projections()
     bench.unet.bfloat16()

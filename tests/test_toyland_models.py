@@ -113,4 +113,4 @@ def test_latents_of_scenes_can_be_saved_and_have_the_model_s_shape(tmp_path: Pat
     latents = train_diffusion.scene_latents(vae, 7, 3)
     assert latents.shape == (3, 12, 8, 8) and latents.dtype == torch.float16
     save_file({"latents": latents}, tmp_path / "latents.safetensors")
-    assert torch.equal(latents[1:2], train_diffusion.scene_latents(vae, 8, 1))
+    torch.testing.assert_close(latents[1:2], train_diffusion.scene_latents(vae, 8, 1))  # batches round differently

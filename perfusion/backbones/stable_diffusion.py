@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -39,7 +39,7 @@ def edit_sites_of(denoiser: nn.Module, context: str = CONTEXT) -> list[EditSite]
     for name, module in fingerprint.base_module(denoiser).named_modules():
         if not (isinstance(module, Attention) and module.is_cross_attention):
             continue
-        if module.fused_projections:
+        if isinstance(module.processor, FusedAttnProcessor2_0):  # `fused_projections` stays true after unfusing
             raise BackboneError(
                 f"{name}: its K and V projections are fused, and an edit of them would do nothing; call "
                 "unfuse_qkv_projections() first"

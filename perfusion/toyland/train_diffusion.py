@@ -113,9 +113,7 @@ def train_diffusion(folder: Path, seconds: float, scenes: int = 60_000, seed: in
         rng = np.random.default_rng([seed, step, rank()])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.integers(0, share, size)
-        captions = [
-            Caption((), (), ()) if rng.random() < EMPTY else caption(drawn[int(i)], rng) for i in chosen
-        ]
+        captions = [Caption((), (), ()) if rng.random() < EMPTY else caption(drawn[int(i)], rng) for i in chosen]
         context = contexts(encoder, tokenizer, captions, rng)
         latents = all_latents[torch.from_numpy(chosen)].float().to(device()).to(memory_format=torch.channels_last)
         run.update(denoising_loss(model, noise_schedule, latents, context, generator))

@@ -47,11 +47,14 @@ def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
             composed.append(values)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we explain
-    sys.argv = [sys.argv[0], *words]
+    given = sys.argv
+    sys.argv = [given[0], *words]
     try:
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(job)()
     except HydraException as error:
         raise _explained(error) from error
+    finally:
+        sys.argv = given
     for values in composed:  # none after --help or --cfg
         task(_checked(values))
 

@@ -69,7 +69,7 @@ class ConceptData(LightningDataModule):
 
     Every draw is a function of (seed, step, slot), and a loader that is made during a resumed run starts at the
     trainer's step, so a resumed training sees what one that never stopped would see. With
-    `trainer.accumulate_grad_batches=k` a step's batch is fed in k parts.
+    `trainer.accumulate_grad_batches=k` a step's batch is fed in k parts, each of which `Method.on_step` sees.
 
     Args:
         examples: the n pictures.

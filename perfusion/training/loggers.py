@@ -7,6 +7,7 @@ import inspect
 import io
 import netrc
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,6 +104,13 @@ def build(name: str, spec: Mapping[str, Any], folder: Path) -> Logger:
         return hydra.utils.instantiate(dict(spec), **place)
     except Exception as error:  # whatever a third party's constructor raises
         raise ConfigError(f"logger.{name}: {_reason(error)}") from error
+
+
+def close() -> None:
+    """End what a logger keeps open for the whole process: the next run of a sweep is another one."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def _has_wandb_account() -> bool:

@@ -32,6 +32,11 @@ class StepProgress(TQDMProgressBar):
         bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         bar.set_description("Training")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar of a run that was stopped, or it would be printed again whenever Python collects it."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
