@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -38,9 +39,10 @@ QUESTIONS: dict[str, dict[str, str]] = {
 class _Scorer:
     def __init__(self, folder: Path) -> None:
         name = f"local-dir:{folder}"
-        self.model, _, self.preprocess = open_clip.create_model_and_transforms(name)
+        loaded: Any = open_clip.create_model_and_transforms(name)
+        self.model, _, self.preprocess = loaded
         self.model.eval()
-        self.tokenizer = open_clip.get_tokenizer(name)
+        self.tokenizer: Any = open_clip.get_tokenizer(name)
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
@@ -58,8 +60,8 @@ def as_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a) for a in array]
 
 
-def reconstruction_error(vae: AutoencoderKL, count: int = 256) -> float:
-    """Mean squared error on [-1, 1] over fresh renders."""
+def reconstruction_error(vae: Any, count: int = 256) -> float:
+    """Mean squared error of an `AutoencoderKL` on [-1, 1] over fresh renders."""
     pixels, _ = draw_batch(list(range(FIRST_SCENE, FIRST_SCENE + count)))
     with torch.no_grad():
         back = torch.cat([vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pixels.split(32)])
@@ -78,8 +80,8 @@ def retrieval(scorer: _Scorer, batches: int = 5, size: int = 100) -> float:
     return right / (batches * size)
 
 
-def prompt_following(pipe: StableDiffusionPipeline, scorer: _Scorer, each: int = 40) -> dict[str, float]:
-    """Share of generated images in which the scorer reads the attribute that the prompt asked for."""
+def prompt_following(pipe: Any, scorer: _Scorer, each: int = 40) -> dict[str, float]:
+    """Share of a `StableDiffusionPipeline`'s images in which the scorer reads the attribute that was asked for."""
     pipe.set_progress_bar_config(disable=True)
     result = {}
     for attribute, options in tqdm(QUESTIONS.items(), desc="prompts"):

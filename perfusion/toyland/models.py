@@ -19,20 +19,26 @@ TEXT_WIDTH = 128
 
 def autoencoder() -> AutoencoderKL:
     """64x64x3 to 8x8x12 and back. Few channels at full resolution: that is where a CPU spends its time."""
-    return AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        layers_per_block=1,
-        mid_block_add_attention=False,
-        sample_size=IMAGE_SIZE,
-    )
+    settings: dict[str, Any] = {
+        "block_out_channels": (16, 32, 64, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": LATENT_CHANNELS,
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+        "mid_block_add_attention": False,
+        "sample_size": IMAGE_SIZE,
+    }
+    return AutoencoderKL(**settings)
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A CLIP text tower of two layers, 128 wide, over 24 positions."""
+    special: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -42,9 +48,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             num_attention_heads=2,
             max_position_embeddings=TEXT_POSITIONS,
             projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **special,
         )
     )
 

@@ -49,11 +49,12 @@ def draw_worn(pen: Pen, worn: str, shape: Shape) -> None:
         pen.box(hang_x - 2.1, hang_y - 0.5, hang_x + 2.1, hang_y + 7.4, SCARF)
     elif worn == "sunglasses":
         eyes = shape.eyes
+        left, right = eyes[0], eyes[-1]
         r = 4.7 if len(eyes) > 1 else 5.6
         # A pale rim keeps the black lenses apart from dark bodies and from black eyes.
         for ex, ey in eyes:
             pen.box(ex - r - 0.7, ey - r * 0.8 - 0.7, ex + r + 0.7, ey + r * 0.8 + 0.7, (240, 240, 244), 2.4)
-        ends = (eyes[0], eyes[-1]) if len(eyes) > 1 else (eyes[0], (eyes[0][0] + 11, eyes[0][1] - 1))
+        ends = (left, right) if len(eyes) > 1 else (left, (left[0] + 11, left[1] - 1))
         pen.stroke([(ends[0][0], ends[0][1] - 1.8), (ends[1][0], ends[1][1] - 1.8)], 1.9, INK)
         for ex, ey in eyes:
             pen.box(ex - r, ey - r * 0.8, ex + r, ey + r * 0.8, INK, 2.2)

@@ -62,7 +62,7 @@ def build_tokenizer(words: Sequence[str], positions: int) -> CLIPTokenizer:
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(
         vocab=vocabulary,
-        merges=merges,
+        merges=merges,  # type: ignore[arg-type]
         unk_token=END,
         bos_token=START,
         eos_token=END,

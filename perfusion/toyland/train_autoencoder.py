@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
@@ -32,8 +32,11 @@ def draw_batch(seeds: list[int]) -> tuple[Tensor, Tensor]:
     return pixels, masks
 
 
-def reconstruction_loss(model: AutoencoderKL, pixels: Tensor, masks: Tensor) -> Tensor:
-    """Absolute plus squared error, objects counting more, and a small KL term that keeps the latents smooth."""
+def reconstruction_loss(model: Any, pixels: Tensor, masks: Tensor) -> Tensor:
+    """Absolute plus squared error of an `AutoencoderKL`, objects counting more, and a small KL term.
+
+    The KL term keeps the latents smooth.
+    """
     posterior = model.encode(pixels).latent_dist
     error = model.decode(posterior.sample()).sample - pixels
     weight = 1 + (OBJECT_WEIGHT - 1) * masks
@@ -48,7 +51,8 @@ def train_autoencoder(folder: Path, seconds: float, seed: int = 0) -> None:
     The scaling factor is measured: latents of fresh scenes get unit standard deviation.
     """
     torch.manual_seed(seed)
-    model = autoencoder().to(device())
+    model: Any = autoencoder()
+    model.to(device())
     size = batch_size()
     run = BudgetedTraining("autoencoder", {"vae": model}, folder, seconds, RATE, size)
     torch.manual_seed(seed + 1000 * run.step + rank())

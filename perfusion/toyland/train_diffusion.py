@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -32,8 +33,8 @@ def batch_size() -> int:
     return 512 if device().type == "cuda" else 32
 
 
-def scene_latents(model: AutoencoderKL, first: int, count: int) -> Tensor:
-    """Scaled latents (count, c, 8, 8) float16 of the scenes with seeds `first`, `first` + 1, ..."""
+def scene_latents(model: Any, first: int, count: int) -> Tensor:
+    """Scaled latents (count, c, 8, 8), float16, that an `AutoencoderKL` gives for the scenes from seed `first` on."""
     parts = []
     chunks = range(first, first + count, 64)
     for start in tqdm(chunks, desc="latents", disable=rank() != 0):
@@ -75,7 +76,7 @@ def contexts(
 
 
 def denoising_loss(
-    model: torch.nn.Module, noise_schedule: DDIMScheduler, latents: Tensor, context: Tensor, generator: torch.Generator
+    model: torch.nn.Module, noise_schedule: Any, latents: Tensor, context: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Noise prediction with min-SNR weights at uniformly drawn steps."""
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
@@ -95,13 +96,17 @@ def train_diffusion(folder: Path, seconds: float, scenes: int = 60_000, seed: in
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(vocabulary(), TEXT_POSITIONS)
-    encoder, model, noise_schedule = text_encoder(tokenizer).to(device()), unet().to(device()), scheduler()
-    model = model.to(memory_format=torch.channels_last)
+    encoder: Any = text_encoder(tokenizer)
+    model: Any = unet()
+    noise_schedule = scheduler()
+    encoder.to(device())
+    model.to(device(), memory_format=torch.channels_last)
     share = scenes // world_size()
     first = FIRST_SCENE + seed * 10_000_000 + rank() * share
     kept = folder / f"latents-{first}-{share}.safetensors"
     if not kept.exists():
-        vae = AutoencoderKL.from_pretrained(folder / "autoencoder").to(device()).eval()
+        vae: Any = AutoencoderKL.from_pretrained(folder / "autoencoder")
+        vae.to(device()).eval()
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"latents": scene_latents(vae, first, share)}, kept)
     all_latents = load_file(kept)["latents"]
