@@ -6,6 +6,10 @@ SOURCES := perfusion eval experiments benchmarks tests
 # Small tensors: one thread per process and several processes are faster than many threads.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --timeout 300
 
+# Some containers set this; without compiled bytecode every start of Python would compile PyTorch and diffusers anew,
+# 20 seconds of CPU each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format toyland bench constraints clean
 
