@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 
 from benchmarks import projection, projection_sampling, report, sampling_1, timing, train_step
 from perfusion.backbones.loading import resolve_device
@@ -54,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         )
     device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     where, clock = report.machine(device), timing.clock_for(device, config.threads)
     print(f"{where['cpu']}; threads {where['threads']}; torch {where['torch']}; {where['device']}; {clock} time")
     print(report.HEADER)

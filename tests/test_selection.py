@@ -158,10 +158,9 @@ def test_a_resumed_run_chooses_like_one_that_never_stopped(method, backbone, sco
 def test_scores_of_the_samples_that_the_concept_gives(method, backbone, scorer, tmp_path) -> None:
     """The whole way: samples at the best step, drawn again and scored in float64, give the scores that were logged."""
     seen: list[tuple[bool, float]] = []
-    watch = backbone.denoiser.register_forward_pre_hook(lambda *_: seen.append((method.training, method.beta)))
     select = SelectBestStep(every=3, scorer=scorer, prompts=TEMPLATES, steps=2, guidance=2.0, seed=11, batch_size=2)
-    fit(method, backbone, tmp_path, select)
-    watch.remove()
+    with backbone.denoiser.register_forward_pre_hook(lambda *_: seen.append((method.training, method.beta))):
+        fit(method, backbone, tmp_path, select)
     trained, sampled = (True, 0.75), (False, 0.3)
     assert seen == ([trained] * 3 + [sampled] * 2) * 2, "sampling has the method's settings for it, training its own"
     assert method.training and method.beta == 0.75
