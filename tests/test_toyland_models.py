@@ -13,7 +13,8 @@ from torch import nn
 from perfusion.toyland import train_diffusion
 from perfusion.toyland.budget import BudgetedTraining
 from perfusion.toyland.captions import Caption, caption, vocabulary
-from perfusion.toyland.models import TEXT_POSITIONS, autoencoder, scheduler, text_encoder, unet
+from perfusion.toyland.models import LATENT_CHANNELS, TEXT_POSITIONS, autoencoder, scheduler, text_encoder, unet
+from perfusion.toyland.muon import Muon, orthogonalise
 from perfusion.toyland.tokenizer import build_tokenizer, word_merges
 from perfusion.toyland.train_diffusion import contexts, token_ids
 from perfusion.toyland.world import sample_scene
@@ -64,25 +65,49 @@ def test_the_noun_is_true_and_the_words_around_it_are_another_objects(tokenizer,
     assert torch.equal(mixed[1], plain[1])
 
 
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_muon_s_update_has_the_singular_vectors_of_the_gradient_and_nearly_equal_singular_values(shape) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    ours = orthogonalise(matrix, iterations=5)
+    inside = left.T @ ours @ right.T
+    assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-9  # a function of the singular values alone
+    assert ours.shape == shape
+    strong = inside.diagonal()[values > 0.05 * values.max()]
+    assert strong.min() > 0.6
+    assert strong.max() < 1.3
+    assert torch.equal(orthogonalise(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_moves_a_convolution_by_its_rate_in_every_direction() -> None:
+    weight = nn.Parameter(torch.zeros(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    Muon([weight], lr=0.5).step()
+    assert torch.linalg.svdvals(weight.detach().flatten(1)).sub(0.5).abs().max() < 0.2
+    assert (weight * weight.grad).sum() < 0
+
+
 def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    def steps(folder: Path, limit: int) -> tuple[BudgetedTraining, nn.Linear]:
+    def steps(folder: Path, limit: int) -> tuple[BudgetedTraining, nn.Module]:
         torch.manual_seed(0)
-        layer = nn.Linear(3, 1)
-        run = BudgetedTraining("line", {"line": layer}, folder, 1e6, rate=0.1, batch=4)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
+        run = BudgetedTraining("line", {"line": net}, folder, 1e6, rate=0.1, batch=4)
         for step in run:
-            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
-            run.update((layer(x) - x.sum(1, keepdim=True)).square().mean())
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            run.update((net(x) - x.sum(1, keepdim=True)).square().mean())
             if step + 1 >= limit:
                 run.seconds = 0.0  # the budget is spent
-        return run, layer
+        return run, net
 
     steps(tmp_path / "halted", 20)
     again, resumed = steps(tmp_path / "halted", 25)
     _, straight = steps(tmp_path / "straight", 25)
     assert again.step == 25 and again.samples == 100
-    torch.testing.assert_close(resumed.weight, straight.weight)
-    moments = again.optimizer.state[again.parameters["line.weight"]]
-    assert float(moments["step"]) == 25
+    torch.testing.assert_close(resumed.state_dict(), straight.state_dict())
+    muon, adam = (type(o).__name__ for o in again.optimizers)
+    assert (muon, adam) == ("Muon", "AdamW")
+    assert again.parameters["line.0.weight"] in again.optimizers[0].state  # a matrix
+    assert float(again.optimizers[1].state[again.parameters["line.1.weight"]]["step"]) == 25  # a vector
 
 
 def test_the_parts_make_a_pipeline_that_stock_diffusers_loads_and_runs(tokenizer, tmp_path: Path) -> None:
@@ -111,6 +136,6 @@ def test_latents_of_scenes_can_be_saved_and_have_the_model_s_shape(tmp_path: Pat
     torch.manual_seed(0)
     vae = autoencoder().to(memory_format=torch.channels_last).eval()
     latents = train_diffusion.scene_latents(vae, 7, 3)
-    assert latents.shape == (3, 12, 8, 8) and latents.dtype == torch.float16
+    assert latents.shape == (3, LATENT_CHANNELS, 8, 8) and latents.dtype == torch.float16
     save_file({"latents": latents}, tmp_path / "latents.safetensors")
     torch.testing.assert_close(latents[1:2], train_diffusion.scene_latents(vae, 8, 1))  # batches round differently

@@ -16,7 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from perfusion.files import atomic_path
+from perfusion.toyland.muon import Muon
+
 WARMUP_STEPS = 100
+ADAM_SHARE = 0.1  # AdamW's learning rate, as a share of Muon's
+OPTIMIZER_STATE = ("momentum", "exp_avg", "exp_avg_sq")
 
 
 def run_workers(target: Callable[..., None], *args: object, processes: int | None = None) -> None:
@@ -64,8 +69,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _is_matrix(key: str, parameter: Tensor) -> bool:
+    """Whether Muon should move the parameter: a hidden layer's weight, large in both dimensions."""
+    return parameter.ndim >= 2 and "embed" not in key and min(len(parameter), parameter[0].numel()) > 3
+
+
 class BudgetedTraining:
-    """AdamW with an EMA of the weights for `seconds` of wall-clock time, resumed from `folder` when it holds a state.
+    """Muon with an EMA of the weights for `seconds` of wall-clock time, resumed from `folder` when it holds a state.
+
+    Muon moves the matrices and convolutions; AdamW moves vectors, embeddings and the layer that writes pixels.
 
     The learning rate warms up over 100 steps and then falls by a cosine of the share of the time that is spent, so a
     budget of 3 minutes and one of 3 hours both end at rate zero. Iterating yields the step number until the time is
@@ -76,7 +88,7 @@ class BudgetedTraining:
         modules: trained together; their parameters carry gradients.
         folder: where `<name>.safetensors` (weights, EMA, optimizer) is kept while training.
         seconds: the budget, over all restarts.
-        rate: peak learning rate.
+        rate: Muon's peak learning rate; AdamW has a tenth of it.
         batch: samples per step in this process, for the count of samples seen.
     """
 
@@ -107,7 +119,13 @@ class BudgetedTraining:
             if value.requires_grad
         }
         self.ema = {key: value.detach().clone() for key, value in self.parameters.items()}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        matrices = {key: value for key, value in self.parameters.items() if _is_matrix(key, value)}
+        rest = [value for key, value in self.parameters.items() if key not in matrices]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.optimizers.append(Muon(matrices.values(), lr=rate))
+        if rest:
+            self.optimizers.append(torch.optim.AdamW(rest, lr=ADAM_SHARE * rate, betas=(0.9, 0.99), weight_decay=0.01))
         self.step, self.elapsed, self.loss = 0, 0.0, math.nan
         if self.path.exists():
             self._load()
@@ -159,10 +177,12 @@ class BudgetedTraining:
                 gradient.copy_(part.view_as(gradient))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed / self.seconds)))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        fallen = warm * 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed / self.seconds)))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * fallen
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in parameters], 1 - decay)
@@ -179,14 +199,12 @@ class BudgetedTraining:
         """Write weights, EMA and optimizer state beside the old file, then replace it."""
         tensors = {f"weight/{k}": v.detach().contiguous() for k, v in self.parameters.items()}
         tensors |= {f"ema/{k}": v.contiguous() for k, v in self.ema.items()}
-        for key, parameter in self.parameters.items():
-            state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"adam/{part}/{key}": state[part].contiguous() for part in ("exp_avg", "exp_avg_sq") if state}
+        for key, state in self._optimizer_states():
+            tensors |= {f"{part}/{key}": state[part].contiguous() for part in OPTIMIZER_STATE if part in state}
         progress = {"step": self.step, "elapsed": self.elapsed, "loss": self.loss}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
-        save_file(tensors, beside, metadata={"progress": json.dumps(progress)})
-        os.replace(beside, self.path)
+        with atomic_path(self.path) as beside:
+            save_file(tensors, beside, metadata={"progress": json.dumps(progress)})
 
     def _load(self) -> None:
         from safetensors import safe_open
@@ -199,12 +217,20 @@ class BudgetedTraining:
             for key, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weight/{key}"])
                 self.ema[key].copy_(tensors[f"ema/{key}"])
-                if f"adam/exp_avg/{key}" in tensors:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(self.step)),
-                        "exp_avg": tensors[f"adam/exp_avg/{key}"].to(parameter.device),
-                        "exp_avg_sq": tensors[f"adam/exp_avg_sq/{key}"].to(parameter.device),
-                    }
+        for key, state in self._optimizer_states():
+            for part in OPTIMIZER_STATE:
+                if f"{part}/{key}" in tensors:
+                    state[part] = tensors[f"{part}/{key}"].to(self.parameters[key].device)
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(float(self.step))
+
+    def _optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Name and optimizer state of every parameter; an empty state is created for one that has none yet."""
+        names = {parameter: key for key, parameter in self.parameters.items()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield names[parameter], optimizer.state[parameter]
 
     def _agree(self, seconds: float) -> float:
         if world_size() == 1:

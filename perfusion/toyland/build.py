@@ -27,7 +27,7 @@ from perfusion.toyland.train_scorer import train_scorer
 from perfusion.toyland.world import WORLD_VERSION
 
 WEIGHTS = Path(__file__).parent / "weights"
-SHARES = {"autoencoder": 0.35, "scorer": 0.05, "diffusion": 0.6}  # of the minutes
+SHARES = {"autoencoder": 0.28, "scorer": 0.08, "diffusion": 0.64}  # of the minutes
 STAGES = (*SHARES, "assemble")
 
 USAGE = """

@@ -11,14 +11,14 @@ from perfusion.toyland.captions import vocabulary
 from perfusion.toyland.tokenizer import build_tokenizer
 
 IMAGE_SIZE = 64
-LATENT_CHANNELS = 12
+LATENT_CHANNELS = 16
 LATENT_SIZE = 8
 TEXT_POSITIONS = 24
 TEXT_WIDTH = 128
 
 
 def autoencoder() -> AutoencoderKL:
-    """64x64x3 to 8x8x12 and back. Few channels at full resolution: that is where a CPU spends its time."""
+    """64x64x3 to 8x8x16 and back. Few channels at full resolution: that is where a CPU spends its time."""
     settings: dict[str, Any] = {
         "block_out_channels": (16, 32, 64, 64),
         "down_block_types": ("DownEncoderBlock2D",) * 4,

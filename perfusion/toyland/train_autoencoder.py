@@ -14,7 +14,7 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.models import autoencoder
 from perfusion.toyland.world import sample_scene
 
-RATE = 2e-3
+RATE = 0.025
 KL_WEIGHT = 1e-4
 OBJECT_WEIGHT = 3.0  # eyes, stripes and spots are few pixels, and they are what makes an instance
 

@@ -21,7 +21,7 @@ from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.train_autoencoder import draw_batch
 from perfusion.toyland.world import Scene, sample_scene
 
-RATE = 8e-4
+RATE = 0.02
 EMPTY = 0.1  # share of empty captions, for classifier-free guidance
 SWAPPED = 0.5  # share of captions whose object is swapped everywhere but in its own token
 MIN_SNR = 5.0  # Hang et al. 2023: the loss weight min(SNR, 5) / SNR of noise prediction
@@ -30,7 +30,7 @@ FIRST_SCENE = 2_000_000_000  # seeds that the autoencoder has not seen
 
 def batch_size() -> int:
     """Latents per step and process."""
-    return 512 if device().type == "cuda" else 32
+    return 512 if device().type == "cuda" else 48
 
 
 def scene_latents(model: Any, first: int, count: int) -> Tensor:

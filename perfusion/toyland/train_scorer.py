@@ -20,7 +20,7 @@ from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.train_autoencoder import draw_batch
 from perfusion.toyland.world import sample_scene
 
-RATE = 2e-3
+RATE = 0.02
 FIRST_SCENE = 3_000_000_000
 BLUR = (0.3, 1.0)  # generated images are softer than renders; the scorer should not care
 
