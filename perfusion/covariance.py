@@ -7,8 +7,6 @@ padding the similarity at padding positions is far from zero, and the edit damag
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from perfusion.files import atomic_write_bytes
 
 CACHE_FORMAT = 1
 CONDITION_LIMIT = 1e8
@@ -197,7 +197,8 @@ def cached_second_moment(
     moment = compute()
     metadata = {"inputs": inputs, "count": str(moment.count), "sha256": _digest(moment)}
     try:
-        _write_atomically(path, save({"total": moment.total.contiguous()}, metadata))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, save({"total": moment.total.contiguous()}, metadata))
     except OSError as error:  # a lost cache costs time, not the run
         _log.warning("%s: second moment not cached (%s)", path, error)
     return moment
@@ -235,20 +236,6 @@ def _read(path: Path, inputs: str) -> SecondMoment:
 
 def _digest(moment: SecondMoment) -> str:
     return hashlib.sha256(f"{moment.count} ".encode() + moment.total.numpy().tobytes()).hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part: write beside, fsync, replace."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _batches(captions: Iterable[str], size: int) -> Iterator[list[str]]:
