@@ -8,7 +8,14 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from perfusion.backbones.base import TokenError
-from perfusion.backbones.tokens import ExtendedEmbedding, add_word, check_word, last_tokens, token_ids
+from perfusion.backbones.tokens import (
+    ExtendedEmbedding,
+    TokenMemory,
+    add_word,
+    check_word,
+    last_tokens,
+    token_ids,
+)
 from tests.pipelines import tiny_pipeline
 
 TOWERS = {"text_encoder": "tokenizer"}
@@ -194,3 +201,30 @@ def test_every_occurrence_is_marked_at_its_end() -> None:
         [False] * 6,
     ]
     assert not last_tokens(ids, [1] * 7).any()
+
+
+def test_a_text_is_read_once_until_the_tokenizer_knows_more(pipe: StableDiffusionPipeline) -> None:
+    memory, asked = TokenMemory(), []
+
+    def read(text: str) -> list[int]:
+        asked.append(text)
+        return pipe.tokenizer(text).input_ids
+
+    texts = ["a photo of <cat*>", "a cat"]
+    before = [memory.get(pipe.tokenizer, text, read) for text in texts * 2]
+    assert asked == texts and before[:2] == before[2:]
+    word = add_word(pipe, TOWERS, "<cat*>", "cat")  # another tokenizer
+    after = [memory.get(pipe.tokenizer, text, read) for text in texts]
+    assert asked == texts * 2 and len(after[0]) < len(before[0]) and after[1] == before[1]
+    pipe.tokenizer.add_tokens(["beach-ball"])  # the same one, with another word
+    memory.get(pipe.tokenizer, texts[1], read)
+    assert asked[4:] == texts[1:]
+    word.remove()
+
+
+def test_the_memory_of_texts_is_bounded(pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenMemory, "LIMIT", 3)
+    memory = TokenMemory()
+    for number in range(10):
+        memory.get(pipe.tokenizer, str(number), str)
+        assert len(memory._known) <= 3

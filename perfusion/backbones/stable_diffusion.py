@@ -17,7 +17,15 @@ from transformers import CLIPTokenizer
 from perfusion.backbones import fingerprint, loading
 from perfusion.backbones.base import Backbone, BackboneError, EditSite, Encoding, TokenError
 from perfusion.backbones.captions import caption_stream
-from perfusion.backbones.tokens import AddedWord, ExtendedEmbedding, add_word, check_word, last_tokens, token_ids
+from perfusion.backbones.tokens import (
+    AddedWord,
+    ExtendedEmbedding,
+    TokenMemory,
+    add_word,
+    check_word,
+    last_tokens,
+    token_ids,
+)
 from perfusion.config import BackboneConfig
 from perfusion.covariance import Factorised, SecondMoment, accumulate, cached_second_moment, factorise
 
@@ -60,6 +68,7 @@ class StableDiffusionBackbone(Backbone):
         # Of the training's noise only: samples are drawn with whatever scheduler the pipeline has.
         self._schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
         self._fingerprint: dict[str, str] | None = None
+        self._rows, self._words = TokenMemory(), TokenMemory()
 
     @classmethod
     def defaults(cls) -> BackboneConfig:
@@ -154,22 +163,14 @@ class StableDiffusionBackbone(Backbone):
 
     def encode(self, prompts: Sequence[str], word: str) -> Encoding:
         tokenizer = self.pipe.tokenizer
-        inputs = self._tokenize(prompts)
-        wanted = token_ids(tokenizer, word)
-        for prompt, ids in zip(prompts, inputs, strict=True):
-            if len(ids) > tokenizer.model_max_length:
-                raise TokenError(
-                    f"prompt {prompt!r}: {len(ids)} tokens with beginning and end, but the text encoder reads "
-                    f"{tokenizer.model_max_length}: it would be cut off; shorten it"
-                )
-        padded = tokenizer.pad(
-            {"input_ids": inputs}, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
-        )
-        marks = last_tokens(padded.input_ids, wanted)
+        rows = [self._rows.get(tokenizer, prompt, self._row) for prompt in prompts]
+        ids, mask = torch.stack([row for row, _ in rows]), torch.stack([row for _, row in rows])
+        wanted = self._words.get(tokenizer, word, lambda text: token_ids(tokenizer, text))
+        marks = last_tokens(ids, wanted)
         for prompt, found in zip(prompts, marks.any(1).tolist(), strict=True):
             if not found:
                 raise TokenError(f"prompt {prompt!r}: expected the word {word!r} in it")
-        return Encoding(self._context(padded.input_ids, padded.attention_mask), marks.to(self.device))
+        return Encoding(self._context(ids, mask), marks.to(self.device))
 
     def check_token(self, placeholder: str, superclass: str) -> None:
         for name in self.towers.values():
@@ -256,11 +257,22 @@ class StableDiffusionBackbone(Backbone):
             }
         return dict(self._fingerprint)
 
-    def _tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Ids with beginning and end, not cut, not padded; a user's textual inversions written out as in diffusers."""
+    def _row(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Ids (N,), padded, and mask (N,); a user's textual inversions written out as in diffusers.
+
+        Raises:
+            TokenError: the prompt is too long.
+        """
         tokenizer = self.pipe.tokenizer
-        written = self.pipe.maybe_convert_prompt(list(prompts), tokenizer)
-        return tokenizer(written, verbose=False).input_ids
+        limit = tokenizer.model_max_length
+        ids = tokenizer(self.pipe.maybe_convert_prompt(prompt, tokenizer), verbose=False).input_ids
+        if len(ids) > limit:
+            raise TokenError(
+                f"prompt {prompt!r}: {len(ids)} tokens with beginning and end, but the text encoder reads {limit}: it "
+                "would be cut off; shorten it"
+            )
+        padded = tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=limit, return_tensors="pt")
+        return padded.input_ids, padded.attention_mask
 
     def _context(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, N) ids and mask to (B, N, d), as `StableDiffusionPipeline.encode_prompt` does."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import tokenizers
 import torch
@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perfusion.backbones.base import AddedToken, TokenError
+
+T = TypeVar("T")
 
 
 class WordVectors(nn.Module):
@@ -178,6 +180,28 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     if not ids or tokenizer.unk_token_id in ids:
         raise TokenError(f"{word!r}: the tokenizer does not know this word; it reads {tokenizer.tokenize(word)}")
     return ids
+
+
+class TokenMemory:
+    """What a tokenizer made of the latest texts: training asks for the same few thousand again and again.
+
+    It forgets everything when it is asked about another tokenizer, or about one that has learned a word since.
+    """
+
+    LIMIT = 4096  # texts; then it starts anew
+
+    def __init__(self) -> None:
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._size = 0
+        self._known: dict[str, Any] = {}
+
+    def get(self, tokenizer: PreTrainedTokenizerBase, text: str, read: Callable[[str], T]) -> T:
+        """`read(text)`, or what it gave the last time."""
+        if self._tokenizer is not tokenizer or self._size != len(tokenizer) or len(self._known) >= self.LIMIT:
+            self._tokenizer, self._size, self._known = tokenizer, len(tokenizer), {}
+        if text not in self._known:
+            self._known[text] = read(text)
+        return self._known[text]
 
 
 def last_tokens(ids: Tensor, word: Sequence[int]) -> Tensor:
