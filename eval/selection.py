@@ -15,10 +15,11 @@ from eval.clip import ClipScorer
 from eval.metrics import ClipImageScore, ClipTextScore, harmonic_mean
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
+from perfusion.contact_sheet import image_grid
 from perfusion.data.prompts import fill
 from perfusion.files import atomic_path
 from perfusion.methods.base import Method
-from perfusion.sampling import image_grid, sample
+from perfusion.sampling import sample
 from perfusion.training.samples import sample_templates
 
 FOLDER = "progress"

@@ -30,7 +30,6 @@ Several prompts:  prompt='["a photo of <cat*> on the beach", "a sketch of <cat*>
 """
 
 GRID = "grid.png"
-_COLUMNS = 4  # of the grid of one prompt
 _SLUG = 48  # characters of a prompt in the name of a file
 
 
@@ -191,9 +190,10 @@ def _draw(
     out: Path,
 ) -> None:
     """Draw the pictures of `records` into `out`; when interrupted, the manifest names those that were finished."""
+    from perfusion.contact_sheet import captioned_sheet
     from perfusion.files import atomic_path
     from perfusion.manifest import save_png, write_manifest
-    from perfusion.sampling import image_grid, stream
+    from perfusion.sampling import stream
 
     drawn = stream(
         attached.backbone.pipe,
@@ -213,9 +213,10 @@ def _draw(
     finally:
         written = {record.file: record for record in (*known, *records[: len(images)])}
         write_manifest(out, written.values())
-    grid = image_grid(images, config.num if len(images) > config.num else _COLUMNS)
+    prompts = [record.prompt for record in records[:: config.num]]
+    groups = [(prompt, images[i * config.num : (i + 1) * config.num]) for i, prompt in enumerate(prompts)]
     with atomic_path(out / GRID) as temporary:
-        grid.save(temporary)
+        captioned_sheet(groups).save(temporary)
 
 
 if __name__ == "__main__":

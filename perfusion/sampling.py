@@ -101,19 +101,6 @@ def _stream(
             yield from images
 
 
-def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """The pictures, all of one size, from left to right and top to bottom on white, `gap` pixels apart."""
-    assert images and columns > 0 and len({image.size for image in images}) == 1
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        grid.paste(image, (column * (width + gap), row * (height + gap)))
-    return grid
-
-
 def _check(pipe: DiffusionPipeline, seeds: Sequence[int], steps: int, batch_size: int) -> None:
     if batch_size < 1:
         raise SamplingError(f"batch size: found {batch_size}, expected at least 1")

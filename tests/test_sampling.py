@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 
-from perfusion.sampling import SamplingError, image_grid, sample
+from perfusion.sampling import SamplingError, sample
 from tests.pipelines import toyland_pipeline
 
 PROMPTS = ["a photo of a cat on the beach", "a sketch of a dog", "a mug at night", "a red car"]
@@ -104,12 +103,3 @@ def test_progress_counts_every_step_and_the_pipelines_own_bar_is_put_back(pipe, 
 def test_requests_that_cannot_be_followed(pipe, arguments, message):
     with pytest.raises(SamplingError, match=message):
         sample(pipe, **({"prompts": PROMPTS[:1], "seeds": [0]} | arguments))
-
-
-def test_image_grid():
-    colours = ["red", "green", "blue"]
-    grid = image_grid([Image.new("RGB", (4, 3), colour) for colour in colours], columns=2, gap=1)
-    assert grid.size == (9, 7)
-    found = [grid.getpixel(at) for at in [(0, 0), (5, 0), (3, 6), (4, 0), (0, 3), (8, 6)]]
-    assert found == [(255, 0, 0), (0, 128, 0), (0, 0, 255)] + [(255, 255, 255)] * 3
-    assert image_grid([Image.new("RGB", (4, 3))], columns=5).size == (4, 3)
