@@ -52,6 +52,12 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"trainer.{key}: no keyword of lightning.Trainer{hint}. Known: {', '.join(sorted(known))}"
             )
+    precision = str(trainer.get("precision") or "")
+    if precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
+        raise ConfigError(
+            f"trainer.precision={precision}: it would round what is trained, and a moving average of i* would stand "
+            "still; expected 32-true, 16-mixed or bf16-mixed. backbone.dtype= sets the type of the frozen model"
+        )
 
 
 def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.device, resumed: int) -> Trainer:
