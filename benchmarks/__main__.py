@@ -38,7 +38,8 @@ each side does. Ratios from a busy machine are good to about their spread.
 class BenchConfig:
     """Command line, besides the names."""
 
-    rounds: int = 9  # measurements of each side; they alternate
+    rounds: int = 9  # measurements of each side, which alternate: at least so many,
+    seconds: float = 8.0  # and at least so long
     threads: int = 1  # of the CPU
     device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
     out: str = str(Path(__file__).with_name("latest.json"))  # file of the results
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     results = []
     for name in names or BENCHMARKS:
         for pair in BENCHMARKS[name](device):
-            found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock])
+            found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
             results.append(report.result(pair, found, clock, where))
             print(report.line(results[-1]), flush=True)
     report.write(Path(config.out), results)

@@ -45,8 +45,10 @@ def clock_for(device: torch.device, threads: int) -> Clock:
     return "process" if device.type == "cpu" and threads == 1 else "wall"
 
 
-def compare(pair: Pair, rounds: int, device: torch.device, clock: Callable[[], float]) -> Comparison:
-    """Time both sides of `pair` by `clock` (seconds), one after the other, `rounds` >= 2 times.
+def compare(
+    pair: Pair, rounds: int, device: torch.device, clock: Callable[[], float], least: float = 0.0
+) -> Comparison:
+    """Time both sides of `pair` by `clock`, one after the other, `rounds` >= 2 times, and on until `least` seconds.
 
     Each measurement repeats its side until it lasts about `WINDOW`, and ends when `device` has done all of it.
     """
@@ -64,8 +66,10 @@ def compare(pair: Pair, rounds: int, device: torch.device, clock: Callable[[], f
     for side in (pair.subject, pair.baseline):
         seconds(side, WARM_UPS)
         calls.append(max(1, round(WINDOW / max(seconds(side, 1), 1e-9))))
-    subject, baseline = [], []
-    for _ in range(rounds):
+    subject: list[float] = []
+    baseline: list[float] = []
+    begin = clock()
+    while len(subject) < rounds or clock() - begin < least:
         subject.append(seconds(pair.subject, calls[0]))
         baseline.append(seconds(pair.baseline, calls[1]))
     ratios = [a / b for a, b in zip(subject, baseline, strict=True)]
@@ -75,7 +79,7 @@ def compare(pair: Pair, rounds: int, device: torch.device, clock: Callable[[], f
         spread=high - low,
         subject=statistics.median(subject),
         baseline=statistics.median(baseline),
-        rounds=rounds,
+        rounds=len(ratios),
     )
 
 

@@ -57,6 +57,12 @@ def test_rounds_alternate_after_the_warm_up(clock: Clock) -> None:
     assert clock.log[-8:] == ["A", "B"] * 4
 
 
+def test_short_work_gets_more_rounds(clock: Clock) -> None:
+    pair = clock.pair(lambda: 0.5, lambda: 0.25)
+    assert compare(pair, 5, CPU, clock, least=7.5).rounds == 10
+    assert compare(pair, 5, CPU, clock, least=0.5).rounds == 5
+
+
 def test_a_machine_that_slows_down_does_not_change_the_ratio(clock: Clock) -> None:
     """It is five times as slow in the end; all of A before all of B would give a ratio below 1."""
     slowness = lambda: 1 + len(clock.log) / 10  # noqa: E731
@@ -180,7 +186,7 @@ def test_the_command_runs_what_is_named(
     stand_ins: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "latest.json"
-    assert run_cli(command.main, ["two", "rounds=3", f"out={out}", "device=cpu"]) == 0
+    assert run_cli(command.main, ["two", "rounds=3", "seconds=0", f"out={out}", "device=cpu"]) == 0
     assert stand_ins == ["two"]
     (written,) = json.loads(out.read_text())
     assert (written["name"], written["rounds"], written["clock"]) == ("two", 3, "process")
@@ -189,7 +195,7 @@ def test_the_command_runs_what_is_named(
 
 
 def test_without_names_the_command_runs_all(stand_ins: list[str], tmp_path: Path) -> None:
-    assert run_cli(command.main, ["rounds=2", f"out={tmp_path / 'x.json'}", "device=cpu"]) == 0
+    assert run_cli(command.main, ["rounds=2", "seconds=0", f"out={tmp_path / 'x.json'}", "device=cpu"]) == 0
     assert stand_ins == ["one", "two"]
 
 
