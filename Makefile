@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logica
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format toyland bench constraints clean
+.PHONY: help setup demo test test-slow lint format toyland toyland-report bench constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ format: setup ## Mend style and formatting where that is safe
 
 toyland: setup ## Build the Toyland weights from nothing
 	$(PYTHON) -m perfusion.toyland.build $(ARGS)
+
+toyland-report: setup ## Measure the Toyland weights against their bars
+	$(PYTHON) -m perfusion.toyland.report $(ARGS)
 
 bench: setup ## Measure speed as ratios and write benchmarks/latest.json
 	$(PYTHON) -m benchmarks $(ARGS)

@@ -120,7 +120,8 @@ def test_the_parts_make_a_pipeline_that_stock_diffusers_loads_and_runs(tokenizer
     text_encoder(tokenizer).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler().save_pretrained(folder / "scheduler")
-    (folder / "scorer").mkdir()
+    for part in ("reader", "scorer"):
+        (folder / part).mkdir()
     assemble(folder, tmp_path / "out")
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")  # nothing but the folder
     pipe.set_progress_bar_config(disable=True)

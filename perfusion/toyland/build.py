@@ -17,26 +17,28 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.files import atomic_write_text
 from perfusion.provenance import provenance
 from perfusion.toyland.budget import run_workers
-from perfusion.toyland.measure import measurements
+from perfusion.toyland.report import REPORT, write
 from perfusion.toyland.train_autoencoder import train_autoencoder
 from perfusion.toyland.train_diffusion import train_diffusion
+from perfusion.toyland.train_reader import train_reader
 from perfusion.toyland.train_scorer import train_scorer
-from perfusion.toyland.world import WORLD_VERSION
 
-WEIGHTS = Path(__file__).parent / "weights"
-SHARES = {"autoencoder": 0.28, "scorer": 0.08, "diffusion": 0.64}  # of the minutes
+SHARES = {"autoencoder": 0.28, "scorer": 0.08, "reader": 0.08, "diffusion": 0.56}  # of the minutes
 STAGES = (*SHARES, "assemble")
 
 USAGE = """
-Train Toyland from nothing: autoencoder, scorer, then text encoder and UNet together.
+Train Toyland from nothing: autoencoder, scorer, attribute reader, then text encoder and UNet together.
 
-  python -m perfusion.toyland.build minutes=120 folder=toyland-build out=toyland-weights
+  python -m perfusion.toyland.build minutes=90 folder=toyland-build out=toyland-weights
 
 Interrupt it whenever you like: the same command goes on where it stopped. A GPU is used when there is one, else one
-process per core. The shipped weights are only replaced if you name their folder as out=.
+process per core. The shipped weights are only replaced if you name their folder as out=. Afterwards
+
+  python -m perfusion.toyland.report weights=toyland-weights
+
+measures what came of it.
 """
 
 
@@ -44,17 +46,17 @@ process per core. The shipped weights are only replaced if you name their folder
 class BuildConfig:
     """Command line of the builder."""
 
-    minutes: float = 120.0  # training time in all, shared out over the stages
+    minutes: float = 90.0  # training time in all, shared out over the stages
     folder: str = "toyland-build"  # state while training (some hundred MB); can be deleted afterwards
-    out: str = "toyland-weights"  # the finished pipeline/, scorer/ and report.json
-    scenes: int = 60_000  # training scenes of the UNet
+    out: str = "toyland-weights"  # the finished pipeline/, reader/, scorer/ and report.json
+    scenes: int = 40_000  # training scenes of the UNet
     processes: int | None = None  # null: one per core, or one with a GPU
     seed: int = 0
-    only: str | None = None  # autoencoder, scorer, diffusion or assemble; null: all, in this order
+    only: str | None = None  # autoencoder, scorer, reader, diffusion or assemble; null: all, in this order
 
 
 def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
-    """Put the trained parts together as a plain diffusers pipeline in `out/pipeline` and copy the scorer.
+    """Put the trained parts together as a plain diffusers pipeline in `out/pipeline`; copy reader and scorer.
 
     UNet and autoencoder are stored in float16, which stock diffusers loads as float32. The text encoder stays float32:
     transformers loads a model in the type of its file, and a half-precision encoder would not fit the others.
@@ -72,7 +74,8 @@ def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
     for part in (pipe.unet, pipe.vae):
         nn.Module.to(part, torch.float16)
     pipe.save_pretrained(out / "pipeline", safe_serialization=True)
-    shutil.copytree(folder / "scorer", out / "scorer", dirs_exist_ok=True)
+    for part in ("reader", "scorer"):
+        shutil.copytree(folder / part, out / part, dirs_exist_ok=True)
     return pipe
 
 
@@ -97,20 +100,15 @@ def build(config: BuildConfig) -> None:
         run_workers(train_autoencoder, folder, seconds["autoencoder"], config.seed, processes=config.processes)
     if "scorer" in wanted:
         run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, processes=config.processes)
+    if "reader" in wanted:
+        run_workers(train_reader, folder, seconds["reader"], config.seed + 2, processes=config.processes)
     if "diffusion" in wanted:
         workers = (folder, seconds["diffusion"], config.scenes, config.seed)
         run_workers(train_diffusion, *workers, processes=config.processes)
     if "assemble" in wanted:
         out.mkdir(parents=True, exist_ok=True)
         assemble(folder, out)
-        report = {
-            "world_version": WORLD_VERSION,
-            "training": training_record(folder),
-            "measured": measurements(out),
-            "provenance": provenance(),
-        }
-        atomic_write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-        print(json.dumps(report["measured"], indent=2))
+        write(out / REPORT, training=training_record(folder), built_with=provenance())
         print(f"Toyland is in {out}")
 
 

@@ -208,3 +208,42 @@ def swap_object(source: Caption, index: int, rng: np.random.Generator) -> Captio
             words[i] = pick(rng, tuple(p for p in PATTERNS[1:] if p not in used))
         used.add(words[i])
     return replace(source, words=_with_articles(words))
+
+
+_PLACE_OF = {phrase.split()[-1]: place for place, phrases in PLACE_PHRASES.items() for phrase in phrases}
+_STYLE_OF = {"sketch": "sketch", "drawing": "sketch", "mosaic": "mosaic"}
+
+
+def asked(source: Caption) -> dict[str, str]:
+    """What the caption's words ask for, by the names of `reader.HEADS`; what it leaves out is not in it.
+
+    The style always is: a caption that names none asks for a photo.
+    """
+    words = source.words
+    wanted = {"objects": ("one", "two")[len(source.nouns) - 1]}
+    wanted["style"] = next((_STYLE_OF[w] for w in words if w in _STYLE_OF), "photo")
+    if place := next((_PLACE_OF[w] for w in words if w in _PLACE_OF), None):
+        wanted["place"] = place
+    for i, noun in enumerate(source.nouns):
+        end = source.nouns[i + 1] if i + 1 < len(source.nouns) else len(words)
+        said = {"superclass": words[noun]}
+        before = ""
+        for word in (words[a] for a in source.adjectives[i]):
+            if word == "sleeping":
+                said["sleep"] = "asleep"
+            elif word in PATTERNS:
+                said["pattern"] = word
+                if before in COLOURS:
+                    said["second"] = before
+            before = word
+        if before in COLOURS:
+            said["body"] = before
+        for k, word in enumerate(words[noun:end], noun):
+            if word in WORN[1:]:
+                said["worn"] = word
+            elif word in SUPPORTS[1:]:
+                said["support"] = word
+            elif word == "eyes" and wanted["style"] != "mosaic":  # whose tiles are larger than eyes
+                said["detail"] = words[k - 1]
+        wanted |= {f"object{i}_{name}": option for name, option in said.items()}
+    return wanted

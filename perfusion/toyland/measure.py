@@ -1,42 +1,56 @@
-"""What Toyland's builder measures: the autoencoder's error, the scorer's retrieval, and how prompts are followed.
+"""What can be measured of Toyland's models: each function gives numbers, `report` holds them against the bars.
 
-Prompts are judged by the scorer: of the sentences that name each option of an attribute, the one nearest to the image
-counts as its reading. The same reading on renders is reported beside it, since it bounds what can be seen.
+Generated pictures are judged by the attribute reader, whose own mistakes on renders are measured first. Everything is
+drawn from seeds that no model was trained on, with 50 DDIM steps and the guidance that the backbone's config has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from diffusers import StableDiffusionPipeline
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from torchmetrics.functional.regression import spearman_corrcoef
 from tqdm import tqdm
 
-from perfusion.toyland.captions import PLACE_PHRASES, caption
+from perfusion.toyland.captions import PLACE_PHRASES, asked, caption
+from perfusion.toyland.draw import render
+from perfusion.toyland.models import TEXT_POSITIONS, scheduler
+from perfusion.toyland.reader import HEADS, OBJECTS, Reader, accuracy, as_pixels, label_tensors
 from perfusion.toyland.train_autoencoder import draw_batch
-from perfusion.toyland.world import PLACES, SUPERCLASSES, SUPPORTS, WORN, pick, sample_scene
+from perfusion.toyland.world import (
+    HELD_OUT,
+    PLACES,
+    SUPERCLASSES,
+    Instance,
+    Scene,
+    concept_scene,
+    pick,
+    sample_instance,
+    sample_scene,
+)
 
-FIRST_SCENE = 400_000  # seeds that nothing was trained on
-
-# One sentence per option; the noun is filled in, so that only the attribute differs.
-QUESTIONS: dict[str, dict[str, str]] = {
-    "superclass": {s: f"a photo of a {s}" for s in SUPERCLASSES},
-    "place": {p: f"a photo of a {{}} {PLACE_PHRASES[p][0]}" for p in PLACES if p != "plain"},
-    "worn": {
-        w: "a photo of a {} wearing " + ("sunglasses" if w == "sunglasses" else f"a {w}") for w in WORN if w != "none"
-    },
-    "support": {s: f"a photo of a {{}} {'on' if s == 'skateboard' else 'in'} a {s}" for s in SUPPORTS if s != "none"},
-    "style": {"photo": "a photo of a {}", "sketch": "a sketch of a {}", "mosaic": "a mosaic of a {}"},
-}
+FIRST_SCENE = 400_000
+STEPS, GUIDANCE = 50, 4.0
+BATCH = 16
+IDENTITY = ("body", "second", "pattern", "detail")  # what makes an instance, as far as the reader sees it
 
 
-class _Scorer:
+class Scorer:
+    """The open_clip model that the builder trained, loaded as anyone would."""
+
     def __init__(self, folder: Path) -> None:
         name = f"local-dir:{folder}"
         loaded: Any = open_clip.create_model_and_transforms(name)
@@ -46,67 +60,298 @@ class _Scorer:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors (n, d)."""
         pixels = torch.stack([self.preprocess(image) for image in images])
         return torch.cat([self.model.encode_image(p, normalize=True) for p in pixels.split(64)])
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(texts)), normalize=True)
+        """Unit vectors (n, d)."""
+        parts = [self.tokenizer(list(texts[i : i + 64])) for i in range(0, len(texts), 64)]
+        return torch.cat([self.model.encode_text(part, normalize=True) for part in parts])
 
 
-def as_images(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to PIL images."""
-    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(a) for a in array]
+@dataclass(frozen=True)
+class Toyland:
+    """The shipped models, loaded."""
+
+    pipe: StableDiffusionPipeline
+    reader: Reader
+    scorer: Scorer
+
+    @classmethod
+    def load(cls, weights: Path) -> Toyland:
+        """From the folder that the builder wrote."""
+        pipe = StableDiffusionPipeline.from_pretrained(weights / "pipeline")
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe, Reader.load(weights / "reader"), Scorer(weights / "scorer"))
 
 
-def reconstruction_error(vae: Any, count: int = 256) -> float:
-    """Mean squared error of an `AutoencoderKL` on [-1, 1] over fresh renders."""
+def fresh_scenes(count: int, **fixed: Any) -> list[Scene]:
+    """Scenes of the seeds from FIRST_SCENE on."""
+    return [sample_scene(FIRST_SCENE + i, **fixed) for i in range(count)]
+
+
+def pixels_of(scenes: Sequence[Scene]) -> Tensor:
+    """Renders (n, 3, 64, 64) in [-1, 1]."""
+    return as_pixels([Image.fromarray(render(scene).image) for scene in scenes])
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, pixels: Tensor) -> Tensor:
+    """Through an `AutoencoderKL` and back, rounded to what a picture can hold."""
+    back = torch.cat([vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pixels.split(32)])
+    return ((back.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def generate(pipe: Any, prompts: Sequence[str] | Tensor, seed: int, what: str = "") -> list[Image.Image]:
+    """One picture per prompt, or per encoded prompt of a tensor (n, N, d); the same `seed`, the same pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    images: list[Image.Image] = []
+    for start in tqdm(range(0, len(prompts), BATCH), desc=what, disable=not what):
+        part: Any = prompts[start : start + BATCH]
+        given = {"prompt_embeds": part} if isinstance(part, Tensor) else {"prompt": list(part)}
+        images += pipe(num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator, **given).images
+    return images
+
+
+# ----------------------------------------------------------------- autoencoder, reader, scorer
+
+
+def autoencoder_error(vae: AutoencoderKL, count: int = 256) -> float:
+    """Mean squared error on [-1, 1] over fresh renders."""
     pixels, _ = draw_batch(list(range(FIRST_SCENE, FIRST_SCENE + count)))
-    with torch.no_grad():
-        back = torch.cat([vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pixels.split(32)])
-    return float((back - pixels).square().mean())
+    return float((reconstruct(vae, pixels) - pixels).square().mean())
 
 
-def retrieval(scorer: _Scorer, batches: int = 5, size: int = 100) -> float:
+def reader_accuracy(toyland: Toyland, count: int = 2000) -> tuple[dict[str, float], dict[str, float]]:
+    """Share of right readings for each attribute, on fresh renders and on their reconstructions."""
+    scenes = fresh_scenes(count)
+    pixels, right = pixels_of(scenes), label_tensors(scenes)
+    on_renders = accuracy(toyland.reader.read(pixels), right)
+    return on_renders, accuracy(toyland.reader.read(reconstruct(toyland.pipe.vae, pixels)), right)
+
+
+def retrieval(scorer: Scorer, batches: int = 5, size: int = 100) -> float:
     """Share of renders whose own caption is the nearest of `size` captions."""
     right = 0
     for batch in range(batches):
-        seeds = list(range(FIRST_SCENE + batch * size, FIRST_SCENE + (batch + 1) * size))
+        seeds = range(FIRST_SCENE + batch * size, FIRST_SCENE + (batch + 1) * size)
         rng = np.random.default_rng(batch)
-        texts = [caption(sample_scene(seed), rng).text for seed in seeds]
-        similarity = scorer.images(as_images(draw_batch(seeds)[0])) @ scorer.texts(texts).T
+        scenes = [sample_scene(seed) for seed in seeds]
+        texts = [caption(scene, rng).text for scene in scenes]
+        images = [Image.fromarray(render(scene).image) for scene in scenes]
+        similarity = scorer.images(images) @ scorer.texts(texts).T
         right += int((similarity.argmax(1) == torch.arange(size)).sum())
     return right / (batches * size)
 
 
-def prompt_following(pipe: Any, scorer: _Scorer, each: int = 40) -> dict[str, float]:
-    """Share of a `StableDiffusionPipeline`'s images in which the scorer reads the attribute that was asked for."""
-    pipe.set_progress_bar_config(disable=True)
-    result = {}
-    for attribute, options in tqdm(QUESTIONS.items(), desc="prompts"):
-        rng = np.random.default_rng(len(result))
-        asked = [pick(rng, tuple(options)) for _ in range(each)]
-        nouns = [pick(rng, SUPERCLASSES) for _ in range(each)]
-        prompts = [options[a].format(n) for a, n in zip(asked, nouns, strict=True)]
-        generator = torch.Generator().manual_seed(len(result))
-        images = pipe(prompts, num_inference_steps=25, guidance_scale=4.0, generator=generator).images
-        embeddings = scorer.images(images)
-        right = 0
-        for embedding, answer, noun in zip(embeddings, asked, nouns, strict=True):
-            texts = scorer.texts([sentence.format(noun) for sentence in options.values()])
-            right += list(options)[int((texts @ embedding).argmax())] == answer
-        result[attribute] = right / each
+# ----------------------------------------------------------------- prompts
+
+
+def followed(wanted: Sequence[Mapping[str, str]], read: Mapping[str, Tensor]) -> list[dict[str, bool]]:
+    """For each picture and each attribute that its prompt asked for: whether the reader finds it."""
+    return [
+        {name: HEADS[name].index(option) == int(read[name][i]) for name, option in asks.items()}
+        for i, asks in enumerate(wanted)
+    ]
+
+
+def prompt_following(toyland: Toyland, count: int = 1000) -> dict[str, float]:
+    """Over `count` fresh captions: the share of pictures that show what was asked, and what the scorer thinks of them.
+
+    Attributes are counted over the captions with one object that ask for them; `both superclasses` over those with two,
+    whichever stands where; `colours bound` over those that give both objects a colour: each superclass is there with
+    its own. `clip_t_correlation` is Spearman's, of the scorer's image-text similarity with the share of attributes that
+    are right; `clip_i_correlation` that of the similarity with a render of the captioned scene with the share of the
+    scene's identity that is right.
+    """
+    scenes = fresh_scenes(count)
+    rng = np.random.default_rng(FIRST_SCENE)
+    captions = [caption(scene, rng) for scene in scenes]
+    wanted = [asked(c) for c in captions]
+    images = generate(toyland.pipe, [c.text for c in captions], 0, "prompts")
+    read = toyland.reader.read(as_pixels(images))
+    found = followed(wanted, read)
+    hits: dict[str, list[bool]] = {}
+    for i, (asks, hit) in enumerate(zip(wanted, found, strict=True)):
+        if asks["objects"] == "one":
+            for name, right in hit.items():
+                hits.setdefault(name.removeprefix("object0_"), []).append(right)
+        else:
+            _count_two(asks, {name: int(index[i]) for name, index in read.items()}, hits)
+    result = {name: sum(right) / len(right) for name, right in hits.items()}
+    result |= {f"{name} (pictures)": float(len(right)) for name, right in hits.items()}
+
+    embedded = toyland.scorer.images(images)
+    clip_t = (embedded * toyland.scorer.texts([c.text for c in captions])).sum(1)
+    share = torch.tensor([sum(hit.values()) / len(hit) for hit in found])
+    result["clip_t_correlation"] = float(spearman_corrcoef(clip_t, share))
+    clip_i = (embedded * toyland.scorer.images([Image.fromarray(render(s).image) for s in scenes])).sum(1)
+    identity = torch.tensor([identity_share(read, i, s.objects[0].instance) for i, s in enumerate(scenes)])
+    result["clip_i_correlation"] = float(spearman_corrcoef(clip_i, identity))
     return result
 
 
-def measurements(weights: Path) -> dict[str, object]:
-    """All of the above for the folder that the builder wrote."""
-    pipe = StableDiffusionPipeline.from_pretrained(weights / "pipeline", safety_checker=None)
-    scorer = _Scorer(weights / "scorer")
+def _count_two(asks: Mapping[str, str], read: Mapping[str, int], hits: dict[str, list[bool]]) -> None:
+    """Objects are found by their superclass, so that it does not matter which one stands on the left."""
+    kinds = [asks[f"object{i}_superclass"] for i in range(OBJECTS)]
+    there = [SUPERCLASSES[read[f"object{i}_superclass"]] for i in range(OBJECTS)]
+    both = Counter(kinds) == Counter(there) and read["objects"] == OBJECTS - 1
+    hits.setdefault("both superclasses", []).append(both)
+    colours = [asks.get(f"object{i}_body") for i in range(OBJECTS)]
+    if None not in colours:
+        shown = dict(zip(there, (HEADS["object0_body"][read[f"object{i}_body"]] for i in range(OBJECTS)), strict=True))
+        bound = both and all(shown[kind] == colour for kind, colour in zip(kinds, colours, strict=True))
+        hits.setdefault("colours bound", []).append(bound)
+
+
+def swapped(toyland: Toyland, count: int = 200) -> dict[str, float]:
+    """Of captions of one object whose noun's encoding, and nothing else, was replaced by another noun's.
+
+    other: the other superclass is drawn. own: the caption's own is drawn all the same.
+    """
+    pipe: Any = toyland.pipe
+    rng = np.random.default_rng(FIRST_SCENE + 1)
+    mixed, owns, others = [], [], []
+    for scene in fresh_scenes(count, objects=1):
+        source = caption(scene, rng)
+        noun = source.nouns[0]
+        own = source.words[noun]
+        other = pick(rng, tuple(s for s in SUPERCLASSES if s != own))
+        words = tuple(other if i == noun else word for i, word in enumerate(source.words))
+        encoded = _encode(pipe, [source.text, replace(source, words=words).text])
+        mixed.append(encoded[0].index_copy(0, torch.tensor([noun + 1]), encoded[1][noun + 1][None]))
+        owns.append(SUPERCLASSES.index(own))
+        others.append(SUPERCLASSES.index(other))
+    images = generate(pipe, torch.stack(mixed), 1, "swaps")
+    found = toyland.reader.read(as_pixels(images))["object0_superclass"]
     return {
-        "autoencoder_mse": round(reconstruction_error(pipe.vae), 5),
-        "scorer_right_of_100": round(retrieval(scorer), 3),
-        "prompt_followed": prompt_following(pipe, scorer),
-        "megabytes": round(sum(f.stat().st_size for f in weights.rglob("*") if f.is_file()) / 1e6, 2),
+        "other": float((found == torch.tensor(others)).float().mean()),
+        "own": float((found == torch.tensor(owns)).float().mean()),
     }
+
+
+@torch.no_grad()
+def _encode(pipe: Any, prompts: list[str]) -> Tensor:
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt")
+    return pipe.text_encoder(tokens.input_ids).last_hidden_state
+
+
+def compositions(toyland: Toyland, each: int = 20) -> dict[str, float]:
+    """Share of pictures with both halves of a pair, superclass and place or worn thing, right.
+
+    unseen: the pairs that training never showed. seen: the same places and worn things with other superclasses.
+    """
+    rng = np.random.default_rng(FIRST_SCENE + 2)
+    result = {}
+    for kind in ("unseen", "seen"):
+        pairs = []
+        for superclass, thing in sorted(HELD_OUT):
+            for _ in range(each):
+                free = tuple(s for s in SUPERCLASSES if (s, thing) not in HELD_OUT)
+                pairs.append((superclass if kind == "unseen" else pick(rng, free), thing))
+        images = generate(toyland.pipe, [_pair_prompt(*pair) for pair in pairs], 2, f"{kind} compositions")
+        read = toyland.reader.read(as_pixels(images))
+        right = 0
+        for i, (superclass, thing) in enumerate(pairs):
+            head = "place" if thing in PLACES else "object0_worn"
+            of_thing = HEADS[head].index(thing) == int(read[head][i])
+            right += of_thing and SUPERCLASSES[int(read["object0_superclass"][i])] == superclass
+        result[kind] = right / len(pairs)
+    return result
+
+
+def _pair_prompt(superclass: str, thing: str) -> str:
+    if thing in PLACES:
+        return f"a photo of a {superclass} {PLACE_PHRASES[thing][0]}"
+    return f"a photo of a {superclass} wearing {'' if thing == 'sunglasses' else 'a '}{thing}"
+
+
+def images_per_second(pipe: Any, batch: int = BATCH, rounds: int = 3) -> float:
+    """Pictures per second of one call with `batch` prompts: the median of `rounds` after one to warm up."""
+    seconds = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        generate(pipe, ["a photo of a cat on the beach"] * batch, 0)
+        seconds.append(time.perf_counter() - started)
+    return batch / median(seconds[1:])
+
+
+# ----------------------------------------------------------------- fit for personalization
+
+
+def identity_share(read: Mapping[str, Tensor], index: int, instance: Instance, place: int = 0) -> float:
+    """Share of what makes `instance` that was read of object `place` in picture `index`."""
+    answers = {"body": instance.body, "pattern": instance.pattern, "detail": instance.detail}
+    if instance.pattern != "plain":
+        answers["second"] = instance.second
+    heads = {f"object{place}_{name}": option for name, option in answers.items()}
+    return sum(HEADS[h].index(option) == int(read[h][index]) for h, option in heads.items()) / len(heads)
+
+
+def identity_on_renders(reader: Reader, count: int = 500) -> dict[str, float]:
+    """Mean identity of instances' own pictures, and of pictures of other instances of their superclass (chance)."""
+    rng = np.random.default_rng(FIRST_SCENE + 3)
+    own, other = [], []
+    for i in range(count):
+        instance = sample_instance(rng)
+        stranger = sample_instance(rng, instance.superclass)
+        place = pick(rng, PLACES)
+        pictures = pixels_of([concept_scene(x, FIRST_SCENE + i, place=place) for x in (instance, stranger)])
+        read = reader.read(pictures)
+        own.append(identity_share(read, 0, instance))
+        other.append(identity_share(read, 1, instance))
+    return {"own": float(np.mean(own)), "chance": float(np.mean(other))}
+
+
+def fine_tuning_curve(
+    toyland: Toyland, steps: Sequence[int] = (0, 25, 50, 100, 200), rate: float = 2e-4, images: int = 32
+) -> list[dict[str, float]]:
+    """Naive full fine-tuning of the UNet on one picture: identity goes up, and what prompts ask for is forgotten.
+
+    One row per number of steps: `identity` over "a photo of a cat", and `prompts`, the share of what prompts with
+    places, worn things, supports and styles asked for.
+    """
+    pipe: Any = copy.copy(toyland.pipe)
+    pipe.unet = copy.deepcopy(toyland.pipe.unet).train()
+    schedule = scheduler()
+    instance = sample_instance(np.random.default_rng(FIRST_SCENE + 4), "cat", pattern="patched")
+    with torch.no_grad():
+        latent = pipe.vae.encode(pixels_of([concept_scene(instance, 0)])).latent_dist.mode()
+        latents = (latent * pipe.vae.config.scaling_factor).expand(8, -1, -1, -1)
+        context = _encode(pipe, ["a photo of a cat"]).expand(8, -1, -1)
+    optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=rate)
+    generator = torch.Generator().manual_seed(0)
+    wanted = _varied_prompts(images)
+    rows = []
+    for step in tqdm(range(steps[-1] + 1), desc="fine-tuning"):
+        if step in steps:
+            pipe.unet.eval()
+            of_cat = toyland.reader.read(as_pixels(generate(pipe, ["a photo of a cat"] * images, 3)))
+            read = toyland.reader.read(as_pixels(generate(pipe, [text for text, _ in wanted], 4)))
+            hits = [right for hit in followed([asks for _, asks in wanted], read) for right in hit.values()]
+            share = float(np.mean([identity_share(of_cat, i, instance) for i in range(images)]))
+            rows.append({"steps": float(step), "identity": share, "prompts": sum(hits) / len(hits)})
+            pipe.unet.train()
+        noise = torch.randn(latents.shape, generator=generator)
+        times = torch.randint(0, 1000, (len(latents),), generator=generator)
+        predicted = pipe.unet(schedule.add_noise(latents, noise, times), times, context).sample
+        F.mse_loss(predicted, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return rows
+
+
+def _varied_prompts(count: int) -> list[tuple[str, dict[str, str]]]:
+    texts = [
+        ("a photo of a cat on the beach", {"place": "beach"}),
+        ("a photo of a cat in the city", {"place": "city"}),
+        ("a photo of a cat wearing a crown", {"object0_worn": "crown"}),
+        ("a photo of a cat wearing sunglasses", {"object0_worn": "sunglasses"}),
+        ("a photo of a cat on a skateboard", {"object0_support": "skateboard"}),
+        ("a photo of a cat in a box", {"object0_support": "box"}),
+        ("a sketch of a cat", {"style": "sketch"}),
+        ("a mosaic of a cat", {"style": "mosaic"}),
+    ]
+    return [texts[i % len(texts)] for i in range(count)]

@@ -30,7 +30,7 @@ FIRST_SCENE = 2_000_000_000  # seeds that the autoencoder has not seen
 
 def batch_size() -> int:
     """Latents per step and process."""
-    return 512 if device().type == "cuda" else 48
+    return 512 if device().type == "cuda" else 32
 
 
 def scene_latents(model: Any, first: int, count: int) -> Tensor:
@@ -89,7 +89,7 @@ def denoising_loss(
     return ((predicted.float() - noise).square().mean((1, 2, 3)) * weight).mean()
 
 
-def train_diffusion(folder: Path, seconds: float, scenes: int = 60_000, seed: int = 0) -> None:
+def train_diffusion(folder: Path, seconds: float, scenes: int = 40_000, seed: int = 0) -> None:
     """Worker: train for `seconds`, leave `folder/unet`, `folder/text_encoder`, `folder/tokenizer` (rank 0 writes).
 
     Every process draws and keeps the latents of its own share of `scenes`; captions are drawn anew each time.

@@ -1,0 +1,185 @@
+"""The attribute reader: says what a Toyland picture shows, attribute by attribute, so that pictures can be counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from perfusion.files import atomic_write_bytes, atomic_write_text
+from perfusion.toyland.models import IMAGE_SIZE
+from perfusion.toyland.world import (
+    COLOURS,
+    DETAILS,
+    LIVING,
+    PATTERNS,
+    PLACES,
+    STYLES,
+    SUPERCLASSES,
+    SUPPORTS,
+    WORLD_VERSION,
+    WORN,
+    Placed,
+    Scene,
+)
+
+OBJECTS = 2
+SCENE_HEADS: dict[str, tuple[str, ...]] = {"objects": ("one", "two"), "place": PLACES, "style": STYLES}
+OBJECT_HEADS: dict[str, tuple[str, ...]] = {
+    "superclass": SUPERCLASSES,
+    "body": tuple(COLOURS),
+    "second": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "detail": tuple(DETAILS),
+    "worn": WORN,
+    "support": SUPPORTS,
+    "sleep": ("awake", "asleep"),
+}
+# Objects are numbered from left to right: object0_superclass, ..., object1_sleep.
+HEADS: dict[str, tuple[str, ...]] = SCENE_HEADS | {
+    f"object{i}_{name}": options for i in range(OBJECTS) for name, options in OBJECT_HEADS.items()
+}
+NOT_SHOWN = -1  # label of what cannot be seen: the second colour of a plain toy, the eyes of a sleeping one
+_CHANNELS = (32, 64, 128, 128)
+_HIDDEN = 256
+_WEIGHTS, _CONFIG = "reader.safetensors", "reader.json"
+
+
+class _Block(nn.Module):
+    """Halves the side, then adds two convolutions to it."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(inside, outside, 4, 2, 1)
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, outside),
+            nn.SiLU(),
+            nn.Conv2d(outside, outside, 3, padding=1),
+            nn.GroupNorm(8, outside),
+            nn.SiLU(),
+            nn.Conv2d(outside, outside, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return x + self.body(x)
+
+
+class Reader(nn.Module):
+    """A small residual network with one linear head per attribute and object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (3, *_CHANNELS)
+        side = IMAGE_SIZE >> len(_CHANNELS)
+        self.trunk = nn.Sequential(
+            *(_Block(a, b) for a, b in pairwise(channels)),
+            nn.GroupNorm(8, channels[-1]),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(channels[-1] * side**2, _HIDDEN),
+            nn.SiLU(),
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(_HIDDEN, len(options)) for name, options in HEADS.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """(B, 3, 64, 64) in [-1, 1] to logits (B, options) for each head."""
+        features = self.trunk(pixels)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor) -> dict[str, Tensor]:
+        """(B, 3, 64, 64) in [-1, 1] to the index (B,) of the likeliest option for each head."""
+        parts = [self(part) for part in pixels.split(256)]
+        return {name: torch.cat([part[name].argmax(1) for part in parts]) for name in HEADS}
+
+    @classmethod
+    def load(cls, folder: Path) -> Reader:
+        """The reader that `save` wrote, in float32 and eval mode.
+
+        Raises:
+            ValueError: it was trained for other attributes or options.
+        """
+        known = json.loads((folder / _CONFIG).read_text())
+        expected = {name: list(options) for name, options in HEADS.items()}
+        if known["heads"] != expected:
+            differing = sorted(n for n in {*known["heads"], *expected} if known["heads"].get(n) != expected.get(n))
+            raise ValueError(f"{folder / _CONFIG}: its heads {differing} are not those of world {WORLD_VERSION}")
+        reader = cls()
+        reader.load_state_dict({name: value.float() for name, value in load_file(folder / _WEIGHTS).items()})
+        return reader.eval().requires_grad_(False)
+
+    def save(self, folder: Path) -> None:
+        """Weights in float16, and the heads with their options beside them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        atomic_write_bytes(folder / _WEIGHTS, save(state))
+        atomic_write_text(
+            folder / _CONFIG, json.dumps({"world_version": WORLD_VERSION, "heads": HEADS}, indent=1) + "\n"
+        )
+
+
+def labels(scene: Scene) -> dict[str, int]:
+    """The right option's index for each head, NOT_SHOWN where the picture does not show it."""
+    answers = {
+        "objects": len(scene.objects) - 1,
+        "place": PLACES.index(scene.place),
+        "style": STYLES.index(scene.style),
+    }
+    for i in range(OBJECTS):
+        if i < len(scene.objects):
+            shown = _shown(scene.objects[i], scene.style)
+        else:
+            shown = {}
+        for name, options in OBJECT_HEADS.items():
+            answers[f"object{i}_{name}"] = options.index(shown[name]) if name in shown else NOT_SHOWN
+    return answers
+
+
+def _shown(placed: Placed, style: str) -> dict[str, str]:
+    instance = placed.instance
+    shown = {
+        "superclass": instance.superclass,
+        "body": instance.body,
+        "pattern": instance.pattern,
+        "worn": placed.worn,
+        "support": placed.support,
+    }
+    if instance.pattern != "plain":
+        shown["second"] = instance.second
+    alive = instance.superclass in LIVING
+    if alive:
+        shown["sleep"] = "asleep" if placed.asleep else "awake"
+    # A mosaic's tiles are larger than an eye.
+    if style != "mosaic" and not (alive and (placed.asleep or placed.worn == "sunglasses")):
+        shown["detail"] = instance.detail
+    return shown
+
+
+def label_tensors(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """`labels` of n scenes as int64 (n,) for each head."""
+    rows = [labels(scene) for scene in scenes]
+    return {name: torch.tensor([row[name] for row in rows]) for name in HEADS}
+
+
+def accuracy(read: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, float]:
+    """Share of right answers for each attribute, over the objects that show it; NaN where none does."""
+    result = {}
+    for name in (*SCENE_HEADS, *OBJECT_HEADS):
+        heads = [name] if name in SCENE_HEADS else [f"object{i}_{name}" for i in range(OBJECTS)]
+        pairs = [(read[head] == right[head])[right[head] != NOT_SHOWN] for head in heads]
+        result[name] = float(torch.cat(pairs).float().mean())
+    return result
+
+
+def as_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of any size to (n, 3, 64, 64) in [-1, 1]."""
+    small = [image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX) for image in images]
+    return torch.from_numpy(np.stack([np.asarray(s) for s in small])).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,141 @@
+"""`python -m perfusion.toyland.report`: measures Toyland's models and holds them against the bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
+from perfusion.files import atomic_write_text
+from perfusion.provenance import provenance
+from perfusion.toyland import measure
+from perfusion.toyland.world import WORLD_VERSION
+
+WEIGHTS = Path(__file__).parent / "weights"
+REPORT = "report.json"
+
+USAGE = """
+Measure Toyland's models and write the table, with what is reached, to report.json beside the weights.
+
+  python -m perfusion.toyland.report
+  python -m perfusion.toyland.report weights=toyland-weights prompts=200
+
+1,000 prompts take about a quarter of an hour on two CPU cores.
+"""
+
+
+@dataclass
+class ReportConfig:
+    """Command line of the report."""
+
+    weights: str = str(WEIGHTS)  # folder with pipeline/, reader/ and scorer/
+    prompts: int = 1000  # fresh captions to draw
+    out: str | None = None  # file to write; null: report.json in the folder of the weights
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `bar` is None for what is only stated."""
+
+    name: str
+    value: float
+    bar: float | None = None
+    reached: bool | None = None
+
+
+def stated(name: str, value: float) -> Row:
+    """A row without a bar."""
+    return Row(name, round(value, 4))
+
+
+def at_least(name: str, value: float, bar: float) -> Row:
+    """A row that is reached from `bar` upwards; never by NaN."""
+    return Row(name, round(value, 4), bar, value >= bar)
+
+
+def at_most(name: str, value: float, bar: float) -> Row:
+    """A row that is reached up to `bar`; never by NaN."""
+    return Row(name, round(value, 4), bar, value <= bar)
+
+
+READER = {"superclass": 0.98, "body": 0.97, "place": 0.99, "worn": 0.98, "support": 0.98, "style": 0.99}
+PROMPTS = {"superclass": 0.95, "body": 0.90, "place": 0.97, "style": 0.97, "worn": 0.85, "support": 0.90}
+PROMPTS |= {"both superclasses": 0.75, "colours bound": 0.60}
+DROP = 0.02  # of the reader on reconstructions
+OTHERS = ("second", "pattern", "detail", "sleep", "objects", "clip_t_correlation", "clip_i_correlation")
+
+
+def measured(weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of the table, and the numbers behind them that are no row."""
+    toyland = measure.Toyland.load(weights)
+    rows: list[Row] = []
+
+    renders, back = measure.reader_accuracy(toyland)
+    for name, value in renders.items():
+        what = f"reader on renders: {name}"
+        rows.append(at_least(what, value, READER[name]) if name in READER else stated(what, value))
+    for name, value in back.items():
+        rows.append(at_most(f"reader on reconstructions, drop: {name}", renders[name] - value, DROP))
+    rows.append(stated("autoencoder: mean squared error on [-1, 1]", measure.autoencoder_error(toyland.pipe.vae)))
+    rows.append(at_least("scorer: right caption of 100", measure.retrieval(toyland.scorer), 0.90))
+    identity = measure.identity_on_renders(toyland.reader)
+    rows.append(at_least("identity of an instance's own renders", identity["own"], 0.95))
+    rows.append(stated("identity of another instance's renders (chance)", identity["chance"]))
+
+    found = measure.prompt_following(toyland, prompts)
+    rows += [at_least(f"prompts: {name}", found[name], bar) for name, bar in PROMPTS.items() if name in found]
+    rows += [stated(f"prompts: {name}", found[name]) for name in OTHERS if name in found]
+    swap = measure.swapped(toyland)
+    rows.append(at_least("swapped noun: the other superclass is drawn", swap["other"], 0.60))
+    rows.append(stated("swapped noun: its own superclass is drawn", swap["own"]))
+    pairs = measure.compositions(toyland)
+    rows.append(at_most("compositions never seen, below the seen ones", pairs["seen"] - pairs["unseen"], 0.10))
+
+    rows.append(at_least("images per second, batch 16", measure.images_per_second(toyland.pipe), 4.0))
+    size = sum(f.stat().st_size for f in weights.rglob("*.safetensors")) / 1e6
+    rows.append(at_most("weights in all, MB", size, 40.0))
+    details = {"prompts": found, "compositions": pairs, "fine_tuning": measure.fine_tuning_curve(toyland)}
+    return rows, details
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as aligned text."""
+    marks = {True: "reached", False: "NOT reached", None: ""}
+    lines = [(r.name, f"{r.value:g}", "" if r.bar is None else f"{r.bar:g}", marks[r.reached]) for r in rows]
+    lines.insert(0, ("what", "value", "bar", ""))
+    widths = [max(len(line[i]) for line in lines) for i in range(3)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {value:>{widths[1]}}  {bar:>{widths[2]}}  {mark}".rstrip()
+        for name, value, bar, mark in lines
+    )
+
+
+def write(path: Path, **parts: Any) -> None:
+    """Set the parts of a report file, and keep the others that it has."""
+    known: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    atomic_write_text(path, json.dumps({**known, "world_version": WORLD_VERSION, **parts}, indent=2) + "\n")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line entry point."""
+    config = parse_key_values(argv, ReportConfig, USAGE)
+    weights = Path(config.weights).expanduser()
+    for part in ("pipeline", "reader", "scorer"):
+        if not (weights / part).is_dir():
+            raise ConfigError(f"weights: {weights} has no folder {part}/; expected what perfusion.toyland.build wrote")
+    if config.prompts < 1:
+        raise ConfigError(f"prompts: found {config.prompts}, expected at least 1")
+    rows, details = measured(weights, config.prompts)
+    path = Path(config.out or weights / REPORT).expanduser()
+    write(path, bars=[asdict(row) for row in rows], details=details, measured_with=provenance())
+    print(table(rows))
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
