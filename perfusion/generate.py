@@ -27,6 +27,7 @@ Usage: python -m perfusion.generate concept=<file> prompt='a photo of <cat*> on 
 Draws pictures of a trained concept. Each has a seed of its own: picture k of `seed` is the one that `seed + k` gives
 alone. All of this is written beside the pictures (manifest.json), and into them (PNG text).
 Several prompts:  prompt='["a photo of <cat*> on the beach", "a sketch of <cat*>"]'
+Several strengths, one row of pictures each:  beta=0.4,0.55,0.7
 """
 
 GRID = "grid.png"
@@ -39,10 +40,10 @@ class GenerateConfig:
 
     concept: str = MISSING  # concept file
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
-    beta: float | None = None  # gate's threshold: lower looks more like the concept; null: as the concept says
+    beta: Any = None  # gate's threshold, or a list: lower looks more like the concept; null: as the concept says
     tau: float | None = None  # gate's softness; null: as the concept says
-    num: int = 4  # pictures of each prompt
-    seed: int = 0  # of the first picture of each prompt; the others follow on
+    num: int = 4  # pictures of each prompt, and of each beta
+    seed: int = 0  # of the first of these; the others follow on
     out: str | None = None  # folder; null: generated/<concept>-<prompt>
     backbone: str | None = None  # toyland, sd15, ...; null: the kind that the concept was trained on
     path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
@@ -71,7 +72,7 @@ def generate(config: GenerateConfig) -> Path:
     from perfusion.concept import Concept
     from perfusion.manifest import known_records
 
-    prompts = _prompts(config)
+    prompts, betas = _prompts(config), _betas(config)
     if config.num < 1:
         raise ConfigError(f"num: found {config.num}, expected at least 1")
     concept = Concept.load(Path(config.concept).expanduser())
@@ -85,11 +86,11 @@ def generate(config: GenerateConfig) -> Path:
     name = _name(config.concept, concept)
     out = Path(config.out or Path("generated") / f"{name}-{slug(prompts[0])}").expanduser()
     known = known_records(out)
-    with _attached(config, concept) as attached:
+    with _attached(config, concept, betas[0]) as attached:
         defaults = attached.backbone.config
         steps = defaults.steps if config.steps is None else config.steps
         guidance = defaults.guidance if config.guidance is None else config.guidance
-        records = _records(config, prompts, name, attached, steps, guidance)
+        records = _records(config, prompts, betas, name, attached, steps, guidance)
         records = named(records, known)
         _draw(config, attached, records, known, out)
     print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")
@@ -103,11 +104,16 @@ def slug(text: str) -> str:
 
 
 def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[ImageRecord]:
-    """The records with a file name each: `<prompt>-<seed>.png`, counted on where another picture has that name."""
+    """The records with a file name each: `<prompt>-<seed>.png`, counted on where another picture has that name.
+
+    Where they differ in β, it is part of the name.
+    """
     taken = {record.file: record for record in known}
+    records = list(records)
+    front = len({record.beta for record in records}) > 1
     result: list[ImageRecord] = []
     for record in records:
-        stem = f"{slug(record.prompt)}-{record.seed:04d}"
+        stem = f"{slug(record.prompt)}-{record.seed:04d}" + (f"-beta-{record.beta:g}" if front else "")
         choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in _suffixes())
         free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
         taken[free.file] = free
@@ -142,26 +148,52 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
+def _betas(config: GenerateConfig) -> list[float | None]:
+    """One β or several; None is the concept's own."""
+    given = config.beta
+    if isinstance(given, str):  # 0.4,0.55 on a command line
+        given = given.split(",")
+    try:
+        betas: list[float | None] = [None] if given is None else [float(b) for b in _listed(given)]
+    except (TypeError, ValueError):
+        betas = []
+    if not betas:
+        raise ConfigError(f"beta: found {config.beta!r}, expected a number, or several as in beta=0.4,0.55,0.7")
+    if len({*betas}) < len(betas):
+        raise ConfigError(f"beta: found {config.beta!r}, expected each value once")
+    return betas
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _name(file: str, concept: Concept) -> str:
     """What to call a concept: its file's name if that says more than that it is one, else its placeholder's letters."""
     stem = Path(file).stem
     return slug(concept.placeholder) if stem == "concept" else stem
 
 
-def _attached(config: GenerateConfig, concept: Concept) -> Attached:
+def _attached(config: GenerateConfig, concept: Concept, beta: float | None) -> Attached:
     """The concept in a backbone that was loaded for it."""
     from perfusion.backbones import backbone_class
     from perfusion.presets import backbone_config
 
     family = concept.fingerprint.get("family", "toyland")
     chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device)
-    return concept.attach(backbone_class(chosen.name).load(chosen), beta=config.beta, tau=config.tau)
+    return concept.attach(backbone_class(chosen.name).load(chosen), beta=beta, tau=config.tau)
 
 
 def _records(
-    config: GenerateConfig, prompts: Sequence[str], name: str, attached: Attached, steps: int, guidance: float
+    config: GenerateConfig,
+    prompts: Sequence[str],
+    betas: Sequence[float | None],
+    name: str,
+    attached: Attached,
+    steps: int,
+    guidance: float,
 ) -> list[ImageRecord]:
-    """What is known of each picture before it is drawn, prompt by prompt, but for its file."""
+    """What is known of each picture before it is drawn, prompt by prompt and β by β, but for its file."""
     from perfusion.manifest import ImageRecord
 
     concept = attached.concept
@@ -174,12 +206,16 @@ def _records(
         "superclass": concept.superclass,
         "method": concept.method,
         "backbone": concept.fingerprint.get("family"),
-        "beta": attached.beta if gated else None,
         "tau": attached.tau if gated else None,
         "steps": steps,
         "guidance": guidance,
     }
-    return [ImageRecord(prompt=p, seed=config.seed + k, **common) for p in prompts for k in range(config.num)]
+    return [
+        ImageRecord(prompt=p, seed=config.seed + k, beta=attached.beta if gated and b is None else b, **common)  # type: ignore[arg-type]
+        for p in prompts
+        for b in betas
+        for k in range(config.num)
+    ]
 
 
 def _draw(
@@ -190,10 +226,19 @@ def _draw(
     out: Path,
 ) -> None:
     """Draw the pictures of `records` into `out`; when interrupted, the manifest names those that were finished."""
+    import torch
+
     from perfusion.contact_sheet import captioned_sheet
     from perfusion.files import atomic_path
     from perfusion.manifest import save_png, write_manifest
     from perfusion.sampling import stream
+
+    betas: list[Any] = [record.beta for record in records]
+    front = len({*betas}) > 1
+
+    def set_strength(batch: slice) -> None:
+        if front:
+            attached.beta = torch.tensor(betas[batch])
 
     drawn = stream(
         attached.backbone.pipe,
@@ -203,6 +248,7 @@ def _draw(
         records[0].guidance,  # type: ignore[arg-type]
         config.batch,
         progress=True,
+        prepare=set_strength,
     )
     out.mkdir(parents=True, exist_ok=True)
     images = []
@@ -213,8 +259,8 @@ def _draw(
     finally:
         written = {record.file: record for record in (*known, *records[: len(images)])}
         write_manifest(out, written.values())
-    prompts = [record.prompt for record in records[:: config.num]]
-    groups = [(prompt, images[i * config.num : (i + 1) * config.num]) for i, prompt in enumerate(prompts)]
+    captions = [r.prompt + (f"   β {r.beta:g}" if front else "") for r in records[:: config.num]]
+    groups = [(caption, images[i * config.num : (i + 1) * config.num]) for i, caption in enumerate(captions)]
     with atomic_path(out / GRID) as temporary:
         captioned_sheet(groups).save(temporary)
 

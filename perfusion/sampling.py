@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,8 +68,12 @@ def stream(
     *,
     size: int | None = None,
     exact: bool = True,
+    prepare: Callable[[slice], None] | None = None,
 ) -> Iterator[Image.Image]:
-    """The same as `sample`, each picture as soon as its batch is drawn, so that it can be saved before the next."""
+    """The same as `sample`, each picture as soon as its batch is drawn, so that it can be saved before the next.
+
+    `prepare` is called before each batch, with the place of its pictures among all.
+    """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
     _check(pipe, seeds, steps, batch_size)
     if exact and pipe.device.type == "cpu":
@@ -78,15 +82,22 @@ def stream(
     if size is not None:
         settings |= {"height": size, "width": size}
     bar = tqdm(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress)
-    return _stream(pipe, prompts, seeds, batch_size, settings, bar)
+    return _stream(pipe, prompts, seeds, batch_size, settings, bar, prepare or (lambda batch: None))
 
 
 def _stream(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, settings: dict[str, Any], bar: tqdm
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    settings: dict[str, Any],
+    bar: tqdm,
+    prepare: Callable[[slice], None],
 ) -> Iterator[Image.Image]:
     with bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
+            prepare(batch)
             own_bar = getattr(pipe, "_progress_bar_config", {})
             pipe.set_progress_bar_config(disable=True)
             try:

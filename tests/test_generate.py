@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,6 +148,31 @@ def test_beta_tau_guidance_reach_the_picture(concept: Path, backbone: Backbone) 
     with Concept.load(concept).attach(backbone):
         other = draw(backbone, [BEACH], [0], guidance=2.0)
     assert list(pixels(Path("o")).values()) == expected != other
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_row_of_pictures_for_every_beta(concept: Path, backbone: Backbone, batch: int) -> None:
+    """Each is the picture that its β gives alone; seeds are shared, and names tell them apart."""
+    assert run(concept, f"prompt={BEACH}", "num=2", "beta=0.1,0.5,0.9", f"batch={batch}", "out=o") == 0
+    records = read_manifest("o")
+    assert [(record.beta, record.seed) for record in records] == [(b, s) for b in (0.1, 0.5, 0.9) for s in (0, 1)]
+    assert records[2].file == "a-photo-of-cat-on-the-beach-0000-beta-0.5.png"
+    expected = []
+    for beta in (0.1, 0.5, 0.9):
+        with Concept.load(concept).attach(backbone, beta=beta):
+            expected += draw(backbone, [BEACH] * 2, [0, 1])
+    assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 6
+
+
+def test_impossible_betas(concept: Path, capsys) -> None:
+    for text, found in [
+        ("high", "'high'"),
+        ("0.1,", "'0.1,'"),
+        ("[]", "\\[\\]"),
+        ("0.5,0.5", "'0.5,0.5', expected each"),
+    ]:
+        assert run(concept, f"prompt={BEACH}", f"beta={text}") != 0
+        assert re.search(f"beta: found {found}", capsys.readouterr().err), text
 
 
 def test_several_prompts_share_seeds_and_a_grid(concept: Path) -> None:
