@@ -134,10 +134,16 @@ def test_the_command_measures_and_keeps_the_training_record(
         full = getattr(measure, name)
         monkeypatch.setattr(measure, name, lambda *args, full=full, less=less: full(*args, **less))
     out = tmp_path / "report.json"
-    out.write_text(json.dumps({"training": {"reader": {"step": 3}}}))
-    assert run_cli(report.main, [f"weights={weights}", "prompts=30", f"out={out}"]) == 0
+    training = {"reader": {"step": 3, "elapsed": 120.0, "loss": 0.5}}
+    out.write_text(json.dumps({"training": training, "command": "minutes=7"}))
+    sheet = tmp_path / "sheet.png"
+    assert run_cli(report.main, [f"weights={weights}", "prompts=30", f"out={out}", f"sheet={sheet}"]) == 0
+    with measure.Image.open(sheet) as picture:
+        assert picture.size == (2 * (8 * 66 - 2) + 16, 8 * 66 - 2)
+        first = measure.Image.fromarray(measure.render(measure.fresh_scenes(1)[0]).image)
+        assert picture.crop((0, 0, 64, 64)).tobytes() == first.tobytes()
     written = json.loads(out.read_text())
-    assert written["training"] == {"reader": {"step": 3}} and written["world_version"] == 1
+    assert written["training"] == training and written["world_version"] == 1
     rows = {row["name"]: row for row in written["bars"]}
     assert rows["reader on renders: place"]["bar"] == 0.99 and rows["reader on renders: place"]["reached"] is False
     assert 0 < rows["weights in all, MB"]["value"] < 40 and rows["weights in all, MB"]["reached"] is True
@@ -145,6 +151,9 @@ def test_the_command_measures_and_keeps_the_training_record(
     assert {f"prompts: {name}" for name in asks} <= rows.keys()
     assert [row["steps"] for row in written["details"]["fine_tuning"]] == [0, 1]
     assert "NOT reached" in capsys.readouterr().out
+    card = (tmp_path / "README.md").read_text()
+    assert "| reader on renders: place | " in card and "| 0.99 | **not reached** |" in card
+    assert f'`make toyland ARGS="{written["command"]}"`' in card and "| reader | 3 | 2.0 | 0.5000 |" in card
 
 
 def test_missing_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

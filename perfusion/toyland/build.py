@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
 from perfusion.provenance import provenance
 from perfusion.toyland.budget import run_workers
 from perfusion.toyland.report import REPORT, write
@@ -91,7 +92,7 @@ def training_record(folder: Path) -> dict[str, dict[str, float]]:
 def build(config: BuildConfig) -> None:
     """Run the stages that `config` asks for."""
     if config.only is not None and config.only not in STAGES:
-        raise ValueError(f"only: found {config.only!r}, expected one of {', '.join(STAGES)}")
+        raise ConfigError(f"only: found {config.only!r}, expected one of {', '.join(STAGES)}")
     folder, out = Path(config.folder), Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = STAGES if config.only is None else (config.only,)
@@ -108,7 +109,8 @@ def build(config: BuildConfig) -> None:
     if "assemble" in wanted:
         out.mkdir(parents=True, exist_ok=True)
         assemble(folder, out)
-        write(out / REPORT, training=training_record(folder), built_with=provenance())
+        command = f"minutes={config.minutes:g} scenes={config.scenes} seed={config.seed}"
+        write(out / REPORT, training=training_record(folder), command=command, built_with=provenance())
         print(f"Toyland is in {out}")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 from tqdm import tqdm
 
+from perfusion.contact_sheet import image_grid
 from perfusion.toyland.captions import PLACE_PHRASES, asked, caption
 from perfusion.toyland.draw import render
 from perfusion.toyland.models import TEXT_POSITIONS, scheduler
@@ -276,6 +277,20 @@ def images_per_second(pipe: Any, batch: int = BATCH, rounds: int = 3) -> float:
         generate(pipe, ["a photo of a cat on the beach"] * batch, 0)
         seconds.append(time.perf_counter() - started)
     return batch / median(seconds[1:])
+
+
+def renders_beside_pictures(toyland: Toyland, count: int = 64, columns: int = 8) -> Image.Image:
+    """`count` renders on the left, and on the right, place by place, what is drawn for their captions."""
+    scenes = fresh_scenes(count)
+    rng = np.random.default_rng(FIRST_SCENE)
+    drawn = generate(toyland.pipe, [caption(scene, rng).text for scene in scenes], 0, "sheet")
+    halves = [[Image.fromarray(render(scene).image) for scene in scenes], drawn]
+    grids = [image_grid(half, columns) for half in halves]
+    gap = 16
+    sheet = Image.new("RGB", (grids[0].width * 2 + gap, grids[0].height), "white")
+    for i, grid in enumerate(grids):
+        sheet.paste(grid, (i * (grid.width + gap), 0))
+    return sheet
 
 
 # ----------------------------------------------------------------- fit for personalization

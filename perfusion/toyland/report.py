@@ -7,14 +7,18 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
-from perfusion.files import atomic_write_text
+from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
-from perfusion.toyland import measure
+from perfusion.toyland import card
+from perfusion.toyland.captions import vocabulary
 from perfusion.toyland.world import WORLD_VERSION
+
+if TYPE_CHECKING:
+    from perfusion.toyland.measure import Toyland
 
 WEIGHTS = Path(__file__).parent / "weights"
 REPORT = "report.json"
@@ -25,7 +29,8 @@ Measure Toyland's models and write the table, with what is reached, to report.js
   python -m perfusion.toyland.report
   python -m perfusion.toyland.report weights=toyland-weights prompts=200
 
-1,000 prompts take about a quarter of an hour on two CPU cores.
+1,000 prompts take about a quarter of an hour on two CPU cores. The model card (README.md beside the report) is
+written anew, and with sheet=<file> a picture: 64 renders, and what the model draws for their captions.
 """
 
 
@@ -36,6 +41,7 @@ class ReportConfig:
     weights: str = str(WEIGHTS)  # folder with pipeline/, reader/ and scorer/
     prompts: int = 1000  # fresh captions to draw
     out: str | None = None  # file to write; null: report.json in the folder of the weights
+    sheet: str | None = None  # PNG file for 64 renders beside 64 generated pictures; null: none
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,11 @@ DROP = 0.02  # of the reader on reconstructions
 OTHERS = ("second", "pattern", "detail", "sleep", "objects", "clip_t_correlation", "clip_i_correlation")
 
 
-def measured(weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:
+def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the table, and the numbers behind them that are no row."""
-    toyland = measure.Toyland.load(weights)
-    rows: list[Row] = []
+    from perfusion.toyland import measure
 
+    rows: list[Row] = []
     renders, back = measure.reader_accuracy(toyland)
     for name, value in renders.items():
         what = f"reader on renders: {name}"
@@ -116,9 +122,11 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def write(path: Path, **parts: Any) -> None:
-    """Set the parts of a report file, and keep the others that it has."""
+    """Set the parts of a report file, keep the others that it has, and write the model card beside it."""
     known: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    atomic_write_text(path, json.dumps({**known, "world_version": WORLD_VERSION, **parts}, indent=2) + "\n")
+    report = {**known, "world_version": WORLD_VERSION, **parts}
+    atomic_write_text(path, json.dumps(report, indent=2) + "\n")
+    atomic_write_text(path.with_name(card.FILE_NAME), card.card(report, len(vocabulary())))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -130,8 +138,14 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(f"weights: {weights} has no folder {part}/; expected what perfusion.toyland.build wrote")
     if config.prompts < 1:
         raise ConfigError(f"prompts: found {config.prompts}, expected at least 1")
-    rows, details = measured(weights, config.prompts)
     path = Path(config.out or weights / REPORT).expanduser()
+    from perfusion.toyland import measure  # with torch and its friends, which take seconds to import
+
+    toyland = measure.Toyland.load(weights)
+    if config.sheet:
+        with atomic_path(Path(config.sheet).expanduser()) as temporary:
+            measure.renders_beside_pictures(toyland).save(temporary, "PNG")
+    rows, details = measured(toyland, weights, config.prompts)
     write(path, bars=[asdict(row) for row in rows], details=details, measured_with=provenance())
     print(table(rows))
     print(f"\nwritten to {path}")

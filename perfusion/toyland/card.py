@@ -1,0 +1,63 @@
+"""The model card of Toyland's weights, written from `report.json`, so that no number in it is copied by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FILE_NAME = "README.md"
+
+_HEAD = """# Toyland, world version {version}
+
+A small latent-diffusion model of Stable Diffusion's architecture, for trying personalization methods on two CPU cores.
+Stock diffusers loads it: `StableDiffusionPipeline.from_pretrained("pipeline")`.
+
+| folder | what | class |
+|---|---|---|
+| `pipeline/` | 64x64 pixels, 8x8x16 latents, the noise schedule of SD 1.5 | `diffusers.StableDiffusionPipeline` |
+| `scorer/` | image-text model that only scores; shares no weight with the pipeline | `open_clip`, by `local-dir:` |
+{reader}
+Trained from nothing on scenes that `perfusion/toyland/draw.py` renders, with captions from `captions.py`: no picture of
+the real world, and no person, is in it. Licence: Apache-2.0, as the code.
+
+Made by `make toyland ARGS="{command}"`; measured by `make toyland-report`.
+"""
+_READER = "| `reader/` | reads attributes off pictures, one head each | `perfusion.toyland.reader.Reader` |\n"
+
+_LIMITS = """
+## Limits
+
+- It knows the {words} words of its world and nothing else: ten kinds of toys in nine places; no people, no depth.
+- Pictures are 64x64. What is smaller than two pixels (a glint, a whisker) is lost in the autoencoder.
+- Results on it are leads for Stable Diffusion, not results about it.
+- The reader and the scorer make mistakes of their own, stated above; a number below theirs may be theirs.
+"""
+
+
+def card(report: Mapping[str, Any], words: int) -> str:
+    """Markdown from a report: `training`, `bars`, `details`, `built_with`, `measured_with`; parts may be missing.
+
+    Args:
+        words: size of the world's vocabulary.
+    """
+    bars = report.get("bars", [])
+    reader = _READER if "reader" in report.get("training", {}) else ""
+    built = report.get("built_with", {})
+    text = _HEAD.format(version=report["world_version"], reader=reader, command=report.get("command", "minutes=90"))
+    if training := report.get("training"):
+        text += "\n## Training\n\n| stage | steps | minutes | loss at the end |\n|---|---|---|---|\n"
+        for stage, was in training.items():
+            text += f"| {stage} | {was['step']:,} | {was['elapsed'] / 60:.1f} | {was['loss']:.4f} |\n"
+        text += f"\nOn {built.get('gpu') or built.get('cpu', 'an unknown machine')}.\n"
+    if bars:
+        text += "\n## Measured\n\n| what | value | bar | |\n|---|---|---|---|\n"
+        for row in bars:
+            bar = "" if row["bar"] is None else f"{row['bar']:g}"
+            mark = {True: "reached", False: "**not reached**", None: ""}[row["reached"]]
+            text += f"| {row['name']} | {row['value']:g} | {bar} | {mark} |\n"
+    if curve := report.get("details", {}).get("fine_tuning"):
+        text += "\nNaive full fine-tuning of the UNet on one picture: the likeness comes at the price of the prompt.\n"
+        text += "\n| steps | identity | prompts followed |\n|---|---|---|\n"
+        for point in curve:
+            text += f"| {point['steps']:.0f} | {point['identity']:.3f} | {point['prompts']:.3f} |\n"
+    return text + _LIMITS.format(words=words)
