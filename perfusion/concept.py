@@ -19,10 +19,11 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
@@ -35,6 +36,8 @@ from perfusion.provenance import provenance
 LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
 _COMMIT_DIGITS = 12
 _HASH_DIGITS = 12
+# What is attached to which denoiser.
+_ATTACHED: WeakKeyDictionary[nn.Module, list[Attached]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,18 +123,24 @@ class Concept:
     ) -> Attached:
         """Put the concept into a stock pipeline, for drawing: prompts may hold its placeholder until `detach()`.
 
+        Several concepts that were trained apart may be attached at once, each with a placeholder and strength of its
+        own; the order does not matter, and they may leave in any order.
+
         Everything is checked before the pipeline is touched. `beta` and `tau` are for methods with a gate; None is the
         value that the concept's settings name. They can be changed later.
 
         Raises:
-            ConceptFileError: the concept is not made for this backbone, its tensors do not fit its method, or this
-                version of perfusion does not know its method or settings.
+            ConceptFileError: the concept is not made for this backbone, or with another covariance than one that is
+                attached; its tensors do not fit its method, or this version of perfusion does not know its method or
+                settings.
             TokenError: the placeholder is a word of the pipeline already, perhaps because it is attached.
-            EditError: another concept is attached that edits the same projections, or β or τ is impossible.
+            EditError: something is attached that edits the same projections and cannot be combined with it, such as a
+                concept in training; or β or τ is impossible.
             BackboneError: no backbone fits the pipeline.
         """
         backbone = pipe if isinstance(pipe, Backbone) else around(pipe)
         self._check_backbone(backbone)
+        self._check_company(backbone)
         method = self._build().eval()
         self._check_tensors(method, backbone)
         backbone.check_token(self.placeholder, self.superclass)
@@ -145,6 +154,7 @@ class Concept:
                 if value is not None:
                     setattr(attached, name, value)
             undo.pop_all()
+        _ATTACHED.setdefault(backbone.denoiser, []).append(attached)
         return attached
 
     def _build(self) -> Method:
@@ -160,6 +170,15 @@ class Concept:
             if wanted != present:
                 raise ConceptFileError(
                     f"{self.source}: made for another backbone: found {part} {present}, expected {wanted}"
+                )
+
+    def _check_company(self, backbone: Backbone) -> None:
+        for other in _ATTACHED.get(backbone.denoiser, ()):
+            if other.concept.covariance != self.covariance:
+                raise ConceptFileError(
+                    f"{self.source}: found the covariance {self.covariance} (captions:count:ridge), expected "
+                    f"{other.concept.covariance}, that of {other.concept.source}, which is attached: concepts that are "
+                    "drawn together must be trained with the same"
                 )
 
     def _check_tensors(self, method: Method, backbone: Backbone) -> None:
@@ -228,6 +247,9 @@ class Attached:
     def detach(self) -> None:
         """Leave the pipeline bit-identical to before `attach`; idempotent."""
         self.method.detach()
+        company = _ATTACHED.get(self.backbone.denoiser, [])
+        if self in company:
+            company.remove(self)
 
     def __enter__(self) -> Attached:
         return self

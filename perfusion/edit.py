@@ -7,10 +7,14 @@ is left to a layer: with e' and the gates g_j of the prompt,
     otherwise:  W e' + Σ_j g_j o*_j
 
 Without gradients these do not depend on the diffusion step: they are computed once per prompt.
+
+Edits of one denoiser share their layers: each concept brings its gate and its target outputs, and may leave in any
+order.
 """
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,38 +23,41 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from perfusion.backbones.base import EditSite
-from perfusion.prompt_gate import EditedPrompt, EditError, PromptGate, Stamp, same, stamp_of
+from perfusion.prompt_gate import EditedPrompt, EditError, JointGate, PromptGate, Stamp, same, stamp_of
 from perfusion.rank_one import low_rank_update
 
 _TAKEN_OUT = ("unload_lora_weights, say", "detach() of the concept, then attach it again")
 
-__all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit"]
+__all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit", "unedited"]
 
 
 class EditedProjection(nn.Module, BaseTunerLayer):
-    """An edit around one K or V projection `base_layer`: (B, N, d) to (B, N, h).
+    """The edits around one K or V projection `base_layer`: (B, N, d) to (B, N, h).
 
-    `target_outputs` (J, h) holds the o*_j; None is a locked projection, o*_j = W s_j. To diffusers and PEFT this is a
-    tuner layer: LoRA goes around it. Gate and target outputs belong to the method and are not registered here, so that
-    the denoiser's state, dtype and device stay its own.
+    To diffusers and PEFT this is a tuner layer: LoRA goes around it. Gates and target outputs belong to the methods and
+    are not registered here, so that the denoiser's state, dtype and device stay its own.
     """
 
     r: Mapping[str, int] = {}  # LoRA's ranks: diffusers counts them to name the next adapter
     base_layer: nn.Module
-    gate: PromptGate
-    target_outputs: nn.Parameter | None
+    shared: "_Shared"
 
-    def __init__(self, base_layer: nn.Module, gate: PromptGate, target_outputs: nn.Parameter | None) -> None:
+    def __init__(self, base_layer: nn.Module, shared: "_Shared", name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        object.__setattr__(self, "gate", gate)
-        object.__setattr__(self, "target_outputs", target_outputs)
+        object.__setattr__(self, "shared", shared)
+        self.site = name
         plain: Any = self.get_base_layer()
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.train(base_layer.training)
 
+    @property
+    def target_outputs(self) -> list[nn.Parameter | None]:
+        """For each concept its o* (J, h); None is a locked projection, o*_j = W s_j."""
+        return [member.outputs[self.site] for member in self.shared.members]
+
     def forward(self, x: Tensor) -> Tensor:
-        prompt = self.gate.prompt(x)
+        prompt = self.shared.gate.prompt(x)
         stamp = self._stamp(x) if prompt.stamp else None
         known, output = prompt.outputs.get(self, (None, None))
         if output is None or not same(known, stamp):
@@ -60,16 +67,23 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         return output
 
     def _project(self, prompt: EditedPrompt) -> Tensor:
-        if self.target_outputs is None:
+        outputs = self.target_outputs
+        if all(output is None for output in outputs):
             return self.base_layer(prompt.locked)
         h = self.base_layer(prompt.remainder)
-        return low_rank_update(h, prompt.gates, self.target_outputs.to(h.device))
+        # Where some concepts have locked keys and others have not, the locked ones' are computed.
+        members = self.shared.members
+        each = [self._locked(m, h) if o is None else o.to(h.device) for m, o in zip(members, outputs, strict=True)]
+        return low_rank_update(h, prompt.gates, each[0] if len(each) == 1 else torch.cat(each))
+
+    def _locked(self, member: "_Member", like: Tensor) -> Tensor:
+        return self.base_layer(member.gate.superclass_inputs.to(like))
 
     def _stamp(self, x: Tensor) -> Stamp | None:
         """Of what the output depends on besides the prompt; None inside a layer (LoRA, quantized) that hides it."""
         if type(self.base_layer) is not nn.Linear or torch.is_grad_enabled():
             return None
-        own = (t for t in (self.base_layer.weight, self.base_layer.bias, self.target_outputs) if t is not None)
+        own = (t for t in (self.base_layer.weight, self.base_layer.bias, *self.target_outputs) if t is not None)
         stamp = stamp_of(*own)
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -93,25 +107,59 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         pass
 
 
-class Edit:
-    """An attached edit; see `attach_edit`."""
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """What one concept brings."""
 
-    def __init__(self, denoiser: nn.Module, gate: PromptGate, layers: Mapping[str, tuple[EditSite, EditedProjection]]):
-        self._gate, self._layers = gate, layers
+    gate: PromptGate
+    outputs: Mapping[str, nn.Parameter | None]
+
+
+class _Shared:
+    """The edited layers of one denoiser, and the concepts that are in them."""
+
+    def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
+        self.members: list[_Member] = []
+        self.gate: PromptGate  # of all members
+        self.joinable = joinable
+        layers = [(site, EditedProjection(site.projection, self, site.name)) for site in sites]
+        for site, layer in layers:
+            setattr(site.parent, site.attribute, layer)
+        self._layers = layers
         self._position = list(inspect.signature(denoiser.forward).parameters).index("encoder_hidden_states")
         self._hook = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True)
 
-    def detach(self) -> None:
-        """Put the very modules back that were there before, also from below a LoRA that came later; idempotent."""
+    @property
+    def sites(self) -> set[str]:
+        return {site.name for site, _ in self._layers}
+
+    def enter(self, member: _Member) -> None:
+        self.members.append(member)
+        self._regate()
+
+    def leave(self, member: _Member) -> None:
+        """Without `member`; the last one puts the very modules back that were there before, also from below a LoRA."""
+        if member not in self.members:
+            return
+        self.members.remove(member)
+        member.gate.forget()
+        if self.members:
+            self._regate()
+            return
         self._hook.remove()
-        self._gate.forget()
-        for site, layer in self._layers.values():
+        for site, layer in self._layers:
             if holder := _holder(site, layer):
                 setattr(*holder, layer.base_layer)
-        self._layers = {}
+        self._layers = []
+
+    def _regate(self) -> None:
+        gates = [member.gate for member in self.members]
+        for gate in gates:
+            gate.forget()
+        self.gate = gates[0] if len(gates) == 1 else JointGate(gates)
 
     def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for site, layer in self._layers.values():
+        for site, layer in self._layers:
             fused = isinstance(getattr(site.parent, "processor", None), FusedAttnProcessor2_0)
             if fused or _holder(site, layer) is None:
                 cause, remedy = ("fuse_qkv_projections", "unfuse_qkv_projections()") if fused else _TAKEN_OUT
@@ -120,7 +168,24 @@ class Edit:
                     f"the concept; expected the edit in its place: call {remedy}"
                 )
         context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self._position]
-        self._gate.show(context)
+        self.gate.show(context)
+
+
+class Edit:
+    """One concept's part in the edit of a denoiser; see `attach_edit`."""
+
+    def __init__(self, shared: _Shared, member: _Member) -> None:
+        self._shared, self._member = shared, member
+        shared.enter(member)
+
+    @property
+    def gates(self) -> list[PromptGate]:
+        """Of all concepts that are attached now, this one's among them, in the order in which they came."""
+        return [member.gate for member in self._shared.members]
+
+    def detach(self) -> None:
+        """Take the concept out; when it was the last, the denoiser is as it was before the first. Idempotent."""
+        self._shared.leave(self._member)
 
 
 def attach_edit(
@@ -128,6 +193,7 @@ def attach_edit(
     denoiser: nn.Module,
     gate: PromptGate,
     outputs: Mapping[str, nn.Parameter | None],
+    join: bool = False,
 ) -> Edit:
     """Edit the projections at `sites` of `denoiser`.
 
@@ -135,23 +201,31 @@ def attach_edit(
     and the gate are read at each call, so training them, or setting β, has its effect at once. Nothing of the denoiser
     is changed but the attributes of the sites and one forward pre-hook.
 
+    With `join`, edits that were attached with `join` may be there already: then all of them act together, by Eq. 4.
+
     Raises:
-        EditError: the denoiser is edited already.
+        EditError: the denoiser is edited already, by an edit that is to be alone, or at other sites.
     """
     assert {site.name for site in sites} == set(outputs), "outputs must name the sites"
-    for site in sites:
-        if _is_edited(site.projection):
-            raise EditError(f"{site.name}: found an edit, expected none: detach the concept that is attached first")
-    layers = {site.name: (site, EditedProjection(site.projection, gate, outputs[site.name])) for site in sites}
-    for site, layer in layers.values():
-        setattr(site.parent, site.attribute, layer)
-    return Edit(denoiser, gate, layers)
+    found = {site.name: _edited(site.projection) for site in sites}
+    for name, layer in found.items():
+        if layer is not None and not (join and layer.shared.joinable and layer.shared.sites == set(outputs)):
+            raise EditError(f"{name}: found an edit, expected none: detach the concept that is attached first")
+    layers = {layer.shared for layer in found.values() if layer is not None}
+    shared = layers.pop() if layers else _Shared(sites, denoiser, join)
+    return Edit(shared, _Member(gate, outputs))
 
 
-def _is_edited(module: nn.Module | None) -> bool:
+def unedited(projection: nn.Module) -> nn.Module:
+    """What a site's projection is below its edit; the projection itself if it has none."""
+    layer = _edited(projection)
+    return projection if layer is None else layer.base_layer
+
+
+def _edited(module: nn.Module | None) -> EditedProjection | None:
     while module is not None and not isinstance(module, EditedProjection):
         module = getattr(module, "base_layer", None)
-    return module is not None
+    return module
 
 
 def _holder(site: EditSite, layer: EditedProjection) -> tuple[nn.Module, str] | None:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ Draws pictures of a trained concept. Each has a seed of its own: picture k of `s
 alone. All of this is written beside the pictures (manifest.json), and into them (PNG text).
 Several prompts:  prompt='["a photo of <cat*> on the beach", "a sketch of <cat*>"]'
 Several strengths, one row of pictures each:  beta=0.4,0.55,0.7
+Several concepts:  concept='[cat.safetensors, teddy.safetensors]' prompt='<cat*> and <teddy*> on the beach'
+  with strengths of their own:  beta='[[0.6, 0.4]]'
 """
 
 GRID = "grid.png"
@@ -38,7 +41,7 @@ _SLUG = 48  # characters of a prompt in the name of a file
 class GenerateConfig:
     """The options of `python -m perfusion.generate`."""
 
-    concept: str = MISSING  # concept file
+    concept: Any = MISSING  # concept file, or a list of files that are drawn together
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
     beta: Any = None  # gate's threshold, or a list: lower looks more like the concept; null: as the concept says
     tau: float | None = None  # gate's softness; null: as the concept says
@@ -72,27 +75,31 @@ def generate(config: GenerateConfig) -> Path:
     from perfusion.concept import Concept
     from perfusion.manifest import known_records
 
-    prompts, betas = _prompts(config), _betas(config)
+    prompts, files = _prompts(config), _files(config)
+    strengths = _strengths(config, len(files))
     if config.num < 1:
         raise ConfigError(f"num: found {config.num}, expected at least 1")
-    concept = Concept.load(Path(config.concept).expanduser())
+    concepts = [Concept.load(Path(file).expanduser()) for file in files]
     for prompt in prompts:
-        if not contains(prompt, concept.placeholder):
+        if not any(contains(prompt, concept.placeholder) for concept in concepts):
+            names = " or ".join(concept.placeholder for concept in concepts)
             print(
-                f"warning: {prompt!r} does not name the concept; put its placeholder {concept.placeholder} where it "
-                "shall be",
+                f"warning: {prompt!r} does not name the concept; put its placeholder {names} where it shall be",
                 file=sys.stderr,
             )
-    name = _name(config.concept, concept)
-    out = Path(config.out or Path("generated") / f"{name}-{slug(prompts[0])}").expanduser()
+    names = [_name(file, concept) for file, concept in zip(files, concepts, strict=True)]
+    out = Path(config.out or Path("generated") / f"{'-'.join(names)}-{slug(prompts[0])}").expanduser()
     known = known_records(out)
-    with _attached(config, concept, betas[0]) as attached:
-        defaults = attached.backbone.config
+    with ExitStack() as stack:
+        attached = _attached(config, concepts, stack)
+        defaults = attached[0].backbone.config
         steps = defaults.steps if config.steps is None else config.steps
         guidance = defaults.guidance if config.guidance is None else config.guidance
-        records = _records(config, prompts, betas, name, attached, steps, guidance)
+        chosen = [_chosen(row, attached) for row in strengths]
+        records = _records(config, prompts, chosen, names, attached, steps, guidance)
         records = named(records, known)
-        _draw(config, attached, records, known, out)
+        per_picture = [row for _ in prompts for row in chosen for _ in range(config.num)]
+        _draw(config, attached, records, per_picture, known, out)
     print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")
     print(f"all together: {out / GRID}")
     return out
@@ -113,12 +120,17 @@ def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[
     front = len({record.beta for record in records}) > 1
     result: list[ImageRecord] = []
     for record in records:
-        stem = f"{slug(record.prompt)}-{record.seed:04d}" + (f"-beta-{record.beta:g}" if front else "")
+        strength = "-beta-" + _shown(record.beta).replace(" + ", "-") if front else ""
+        stem = f"{slug(record.prompt)}-{record.seed:04d}{strength}"
         choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in _suffixes())
         free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
         taken[free.file] = free
         result.append(free)
     return result
+
+
+def _shown(beta: float | str | None) -> str:
+    return beta if isinstance(beta, str) else f"{beta:g}"
 
 
 def _suffixes() -> Iterable[str]:
@@ -132,11 +144,11 @@ def _suffixes() -> Iterable[str]:
 def _readable(word: str) -> str:
     """A word of the command line as `parse_key_values` wants it.
 
-    The backbone's own keys may be named as in training, `backbone.path=`. A prompt is text as it stands, unless it is
-    a list.
+    The backbone's own keys may be named as in training, `backbone.path=`. A prompt or file is text as it stands, unless
+    it is a list.
     """
     key, equals, value = word.removeprefix("backbone.").partition("=")
-    if equals and key == "prompt" and not value.lstrip().startswith("["):
+    if equals and key in ("concept", "prompt") and not value.lstrip().startswith("["):
         value = json.dumps(value.replace("${", "\\${"), ensure_ascii=False)
     return f"{key}{equals}{value}"
 
@@ -148,20 +160,37 @@ def _prompts(config: GenerateConfig) -> list[str]:
     return prompts
 
 
-def _betas(config: GenerateConfig) -> list[float | None]:
-    """One β or several; None is the concept's own."""
+def _files(config: GenerateConfig) -> list[str]:
+    files = _listed(config.concept)
+    if not files or not all(isinstance(file, str) and file.strip() for file in files):
+        raise ConfigError(f"concept: found {config.concept!r}, expected a file or a list of files")
+    return files
+
+
+def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None, ...]]:
+    """For each row of pictures, β of each concept; None is the concept's own."""
     given = config.beta
     if isinstance(given, str):  # 0.4,0.55 on a command line
         given = given.split(",")
+    rows: list[tuple[float | None, ...]] = []
     try:
-        betas: list[float | None] = [None] if given is None else [float(b) for b in _listed(given)]
+        for row in _listed(given):
+            values = [None if value is None else float(value) for value in _listed(row)]
+            rows.append(tuple(values * concepts if len(values) == 1 else values))
     except (TypeError, ValueError):
-        betas = []
-    if not betas:
-        raise ConfigError(f"beta: found {config.beta!r}, expected a number, or several as in beta=0.4,0.55,0.7")
-    if len({*betas}) < len(betas):
+        rows = []
+    if not rows or any(len(row) != concepts for row in rows):
+        each = "" if concepts == 1 else f", or [[...]] with {concepts} numbers, one for each concept"
+        raise ConfigError(f"beta: found {config.beta!r}, expected a number, or several as in beta=0.4,0.55,0.7{each}")
+    if len({*rows}) < len(rows):
         raise ConfigError(f"beta: found {config.beta!r}, expected each value once")
-    return betas
+    return rows
+
+
+def _chosen(row: Sequence[float | None], attached: Sequence[Attached]) -> tuple[float | None, ...]:
+    """The same with the concepts' own β filled in; None is left where a method has no gate."""
+    own = (a.beta if hasattr(type(a.method), "beta") else None for a in attached)
+    return tuple(value if beta is None else beta for beta, value in zip(row, own, strict=True))  # type: ignore[misc]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -174,54 +203,67 @@ def _name(file: str, concept: Concept) -> str:
     return slug(concept.placeholder) if stem == "concept" else stem
 
 
-def _attached(config: GenerateConfig, concept: Concept, beta: float | None) -> Attached:
-    """The concept in a backbone that was loaded for it."""
+def _attached(config: GenerateConfig, concepts: Sequence[Concept], stack: ExitStack) -> list[Attached]:
+    """The concepts in a backbone that was loaded for them, until `stack` is closed."""
     from perfusion.backbones import backbone_class
     from perfusion.presets import backbone_config
 
-    family = concept.fingerprint.get("family", "toyland")
+    family = concepts[0].fingerprint.get("family", "toyland")
     chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device)
-    return concept.attach(backbone_class(chosen.name).load(chosen), beta=beta, tau=config.tau)
+    backbone = backbone_class(chosen.name).load(chosen)
+    return [stack.enter_context(concept.attach(backbone, tau=config.tau)) for concept in concepts]
 
 
 def _records(
     config: GenerateConfig,
     prompts: Sequence[str],
-    betas: Sequence[float | None],
-    name: str,
-    attached: Attached,
+    strengths: Sequence[tuple[float | None, ...]],
+    names: Sequence[str],
+    attached: Sequence[Attached],
     steps: int,
     guidance: float,
 ) -> list[ImageRecord]:
     """What is known of each picture before it is drawn, prompt by prompt and β by β, but for its file."""
     from perfusion.manifest import ImageRecord
 
-    concept = attached.concept
-    gated = hasattr(type(attached.method), "beta")
+    concepts = [a.concept for a in attached]
+    gated = all(hasattr(type(a.method), "tau") for a in attached)
     common: dict[str, Any] = {
         "file": "",
-        "concept": name,
-        "concept_hash": concept.hash,
-        "placeholder": concept.placeholder,
-        "superclass": concept.superclass,
-        "method": concept.method,
-        "backbone": concept.fingerprint.get("family"),
-        "tau": attached.tau if gated else None,
+        "concept": _joined(names),
+        "concept_hash": _joined(concept.hash for concept in concepts),
+        "placeholder": _joined(concept.placeholder for concept in concepts),
+        "superclass": _joined(concept.superclass for concept in concepts),
+        "method": _joined(dict.fromkeys(concept.method for concept in concepts)),
+        "backbone": concepts[0].fingerprint.get("family"),
+        "tau": attached[0].tau if gated else None,
         "steps": steps,
         "guidance": guidance,
     }
     return [
-        ImageRecord(prompt=p, seed=config.seed + k, beta=attached.beta if gated and b is None else b, **common)  # type: ignore[arg-type]
-        for p in prompts
-        for b in betas
+        ImageRecord(prompt=prompt, seed=config.seed + k, beta=_as_one(row), **common)
+        for prompt in prompts
+        for row in strengths
         for k in range(config.num)
     ]
 
 
+def _joined(parts: Iterable[str]) -> str:
+    return " + ".join(parts)
+
+
+def _as_one(row: Sequence[float | None]) -> float | str | None:
+    """β of all concepts, in one number if they agree."""
+    if len({*row}) == 1:
+        return row[0]
+    return _joined("none" if beta is None else f"{beta:g}" for beta in row)
+
+
 def _draw(
     config: GenerateConfig,
-    attached: Attached,
+    attached: Sequence[Attached],
     records: Sequence[ImageRecord],
+    strengths: Sequence[tuple[float | None, ...]],
     known: Sequence[ImageRecord],
     out: Path,
 ) -> None:
@@ -233,15 +275,13 @@ def _draw(
     from perfusion.manifest import save_png, write_manifest
     from perfusion.sampling import stream
 
-    betas: list[Any] = [record.beta for record in records]
-    front = len({*betas}) > 1
-
     def set_strength(batch: slice) -> None:
-        if front:
-            attached.beta = torch.tensor(betas[batch])
+        for concept, betas in zip(attached, zip(*strengths[batch], strict=True), strict=True):
+            if betas[0] is not None:
+                concept.beta = betas[0] if len({*betas}) == 1 else torch.tensor(betas)
 
     drawn = stream(
-        attached.backbone.pipe,
+        attached[0].backbone.pipe,
         [record.prompt for record in records],
         [record.seed for record in records],  # type: ignore[misc]
         records[0].steps,  # type: ignore[arg-type]
@@ -259,7 +299,8 @@ def _draw(
     finally:
         written = {record.file: record for record in (*known, *records[: len(images)])}
         write_manifest(out, written.values())
-    captions = [r.prompt + (f"   β {r.beta:g}" if front else "") for r in records[:: config.num]]
+    front = len({record.beta for record in records}) > 1
+    captions = [r.prompt + (f"   β {_shown(r.beta)}" if front else "") for r in records[:: config.num]]
     groups = [(caption, images[i * config.num : (i + 1) * config.num]) for i, caption in enumerate(captions)]
     with atomic_path(out / GRID) as temporary:
         captioned_sheet(groups).save(temporary)

@@ -32,7 +32,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Where one picture comes from. None: not known, or not a thing of the method that made it."""
+    """Where one picture comes from. None: not known, or not a thing of the method that made it.
+
+    What is said of several concepts in one picture is joined by " + ", in one order.
+    """
 
     file: str  # relative to the manifest's folder, with "/"
     prompt: str  # as it was given, with the placeholder in it
@@ -43,7 +46,7 @@ class ImageRecord:
     superclass: str | None = None
     method: str | None = None
     backbone: str | None = None
-    beta: float | None = None
+    beta: float | str | None = None  # text where concepts differ in it
     tau: float | None = None
     steps: int | None = None
     guidance: float | None = None

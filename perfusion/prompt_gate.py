@@ -10,7 +10,7 @@ For encodings e of a prompt and J concepts:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 from perfusion.rank_one import gate, low_rank_update, similarity
 
-# Determinant of the cosines between concepts, in the C⁻¹ metric, below which they cannot be told apart in float32.
+# Smallest eigenvalue of the cosines between concepts, in the C⁻¹ metric, as a share of the largest, below which they
+# cannot be told apart in float32.
 _DEPENDENT = 1e-6
+
+# Share of the largest eigenvalue below which a direction between concepts is rounding, not difference.
+_SAME = 1e-4
 
 # Objects with their versions; see `stamp_of`.
 Stamp = tuple[tuple[object, int], ...]
@@ -70,6 +74,8 @@ class PromptGate(nn.Module):
         self.register_buffer("target_inputs", None)
         self.register_buffer("directions", None)
         self.register_buffer("superclass_inputs", superclass_inputs.detach().clone())
+        self.changes = 0  # how often anything was set, for those who keep what was computed from this gate
+        self.label = ""  # what a warning calls it
         self.move(target_inputs, directions)
         self.beta, self.tau = beta, tau
 
@@ -102,12 +108,12 @@ class PromptGate(nn.Module):
         self.directions = (directions if isinstance(directions, Tensor) else target_inputs).detach().clone()
         self.forget()
         if len(target_inputs) > 1:
-            # Row j is scaled by 1/‖i*_j‖ and column j by ‖i*_j‖: the determinant is that of the cosines.
-            determinant = torch.linalg.det(self.similarity(self.target_inputs)).item()
-            if not determinant > _DEPENDENT:
+            share = _least_eigenvalue(self.similarity(self.target_inputs))
+            if not share > _DEPENDENT:
                 raise EditError(
-                    f"target inputs: found {len(target_inputs)} concepts that are linearly dependent (determinant of "
-                    f"their cosines {determinant:.1e}), expected independent ones (above {_DEPENDENT:.0e})"
+                    f"target inputs: found {len(target_inputs)} concepts that are linearly dependent (smallest "
+                    f"eigenvalue of their cosines {share:.1e} of the largest), expected independent ones (above "
+                    f"{_DEPENDENT:.0e})"
                 )
 
     def similarity(self, e: Tensor) -> Tensor:
@@ -148,6 +154,7 @@ class PromptGate(nn.Module):
     def forget(self) -> None:
         """Let go of the prompt that was shown last and of the outputs that were kept for it."""
         self._shown: EditedPrompt | None = None
+        self.changes += 1
 
     def _components(self, r: Tensor) -> Tensor:
         """c (J, B, N) with Σ_j <u_j, e> u_j = Σ_j c_j i*_j, from r (J, B, N).
@@ -185,8 +192,69 @@ class PromptGate(nn.Module):
         settings = (value for value in (self.beta, self.tau) if isinstance(value, Tensor))
         return stamp_of(context, *self.buffers(), *settings)
 
+    def _rows(self, name: str, rows: int, like: Tensor) -> Tensor:
+        """β or τ as (J, rows)."""
+        value = torch.as_tensor(self._per_row(name, rows), dtype=like.dtype, device=like.device)
+        return value.expand(len(self.target_inputs), rows)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shown": None}  # it may hold a graph, and graphs cannot be copied
+
+
+class JointGate(PromptGate):
+    """Several gates as one, of all their concepts: Eq. 4. It holds nothing of its own but reads its members.
+
+    Every concept keeps its own β and τ. Concepts whose i*_j point almost the same way share what they cannot tell
+    apart, in equal parts, instead of fighting over it.
+    """
+
+    def __init__(self, members: Sequence[PromptGate]) -> None:
+        nn.Module.__init__(self)
+        object.__setattr__(self, "members", tuple(members))  # not registered: they belong to their methods
+        self._shown, self.changes = None, 0
+
+    members: tuple[PromptGate, ...]
+
+    target_inputs = property(lambda self: torch.cat([m.target_inputs for m in self.members]))  # type: ignore
+    directions = property(lambda self: torch.cat([m.directions for m in self.members]))  # type: ignore
+    superclass_inputs = property(lambda self: torch.cat([m.superclass_inputs for m in self.members]))  # type: ignore
+    beta = property(lambda self: tuple(m.beta for m in self.members))  # type: ignore
+    tau = property(lambda self: tuple(m.tau for m in self.members))  # type: ignore
+
+    def settle(self) -> None:
+        for member in self.members:
+            member.settle()
+
+    def cosines(self) -> Tensor:
+        """(J, J) float64: of the angles between the i*_j in the C⁻¹ metric."""
+        overlap = self.similarity(self.target_inputs).double()  # <i*_j, i*_k> / ‖i*_j‖²
+        product = overlap * overlap.T
+        return overlap.sign() * product.clamp(0, 1).sqrt()
+
+    def _components(self, r: Tensor) -> Tensor:
+        # The smallest eigenvalues say which directions are no more than rounding.
+        values, vectors = torch.linalg.eig(self.similarity(self.target_inputs.to(r.device)).double())
+        inverse = torch.where(values.real > _SAME * values.real.max(), 1 / values.real, 0.0)
+        apart = (vectors * inverse) @ torch.linalg.inv(vectors)
+        return (apart.real @ r.flatten(1).double()).to(r.dtype).view_as(r)
+
+    def _per_row(self, name: str, rows: int) -> Tensor:
+        return torch.cat([member._rows(name, rows, member.target_inputs) for member in self.members])
+
+    def _stamp(self, context: Tensor) -> Stamp | None:
+        parts: list[tuple[object, int]] = []
+        for member in self.members:
+            stamp = member._stamp(context)
+            if stamp is None:
+                return None
+            parts += [*stamp, (member, member.changes)]
+        return tuple(parts)
+
+
+def _least_eigenvalue(overlap: Tensor) -> float:
+    """Of r_j(i*_k), over the largest: its rows and columns are scaled, but its eigenvalues are those of the cosines."""
+    values = torch.linalg.eigvals(overlap.double()).real
+    return (values.min() / values.max()).item()
 
 
 def stamp_of(*tensors: Tensor) -> Stamp | None:

@@ -164,6 +164,40 @@ def test_a_row_of_pictures_for_every_beta(concept: Path, backbone: Backbone, bat
     assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 6
 
 
+@pytest.fixture
+def mug(backbone: Backbone, tmp_path: Path) -> Path:
+    """A second concept, trained apart."""
+    method = build({"name": "perfusion"}, Word("<mug*>", "mug"))
+    method.attach(backbone)
+    draw_from = torch.Generator().manual_seed(1)
+    state = {
+        name: value + 0.1 * torch.randn(value.shape, generator=draw_from) for name, value in method.state().items()
+    }
+    method.load_state({**state, "direction": method.state()["direction"]})
+    concept = Concept.of(method, backbone, seed=1)
+    method.detach()
+    save_concept(tmp_path / "mug.safetensors", concept)
+    return tmp_path / "mug.safetensors"
+
+
+def test_two_concepts_in_one_picture(concept: Path, mug: Path, backbone: Backbone, capsys) -> None:
+    prompt = "<cat*> and <mug*> on the beach"
+    both = f"[{concept},{mug}]"
+    assert run(both, f"prompt={prompt}", "num=1", "beta=[[0.3,0.6],[0.5,0.5]]", "out=o") == 0
+    first, second = read_manifest("o")
+    assert (first.concept, first.placeholder, first.superclass) == ("cat + mug", "<cat*> + <mug*>", "cat + mug")
+    assert (first.beta, second.beta, first.method) == ("0.3 + 0.6", 0.5, "perfusion")
+    assert first.file == "cat-and-mug-on-the-beach-0000-beta-0.3-0.6.png"
+    with Concept.load(concept).attach(backbone, beta=0.3), Concept.load(mug).attach(backbone, beta=0.6):
+        expected = draw(backbone, [prompt], [0])
+    assert pixels(Path("o"))[first.file] == expected[0]
+    assert "warning" not in capsys.readouterr().err
+    assert run(both, f"prompt={prompt}", "beta=[[0.3,0.6,0.1]]") != 0
+    assert "expected a number, or several as in beta=0.4,0.55,0.7, or [[...]] with 2 numbers" in capsys.readouterr().err
+    assert run("[]", f"prompt={prompt}") != 0
+    assert "concept: found [], expected a file or a list of files" in capsys.readouterr().err
+
+
 def test_impossible_betas(concept: Path, capsys) -> None:
     for text, found in [
         ("high", "'high'"),

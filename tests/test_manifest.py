@@ -64,7 +64,7 @@ def test_pictures_that_are_gone(tmp_path: Path) -> None:
         ([{"file": "a.png", "prompt": "x", "seed": "1"}], "seed: found '1', expected a whole number or null"),
         ([{"file": "a.png", "prompt": "x", "seed": True}], "seed: found True"),
         ([{"file": "a.png", "prompt": "x", "seed": 0.5}], "seed: found 0.5"),
-        ('[{"file": "a.png", "prompt": "x", "beta": NaN}]', "beta: found nan, expected a finite number or null"),
+        ('[{"file": "a.png", "prompt": "x", "tau": NaN}]', "tau: found nan, expected a finite number or null"),
         ([{"file": "a.png", "prompt": "x"}] * 2, "'a.png' is there twice"),
         ([{"file": "../a.png", "prompt": "x"}], "expected one inside of the manifest's folder"),
         ([{"file": "b/../../a.png", "prompt": "x"}], "expected one inside of the manifest's folder"),

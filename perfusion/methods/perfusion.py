@@ -6,6 +6,8 @@ the word's encodings by a moving average; the keys are locked to the superclass,
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,9 +20,12 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone, EditSite, Encoding
 from perfusion.config import ConfigError
 from perfusion.data.prompts import fill, templates
-from perfusion.edit import EditError, PromptGate, attach_edit
+from perfusion.edit import EditError, PromptGate, attach_edit, unedited
 from perfusion.methods.base import Method, MethodOptions, Word
+from perfusion.prompt_gate import JointGate
 from perfusion.rank_one import precision_times
+
+TWINS = 10  # degrees between the i* of two concepts
 
 
 class KeyLock(Enum):
@@ -72,7 +77,8 @@ class Perfusion(Method):
         """See the seam. In eval mode the second moment is computed only if no state that holds its part is loaded.
 
         Raises:
-            EditError: this method, or another edit, is attached already.
+            EditError: this method is attached already, or an edit that cannot be joined: in training any, later one of
+                a concept that is being trained.
             TokenError: the word cannot be added to the vocabulary.
         """
         if self.gate is not None:
@@ -84,7 +90,11 @@ class Perfusion(Method):
             self.gate = PromptGate(s[None], self._directions, s[None], *self._gate_settings())
             sites = backbone.edit_sites()
             outputs = {site.name: self._target_outputs(site, s) for site in sites}
-            undo.callback(attach_edit(sites, backbone.denoiser, self.gate, outputs).detach)
+            # A concept that is trained has the model for itself; trained ones may come together.
+            edit = attach_edit(sites, backbone.denoiser, self.gate, outputs, join=not self.training)
+            undo.callback(edit.detach)
+            self.gate.label = self.word.placeholder
+            self._edit = edit
             token = backbone.add_token(self.word.placeholder, self.word.superclass, self.options.vectors)
             undo.callback(token.remove)
             self.embeddings.update(token.embeddings())
@@ -100,7 +110,7 @@ class Perfusion(Method):
         if site.kind == "k" and self.options.key_lock is KeyLock.local:
             return None
         with torch.no_grad():
-            start = nn.Parameter(site.projection(s[None].to(_weight(site))).float())
+            start = nn.Parameter(unedited(site.projection)(s[None].to(_weight(site))).float())
         (self.values if site.kind == "v" else self.keys).append(start)
         return start
 
@@ -173,6 +183,21 @@ class Perfusion(Method):
                     parameter.copy_(part[None])
         for encoder, vectors in self.embeddings.items():
             vectors.copy_(state[f"embedding.{encoder}"])
+        self._warn_of_twins()
+
+    def _warn_of_twins(self) -> None:
+        """Say so if the text encoder hardly tells this concept from another one that is attached."""
+        own = self._attached()
+        for other in self._edit.gates:
+            if other is own:
+                continue
+            angle = math.degrees(math.acos(min(1.0, JointGate([own, other]).cosines()[0, 1].item())))
+            if angle < TWINS:
+                warnings.warn(
+                    f"{own.label} and {other.label} are nearly one to the text encoder: angle of their i* "
+                    f"{angle:.1f}°, expected {TWINS}° or more. Each will show some of the other",
+                    stacklevel=2,
+                )
 
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         sites = [(site.kind, *_weight(site).shape) for site in backbone.edit_sites()]
