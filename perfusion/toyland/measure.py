@@ -350,7 +350,7 @@ def fine_tuning_curve(
             rows.append({"steps": float(step), "identity": share, "prompts": sum(hits) / len(hits)})
             pipe.unet.train()
         noise = torch.randn(latents.shape, generator=generator)
-        times = torch.randint(0, 1000, (len(latents),), generator=generator)
+        times: Any = torch.randint(0, 1000, (len(latents),), generator=generator)
         predicted = pipe.unet(schedule.add_noise(latents, noise, times), times, context).sample
         F.mse_loss(predicted, noise).backward()
         optimizer.step()
