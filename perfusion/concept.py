@@ -19,16 +19,16 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
 from perfusion.concept_format import ConceptFileError, read, write
 from perfusion.config import ConfigError
+from perfusion.edit import PromptGate, gates_at
 from perfusion.files import PathLike
 from perfusion.methods.base import Method, Word, build
 from perfusion.provenance import provenance
@@ -36,8 +36,6 @@ from perfusion.provenance import provenance
 LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
 _COMMIT_DIGITS = 12
 _HASH_DIGITS = 12
-# What is attached to which denoiser.
-_ATTACHED: WeakKeyDictionary[nn.Module, list[Attached]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,14 +118,16 @@ class Concept:
         *,
         beta: float | Tensor | None = None,
         tau: float | Tensor | None = None,
+        key_lock: str | None = None,
     ) -> Attached:
         """Put the concept into a stock pipeline, for drawing: prompts may hold its placeholder until `detach()`.
 
         Several concepts that were trained apart may be attached at once, each with a placeholder and strength of its
         own; the order does not matter, and they may leave in any order.
 
-        Everything is checked before the pipeline is touched. `beta` and `tau` are for methods with a gate; None is the
-        value that the concept's settings name. They can be changed later.
+        Everything is checked before the pipeline is touched. `beta` and `tau` are for methods with a gate, `key_lock`
+        (local or global) for those that lock keys; None is the value that the concept's settings name. They can be
+        changed later.
 
         Raises:
             ConceptFileError: the concept is not made for this backbone, or with another covariance than one that is
@@ -148,13 +148,14 @@ class Concept:
             undo.callback(method.detach)
             method.attach(backbone)
             method.load_state({name: tensor.float() for name, tensor in self.tensors.items()})
+            if isinstance(gate := getattr(method, "gate", None), PromptGate):
+                gate.covariance, gate.source = self.covariance, self.source
             method.requires_grad_(False)
             attached = Attached(self, method, backbone)
-            for name, value in (("beta", beta), ("tau", tau)):
+            for name, value in (("beta", beta), ("tau", tau), ("key_lock", key_lock)):
                 if value is not None:
                     setattr(attached, name, value)
             undo.pop_all()
-        _ATTACHED.setdefault(backbone.denoiser, []).append(attached)
         return attached
 
     def _build(self) -> Method:
@@ -173,12 +174,12 @@ class Concept:
                 )
 
     def _check_company(self, backbone: Backbone) -> None:
-        for other in _ATTACHED.get(backbone.denoiser, ()):
-            if other.concept.covariance != self.covariance:
+        for other in gates_at(backbone.edit_sites()[0]):
+            if other.covariance and other.covariance != self.covariance:
                 raise ConceptFileError(
                     f"{self.source}: found the covariance {self.covariance} (captions:count:ridge), expected "
-                    f"{other.concept.covariance}, that of {other.concept.source}, which is attached: concepts that are "
-                    "drawn together must be trained with the same"
+                    f"{other.covariance}, that of {other.source}, which is attached: concepts that are drawn together "
+                    "must be trained with the same"
                 )
 
     def _check_tensors(self, method: Method, backbone: Backbone) -> None:
@@ -244,12 +245,18 @@ class Attached:
     def tau(self, value: float | Tensor) -> None:
         self._settable("tau").tau = value
 
+    @property
+    def key_lock(self) -> str:
+        """Key-locking: `local` or `global`; `none` where keys were trained. ConfigError for a method without it."""
+        return self._settable("key_lock").key_lock
+
+    @key_lock.setter
+    def key_lock(self, value: str) -> None:
+        self._settable("key_lock").key_lock = value
+
     def detach(self) -> None:
         """Leave the pipeline bit-identical to before `attach`; idempotent."""
         self.method.detach()
-        company = _ATTACHED.get(self.backbone.denoiser, [])
-        if self in company:
-            company.remove(self)
 
     def __enter__(self) -> Attached:
         return self

@@ -8,6 +8,9 @@ is left to a layer: with e' and the gates g_j of the prompt,
 
 Without gradients these do not depend on the diffusion step: they are computed once per prompt.
 
+With global key-locking the K projections are left as they are but read the prompt with the superclasses in the
+concepts' places (`perfusion.superclass_prompts`).
+
 Edits of one denoiser share their layers: each concept brings its gate and its target outputs, and may leave in any
 order.
 """
@@ -25,10 +28,12 @@ from torch import Tensor, nn
 from perfusion.backbones.base import EditSite
 from perfusion.prompt_gate import EditedPrompt, EditError, JointGate, PromptGate, Stamp, same, stamp_of
 from perfusion.rank_one import low_rank_update
+from perfusion.superclass_prompts import Replacements, SuperclassPrompts
 
-_TAKEN_OUT = ("unload_lora_weights, say", "detach() of the concept, then attach it again")
+_OPEN = 0.5  # gate above which a concept is certainly there
+_TAKEN_OUT = ("unload_lora_weights, say", "detach() of every concept, then attach them again")
 
-__all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit", "unedited"]
+__all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit", "gates_at", "unedited"]
 
 
 class EditedProjection(nn.Module, BaseTunerLayer):
@@ -42,18 +47,18 @@ class EditedProjection(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     shared: "_Shared"
 
-    def __init__(self, base_layer: nn.Module, shared: "_Shared", name: str) -> None:
+    def __init__(self, base_layer: nn.Module, shared: "_Shared", site: EditSite) -> None:
         super().__init__()
         self.base_layer = base_layer
         object.__setattr__(self, "shared", shared)
-        self.site = name
+        self.site, self.kind = site.name, site.kind
         plain: Any = self.get_base_layer()
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.train(base_layer.training)
 
     @property
     def target_outputs(self) -> list[nn.Parameter | None]:
-        """For each concept its o* (J, h); None is a locked projection, o*_j = W s_j."""
+        """For each edit its o*_j (J, h), J the number of its concepts; None is a locked projection, o*_j = W s_j."""
         return [member.outputs[self.site] for member in self.shared.members]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,12 +66,14 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         stamp = self._stamp(x) if prompt.stamp else None
         known, output = prompt.outputs.get(self, (None, None))
         if output is None or not same(known, stamp):
-            output = self._project(prompt)
+            output = self._project(prompt, x)
             if stamp:
                 prompt.outputs[self] = stamp, output
         return output
 
-    def _project(self, prompt: EditedPrompt) -> Tensor:
+    def _project(self, prompt: EditedPrompt, x: Tensor) -> Tensor:
+        if self.kind == "k" and (superclasses := self.shared.superclasses):
+            return self.base_layer(_superclass_context(superclasses, prompt, x))
         outputs = self.target_outputs
         if all(output is None for output in outputs):
             return self.base_layer(prompt.locked)
@@ -107,12 +114,25 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         pass
 
 
-@dataclass(frozen=True, eq=False)
+def _superclass_context(superclasses: SuperclassPrompts, prompt: EditedPrompt, x: Tensor) -> Tensor:
+    """`x` (B, N, d) with superclasses in the concepts' places; rows without a concept stay."""
+    context, known = superclasses.of(x)
+    open_rows = (prompt.gates.amax((0, 2)) > _OPEN) & ~known
+    if not torch.compiler.is_compiling() and bool(open_rows.any()):
+        raise EditError(
+            "key_lock=global: found an encoding with the concept in it that the pipeline's text encoder did not just "
+            "make (prompt_embeds from elsewhere, or clip_skip), expected a prompt; or use key_lock=local"
+        )
+    return context
+
+
+@dataclass(eq=False)
 class _Member:
     """What one concept brings."""
 
     gate: PromptGate
     outputs: Mapping[str, nn.Parameter | None]
+    words: Replacements | None = None  # with global key-locking
 
 
 class _Shared:
@@ -121,13 +141,14 @@ class _Shared:
     def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
         self.members: list[_Member] = []
         self.gate: PromptGate  # of all members
+        self.superclasses: SuperclassPrompts | None = None  # with global key-locking
         self.joinable = joinable
-        layers = [(site, EditedProjection(site.projection, self, site.name)) for site in sites]
-        for site, layer in layers:
-            setattr(site.parent, site.attribute, layer)
-        self._layers = layers
+        # What can fail comes first: nothing is changed then.
         self._position = list(inspect.signature(denoiser.forward).parameters).index("encoder_hidden_states")
+        self._layers = [(site, EditedProjection(site.projection, self, site)) for site in sites]
         self._hook = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        for site, layer in self._layers:
+            setattr(site.parent, site.attribute, layer)
 
     @property
     def sites(self) -> set[str]:
@@ -138,7 +159,7 @@ class _Shared:
         self._regate()
 
     def leave(self, member: _Member) -> None:
-        """Without `member`; the last one puts the very modules back that were there before, also from below a LoRA."""
+        """Take `member` out. The last one puts the very modules back that were there before, also from below a LoRA."""
         if member not in self.members:
             return
         self.members.remove(member)
@@ -146,6 +167,8 @@ class _Shared:
         if self.members:
             self._regate()
             return
+        if self.superclasses:
+            self.superclasses.close()
         self._hook.remove()
         for site, layer in self._layers:
             if holder := _holder(site, layer):
@@ -157,6 +180,19 @@ class _Shared:
         for gate in gates:
             gate.forget()
         self.gate = gates[0] if len(gates) == 1 else JointGate(gates)
+        if self.superclasses:
+            self.superclasses.words = [member.words for member in self.members if member.words]
+            self.superclasses.forget()
+
+    def lock(self, member: _Member, encoders: Mapping[str, nn.Module], words: Replacements | None) -> None:
+        """Lock the keys of `member` globally; locally, if `words` is None."""
+        member.words = words
+        if words and not self.superclasses:
+            self.superclasses = SuperclassPrompts(encoders)
+        elif self.superclasses and not any(other.words for other in self.members):
+            self.superclasses.close()
+            self.superclasses = None
+        self._regate()
 
     def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for site, layer in self._layers:
@@ -167,6 +203,11 @@ class _Shared:
                     f"{site.name}: found the concept's edit bypassed (by {cause}), which would silently draw without "
                     f"the concept; expected the edit in its place: call {remedy}"
                 )
+        if self.superclasses and not all(member.words for member in self.members):
+            raise EditError(
+                "found concepts with global and with local key-locking attached together, expected one for all: set "
+                "key_lock of each alike"
+            )
         context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self._position]
         self.gate.show(context)
 
@@ -182,6 +223,13 @@ class Edit:
     def gates(self) -> list[PromptGate]:
         """Of all concepts that are attached now, this one's among them, in the order in which they came."""
         return [member.gate for member in self._shared.members]
+
+    def lock(self, encoders: Mapping[str, nn.Module], words: Replacements | None) -> None:
+        """Lock the concept's keys globally, or locally if `words` is None; see `perfusion.superclass_prompts`.
+
+        With several concepts all must be locked alike, or the next call of the denoiser raises EditError.
+        """
+        self._shared.lock(self._member, encoders, words)
 
     def detach(self) -> None:
         """Take the concept out; when it was the last, the denoiser is as it was before the first. Idempotent."""
@@ -214,6 +262,12 @@ def attach_edit(
     layers = {layer.shared for layer in found.values() if layer is not None}
     shared = layers.pop() if layers else _Shared(sites, denoiser, join)
     return Edit(shared, _Member(gate, outputs))
+
+
+def gates_at(site: EditSite) -> list[PromptGate]:
+    """The gates of all edits that are attached at a site."""
+    layer = _edited(site.projection)
+    return [member.gate for member in layer.shared.members] if layer else []
 
 
 def unedited(projection: nn.Module) -> nn.Module:

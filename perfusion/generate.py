@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,7 @@ class GenerateConfig:
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
     beta: Any = None  # gate's threshold, or a list: lower looks more like the concept; null: as the concept says
     tau: float | None = None  # gate's softness; null: as the concept says
+    key_lock: str | None = None  # local or global: where the prompt's keys come from; null: as the concept says
     num: int = 4  # pictures of each prompt, and of each beta
     seed: int = 0  # of the first of these; the others follow on
     out: str | None = None  # folder; null: generated/<concept>-<prompt>
@@ -96,6 +98,8 @@ def generate(config: GenerateConfig) -> Path:
         steps = defaults.steps if config.steps is None else config.steps
         guidance = defaults.guidance if config.guidance is None else config.guidance
         chosen = [_chosen(row, attached) for row in strengths]
+        if len({*chosen}) < len(chosen):
+            raise ConfigError(f"beta: found {config.beta!r}, which is {chosen}; expected each value once")
         records = _records(config, prompts, chosen, names, attached, steps, guidance)
         records = named(records, known)
         per_picture = [row for _ in prompts for row in chosen for _ in range(config.num)]
@@ -117,7 +121,7 @@ def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[
     """
     taken = {record.file: record for record in known}
     records = list(records)
-    front = len({record.beta for record in records}) > 1
+    front = _is_front(records)
     result: list[ImageRecord] = []
     for record in records:
         strength = "-beta-" + _shown(record.beta).replace(" + ", "-") if front else ""
@@ -129,8 +133,12 @@ def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[
     return result
 
 
+def _is_front(records: Sequence[ImageRecord]) -> bool:
+    return len({record.beta for record in records}) > 1
+
+
 def _shown(beta: float | str | None) -> str:
-    return beta if isinstance(beta, str) else f"{beta:g}"
+    return f"{beta:g}" if isinstance(beta, float) else str(beta)
 
 
 def _suffixes() -> Iterable[str]:
@@ -182,15 +190,21 @@ def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None
     if not rows or any(len(row) != concepts for row in rows):
         each = "" if concepts == 1 else f", or [[...]] with {concepts} numbers, one for each concept"
         raise ConfigError(f"beta: found {config.beta!r}, expected a number, or several as in beta=0.4,0.55,0.7{each}")
-    if len({*rows}) < len(rows):
-        raise ConfigError(f"beta: found {config.beta!r}, expected each value once")
+    if any(beta is not None and not math.isfinite(beta) for row in rows for beta in row):
+        raise ConfigError(f"beta: found {config.beta!r}, expected finite numbers")
     return rows
 
 
 def _chosen(row: Sequence[float | None], attached: Sequence[Attached]) -> tuple[float | None, ...]:
-    """The same with the concepts' own β filled in; None is left where a method has no gate."""
-    own = (a.beta if hasattr(type(a.method), "beta") else None for a in attached)
-    return tuple(value if beta is None else beta for beta, value in zip(row, own, strict=True))  # type: ignore[misc]
+    """The same with the concepts' own β filled in; None for a method without a gate. ConfigError for a β of such."""
+    chosen: list[float | None] = []
+    for beta, concept in zip(row, attached, strict=True):
+        if beta is None and not hasattr(type(concept.method), "beta"):
+            chosen.append(None)
+        else:
+            own: Any = concept.beta
+            chosen.append(own if beta is None else beta)
+    return tuple(chosen)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -211,7 +225,9 @@ def _attached(config: GenerateConfig, concepts: Sequence[Concept], stack: ExitSt
     family = concepts[0].fingerprint.get("family", "toyland")
     chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device)
     backbone = backbone_class(chosen.name).load(chosen)
-    return [stack.enter_context(concept.attach(backbone, tau=config.tau)) for concept in concepts]
+    return [
+        stack.enter_context(concept.attach(backbone, tau=config.tau, key_lock=config.key_lock)) for concept in concepts
+    ]
 
 
 def _records(
@@ -227,7 +243,7 @@ def _records(
     from perfusion.manifest import ImageRecord
 
     concepts = [a.concept for a in attached]
-    gated = all(hasattr(type(a.method), "tau") for a in attached)
+    gated, locking = (all(hasattr(type(a.method), name) for a in attached) for name in ("tau", "key_lock"))
     common: dict[str, Any] = {
         "file": "",
         "concept": _joined(names),
@@ -236,7 +252,8 @@ def _records(
         "superclass": _joined(concept.superclass for concept in concepts),
         "method": _joined(dict.fromkeys(concept.method for concept in concepts)),
         "backbone": concepts[0].fingerprint.get("family"),
-        "tau": attached[0].tau if gated else None,
+        "tau": _as_one([float(a.tau) for a in attached]) if gated else None,
+        "key_lock": attached[0].key_lock if locking else None,
         "steps": steps,
         "guidance": guidance,
     }
@@ -299,7 +316,7 @@ def _draw(
     finally:
         written = {record.file: record for record in (*known, *records[: len(images)])}
         write_manifest(out, written.values())
-    front = len({record.beta for record in records}) > 1
+    front = _is_front(records)
     captions = [r.prompt + (f"   β {_shown(r.beta)}" if front else "") for r in records[:: config.num]]
     groups = [(caption, images[i * config.num : (i + 1) * config.num]) for i, caption in enumerate(captions)]
     with atomic_path(out / GRID) as temporary:

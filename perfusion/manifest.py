@@ -47,7 +47,8 @@ class ImageRecord:
     method: str | None = None
     backbone: str | None = None
     beta: float | str | None = None  # text where concepts differ in it
-    tau: float | None = None
+    tau: float | str | None = None
+    key_lock: str | None = None
     steps: int | None = None
     guidance: float | None = None
 

@@ -23,7 +23,7 @@ from perfusion.rank_one import gate, low_rank_update, similarity
 # cannot be told apart in float32.
 _DEPENDENT = 1e-6
 
-# Share of the largest eigenvalue below which a direction between concepts is rounding, not difference.
+# Eigenvalue of the cosines between concepts, whose diagonal is 1, below which a direction between them is rounding.
 _SAME = 1e-4
 
 # Objects with their versions; see `stamp_of`.
@@ -75,7 +75,8 @@ class PromptGate(nn.Module):
         self.register_buffer("directions", None)
         self.register_buffer("superclass_inputs", superclass_inputs.detach().clone())
         self.changes = 0  # how often anything was set, for those who keep what was computed from this gate
-        self.label = ""  # what a warning calls it
+        # Of the concept, for messages and checks: its word, its file, the second moment that its direction is from.
+        self.label, self.source, self.covariance = "", "", ""
         self.move(target_inputs, directions)
         self.beta, self.tau = beta, tau
 
@@ -204,22 +205,22 @@ class PromptGate(nn.Module):
 class JointGate(PromptGate):
     """Several gates as one, of all their concepts: Eq. 4. It holds nothing of its own but reads its members.
 
-    Every concept keeps its own β and τ. Concepts whose i*_j point almost the same way share what they cannot tell
-    apart, in equal parts, instead of fighting over it.
+    Every concept keeps its own β and τ. What concepts explain together is taken out of an encoding once, also where
+    their i*_j are nearly or exactly one; what they put in adds up, so twins that are both open count twice.
     """
+
+    members: tuple[PromptGate, ...]
 
     def __init__(self, members: Sequence[PromptGate]) -> None:
         nn.Module.__init__(self)
         object.__setattr__(self, "members", tuple(members))  # not registered: they belong to their methods
         self._shown, self.changes = None, 0
 
-    members: tuple[PromptGate, ...]
-
-    target_inputs = property(lambda self: torch.cat([m.target_inputs for m in self.members]))  # type: ignore
-    directions = property(lambda self: torch.cat([m.directions for m in self.members]))  # type: ignore
-    superclass_inputs = property(lambda self: torch.cat([m.superclass_inputs for m in self.members]))  # type: ignore
-    beta = property(lambda self: tuple(m.beta for m in self.members))  # type: ignore
-    tau = property(lambda self: tuple(m.tau for m in self.members))  # type: ignore
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("target_inputs", "directions", "superclass_inputs"):
+            return super().__getattr__(name)
+        parts = [getattr(member, name) for member in self.members]  # on the devices where they were attached
+        return torch.cat([part.to(parts[0].device) for part in parts])
 
     def settle(self) -> None:
         for member in self.members:
@@ -227,19 +228,24 @@ class JointGate(PromptGate):
 
     def cosines(self) -> Tensor:
         """(J, J) float64: of the angles between the i*_j in the C⁻¹ metric."""
-        overlap = self.similarity(self.target_inputs).double()  # <i*_j, i*_k> / ‖i*_j‖²
+        overlap = self._overlap()
         product = overlap * overlap.T
         return overlap.sign() * product.clamp(0, 1).sqrt()
 
     def _components(self, r: Tensor) -> Tensor:
         # The smallest eigenvalues say which directions are no more than rounding.
-        values, vectors = torch.linalg.eig(self.similarity(self.target_inputs.to(r.device)).double())
-        inverse = torch.where(values.real > _SAME * values.real.max(), 1 / values.real, 0.0)
-        apart = (vectors * inverse) @ torch.linalg.inv(vectors)
-        return (apart.real @ r.flatten(1).double()).to(r.dtype).view_as(r)
+        values, vectors = torch.linalg.eig(self._overlap())
+        inverse = torch.where(values.real > _SAME, 1 / values.real, 0.0)
+        apart = ((vectors * inverse) @ torch.linalg.inv(vectors)).real.to(r)
+        return (apart @ r.flatten(1)).view_as(r)
+
+    def _overlap(self) -> Tensor:
+        """r_j(i*_k) (J, J), float64, on the CPU: MPS has neither float64 nor eigenvalues."""
+        return self.similarity(self.target_inputs).cpu().double()
 
     def _per_row(self, name: str, rows: int) -> Tensor:
-        return torch.cat([member._rows(name, rows, member.target_inputs) for member in self.members])
+        like = self.members[0].target_inputs
+        return torch.cat([member._rows(name, rows, like) for member in self.members])
 
     def _stamp(self, context: Tensor) -> Stamp | None:
         parts: list[tuple[object, int]] = []
@@ -253,7 +259,7 @@ class JointGate(PromptGate):
 
 def _least_eigenvalue(overlap: Tensor) -> float:
     """Of r_j(i*_k), over the largest: its rows and columns are scaled, but its eigenvalues are those of the cosines."""
-    values = torch.linalg.eigvals(overlap.double()).real
+    values = torch.linalg.eigvals(overlap.cpu().double()).real  # MPS has neither
     return (values.min() / values.max()).item()
 
 

@@ -23,7 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),  # turns the mistakes that the schema finds into messages
     frozenset({"toyland"}),
     frozenset({"rank_one", "covariance", "data", "concept_format"}),
-    frozenset({"backbones", "prompt_gate"}),
+    frozenset({"backbones", "prompt_gate", "superclass_prompts"}),
     frozenset({"edit", "manifest", "presets", "sampling"}),
     frozenset({"methods"}),
     frozenset({"concept"}),

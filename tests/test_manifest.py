@@ -11,7 +11,8 @@ from perfusion.manifest import ImageRecord, ManifestError, known_records, read_m
 
 FULL = ImageRecord(
     file="a.png", prompt="a photo of <chat très mignon*> 猫", seed=2**63, concept="chat", concept_hash="0123456789ab",
-    placeholder="<chat*>", superclass="cat", method="perfusion", backbone="toyland", beta=0.65, tau=0.15, steps=50,
+    placeholder="<chat*>", superclass="cat", method="perfusion", backbone="toyland", beta=0.65, tau=0.15,
+    key_lock="local", steps=50,
     guidance=4.0,
 )  # fmt: skip
 PICTURE = Image.new("RGB", (3, 2), (10, 20, 30))
@@ -64,7 +65,10 @@ def test_pictures_that_are_gone(tmp_path: Path) -> None:
         ([{"file": "a.png", "prompt": "x", "seed": "1"}], "seed: found '1', expected a whole number or null"),
         ([{"file": "a.png", "prompt": "x", "seed": True}], "seed: found True"),
         ([{"file": "a.png", "prompt": "x", "seed": 0.5}], "seed: found 0.5"),
-        ('[{"file": "a.png", "prompt": "x", "tau": NaN}]', "tau: found nan, expected a finite number or null"),
+        (
+            '[{"file": "a.png", "prompt": "x", "guidance": NaN}]',
+            "guidance: found nan, expected a finite number or null",
+        ),
         ([{"file": "a.png", "prompt": "x"}] * 2, "'a.png' is there twice"),
         ([{"file": "../a.png", "prompt": "x"}], "expected one inside of the manifest's folder"),
         ([{"file": "b/../../a.png", "prompt": "x"}], "expected one inside of the manifest's folder"),

@@ -297,7 +297,7 @@ def test_what_half_precision_in_the_file_does_to_the_similarity(d: int, conditio
         ({"embedding_rate": -0.1}, "method.embedding_rate: found -0.1"),
         ({"weight_decay": -0.1}, "method.weight_decay: found -0.1"),
         ({"vectors": 0}, "method.vectors: found 0, expected at least 1"),
-        ({"key_lock": "sideways"}, r"method.key_lock: .*sideways.*local, none"),
+        ({"key_lock": "sideways"}, r"method.key_lock: .*sideways.*local, global, none"),
         ({"betta": 0.5}, "method.betta: unknown key; did you mean 'beta'"),
     ],
 )

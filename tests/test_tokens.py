@@ -211,14 +211,17 @@ def test_a_text_is_read_once_until_the_tokenizer_knows_more(pipe: StableDiffusio
         return pipe.tokenizer(text).input_ids
 
     texts = ["a photo of <cat*>", "a cat"]
-    before = [memory.get(pipe.tokenizer, text, read) for text in texts * 2]
+    before = memory.read(pipe.tokenizer, texts * 2, read)
     assert asked == texts and before[:2] == before[2:]
     word = add_word(pipe, TOWERS, "<cat*>", "cat")  # another tokenizer
-    after = [memory.get(pipe.tokenizer, text, read) for text in texts]
+    after = memory.read(pipe.tokenizer, texts, read)
     assert asked == texts * 2 and len(after[0]) < len(before[0]) and after[1] == before[1]
     pipe.tokenizer.add_tokens(["beach-ball"])  # the same one, with another word
-    memory.get(pipe.tokenizer, texts[1], read)
-    assert asked[4:] == texts[1:]
+    memory.read(pipe.tokenizer, texts[1:], read)
+    pipe.tokenizer.model_max_length -= 1
+    memory.read(pipe.tokenizer, texts[1:], read)
+    pipe.tokenizer.model_max_length += 1
+    assert asked[4:] == texts[1:] * 2
     word.remove()
 
 
@@ -226,5 +229,5 @@ def test_the_memory_of_texts_is_bounded(pipe: StableDiffusionPipeline, monkeypat
     monkeypatch.setattr(TokenMemory, "LIMIT", 3)
     memory = TokenMemory()
     for number in range(10):
-        memory.get(pipe.tokenizer, str(number), str)
+        assert memory.read(pipe.tokenizer, [str(number), "again"], str) == [str(number), "again"]
         assert len(memory._known) <= 3

@@ -63,6 +63,14 @@ class AddedToken(ABC):
         """Name of the text encoder -> its vectors for the word, (vectors, d_e) float32."""
 
     @abstractmethod
+    def encoders(self) -> dict[str, nn.Module]:
+        """Name -> text encoder, in the order in which their outputs stand side by side in the denoiser's context."""
+
+    @abstractmethod
+    def replacements(self) -> dict[str, tuple[list[int], list[int]]]:
+        """Name of the text encoder -> ids of the word, and of its superclass, as its tokenizer has them now."""
+
+    @abstractmethod
     def remove(self) -> None:
         """Put tokenizers and embedding tables back exactly as they were."""
 

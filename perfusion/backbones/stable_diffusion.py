@@ -163,9 +163,9 @@ class StableDiffusionBackbone(Backbone):
 
     def encode(self, prompts: Sequence[str], word: str) -> Encoding:
         tokenizer = self.pipe.tokenizer
-        rows = [self._rows.get(tokenizer, prompt, self._row) for prompt in prompts]
+        rows = self._rows.read(tokenizer, prompts, self._row)
         ids, mask = torch.stack([row for row, _ in rows]), torch.stack([row for _, row in rows])
-        wanted = self._words.get(tokenizer, word, lambda text: token_ids(tokenizer, text))
+        (wanted,) = self._words.read(tokenizer, [word], lambda text: token_ids(tokenizer, text))
         marks = last_tokens(ids, wanted)
         for prompt, found in zip(prompts, marks.any(1).tolist(), strict=True):
             if not found:

@@ -90,13 +90,28 @@ class AddedWord(AddedToken):
     """A word that `add_word` put into a pipeline."""
 
     def __init__(
-        self, pipe: DiffusionPipeline, towers: Mapping[str, str], placeholder: str, words: Mapping[str, WordVectors]
+        self,
+        pipe: DiffusionPipeline,
+        towers: Mapping[str, str],
+        placeholder: str,
+        superclass: str,
+        words: Mapping[str, WordVectors],
     ) -> None:
-        self.placeholder = placeholder
+        self.placeholder, self.superclass = placeholder, superclass
         self._pipe, self._towers, self._words = pipe, dict(towers), dict(words)
 
     def embeddings(self) -> dict[str, nn.Parameter]:
         return {encoder: word.weight for encoder, word in self._words.items()}
+
+    def encoders(self) -> dict[str, nn.Module]:
+        return {encoder: getattr(self._pipe, encoder) for encoder in self._towers}
+
+    def replacements(self) -> dict[str, tuple[list[int], list[int]]]:
+        tokenizers = {encoder: getattr(self._pipe, name) for encoder, name in self._towers.items()}
+        return {
+            encoder: (token_ids(tokenizer, self.placeholder), token_ids(tokenizer, self.superclass))
+            for encoder, tokenizer in tokenizers.items()
+        }
 
     def remove(self) -> None:
         """Put tokenizers and tables back as they were, but for words that others added. Twice is as good as once."""
@@ -141,7 +156,7 @@ def add_word(
         words[encoder_name] = WordVectors(placeholder, initial)
         table.words.append(words[encoder_name])
         setattr(pipe, tokenizer_name, table.tokenizer())
-    return AddedWord(pipe, towers, placeholder, words)
+    return AddedWord(pipe, towers, placeholder, superclass, words)
 
 
 def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass: str) -> None:
@@ -185,23 +200,27 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
 class TokenMemory:
     """What a tokenizer made of the latest texts: training asks for the same few thousand again and again.
 
-    It forgets everything when it is asked about another tokenizer, or about one that has learned a word since.
+    It forgets everything when it is asked about another tokenizer, or about one that has been changed since.
     """
 
     LIMIT = 4096  # texts; then it starts anew
 
     def __init__(self) -> None:
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._size = 0
+        self._state: tuple[Any, ...] = ()
         self._known: dict[str, Any] = {}
 
-    def get(self, tokenizer: PreTrainedTokenizerBase, text: str, read: Callable[[str], T]) -> T:
-        """`read(text)`, or what it gave the last time."""
-        if self._tokenizer is not tokenizer or self._size != len(tokenizer) or len(self._known) >= self.LIMIT:
-            self._tokenizer, self._size, self._known = tokenizer, len(tokenizer), {}
-        if text not in self._known:
-            self._known[text] = read(text)
-        return self._known[text]
+    def read(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], one: Callable[[str], T]) -> list[T]:
+        """`one(text)` for each text, or what it gave the last time."""
+        added = frozenset(tokenizer.get_added_vocab().items())
+        state = (tokenizer, len(tokenizer), added, tokenizer.model_max_length, tokenizer.padding_side)
+        same = bool(self._state) and self._state[0] is tokenizer and self._state[1:] == state[1:]
+        if not same or len(self._known) + len(texts) > self.LIMIT:
+            self._state, self._known = state, {}
+        return [self._known[text] if text in self._known else self._keep(text, one(text)) for text in texts]
+
+    def _keep(self, text: str, made: T) -> T:
+        self._known[text] = made
+        return made
 
 
 def last_tokens(ids: Tensor, word: Sequence[int]) -> Tensor:

@@ -28,11 +28,13 @@ from perfusion.rank_one import precision_times
 TWINS = 10  # degrees between the i* of two concepts
 
 
-class KeyLock(Enum):
-    """What the K projections give at the concept."""
-
-    local = "local"  # the superclass's keys, o*_K = W_K s, fixed
-    none = "none"  # o*_K is trained like o*_V: the paper's ablation "trained-K"
+# What the K projections give at the concept.
+#   local: the superclass's keys, o*_K = W_K s, fixed.
+#   global: in training the same; in pictures the keys of the whole prompt are those of the prompt that has the
+#     superclass in the concept's place.
+#   none: o*_K is trained like o*_V, the paper's ablation "trained-K".
+KeyLock = Enum("KeyLock", {"local": "local", "global": "global", "none": "none"}, module=__name__)
+GLOBAL = KeyLock["global"]
 
 
 @dataclass
@@ -77,8 +79,8 @@ class Perfusion(Method):
         """See the seam. In eval mode the second moment is computed only if no state that holds its part is loaded.
 
         Raises:
-            EditError: this method is attached already, or an edit that cannot be joined: in training any, later one of
-                a concept that is being trained.
+            EditError: this method is attached already; or an edit is there: any, if this concept is being trained,
+                else one that is being trained.
             TokenError: the word cannot be added to the vocabulary.
         """
         if self.gate is not None:
@@ -98,8 +100,11 @@ class Perfusion(Method):
             token = backbone.add_token(self.word.placeholder, self.word.superclass, self.options.vectors)
             undo.callback(token.remove)
             self.embeddings.update(token.embeddings())
+            self._token, self._lock = token, KeyLock.none if len(self.keys) else KeyLock.local
             if self.training:
                 self.gate.settle()
+            elif self.options.key_lock is GLOBAL:
+                self.key_lock = "global"
             self._undo = undo.pop_all()
 
     def detach(self) -> None:
@@ -107,7 +112,7 @@ class Perfusion(Method):
 
     def _target_outputs(self, site: EditSite, s: Tensor) -> nn.Parameter | None:
         """What `attach_edit` asks of a site: its own parameter (1, h), starting at W s, or None where it is locked."""
-        if site.kind == "k" and self.options.key_lock is KeyLock.local:
+        if site.kind == "k" and self.options.key_lock is not KeyLock.none:
             return None
         with torch.no_grad():
             start = nn.Parameter(unedited(site.projection)(s[None].to(_weight(site))).float())
@@ -138,6 +143,26 @@ class Perfusion(Method):
     @tau.setter
     def tau(self, value: float | Tensor) -> None:
         self._attached().tau = value
+
+    @property
+    def key_lock(self) -> str:
+        """`local` or `global`, which can be set; `none` where keys were trained, which cannot."""
+        self._attached()
+        return self._lock.name
+
+    @key_lock.setter
+    def key_lock(self, value: str) -> None:
+        self._attached()
+        choices = ["none"] if len(self.keys) else ["local", "global"]
+        if value not in choices:
+            trained = "with" if len(self.keys) else "without"
+            raise EditError(
+                f"key_lock of {self.word.placeholder}: found {value!r}, expected {' or '.join(choices)}, since it was "
+                f"trained {trained} keys of its own"
+            )
+        if value != self._lock.name:
+            self._lock = KeyLock[value]
+            self._edit.lock(self._token.encoders(), self._token.replacements if self._lock is GLOBAL else None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [
@@ -196,7 +221,7 @@ class Perfusion(Method):
                 warnings.warn(
                     f"{own.label} and {other.label} are nearly one to the text encoder: angle of their i* "
                     f"{angle:.1f}°, expected {TWINS}° or more. Each will show some of the other",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
 
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:

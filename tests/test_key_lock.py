@@ -1,0 +1,210 @@
+"""Global key-locking: all keys are those of the prompt with the superclass in the concept's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perfusion.backbones.base import Backbone
+from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
+from perfusion.concept import Concept
+from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.edit import EditError
+from perfusion.methods.base import Word, build
+from perfusion.methods.perfusion import Perfusion
+from perfusion.superclass_prompts import replace_words
+from tests.pipelines import tiny_pipeline
+
+B, E = 1, 9  # beginning, end and padding
+
+
+@pytest.mark.parametrize(
+    ("ids", "pairs", "new", "where"),
+    [
+        ([B, 4, 50, 5, E, E, E], [([50], [7])], [B, 4, 7, 5, E, E, E], [0, 1, 2, 3, 4, 5, 6]),
+        # The last token of "teddy bear" stands for the word; what follows moves on.
+        ([B, 4, 50, 5, E, E, E], [([50], [7, 8])], [B, 4, 7, 8, 5, E, E], [0, 1, 3, 4, 5, 6, 6]),
+        ([B, 50, 51, 52, 5, E, E], [([50, 51, 52], [7])], [B, 7, 5, E, E, E, E], [0, 1, 1, 1, 2, 3, 4]),
+        ([B, 50, 51, 5, E, E, E], [([50, 51], [6, 7, 8])], [B, 6, 7, 8, 5, E, E], [0, 2, 3, 4, 5, 6, 6]),
+        ([B, 50, 60, 50, E], [([50], [7]), ([60], [8])], [B, 7, 8, 7, E], [0, 1, 2, 3, 4]),
+        # Full to the end: the end of text stays the last token.
+        ([B, 50, 4, 5, E], [([50], [7, 8])], [B, 7, 8, 4, E], [0, 2, 3, 4, 4]),
+        ([B, 4, 5, E, E], [([50], [7, 8])], [B, 4, 5, E, E], [0, 1, 2, 3, 4]),
+    ],
+)
+def test_words_are_replaced_and_positions_follow(ids, pairs, new, where) -> None:
+    assert replace_words(ids, pairs) == (new, where)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
+    config = BackboneConfig(name="stable_diffusion", resolution=64, device="cpu", covariance=covariance)
+    return StableDiffusionBackbone.around(tiny_pipeline(), config)
+
+
+def made(backbone: Backbone, placeholder: str, superclass: str, seed: int, **options) -> Concept:
+    """Not what training would give, but far from the base model."""
+    method = build({"name": "perfusion", "sample_beta": 0.4, **options}, Word(placeholder, superclass)).train()
+    assert isinstance(method, Perfusion)
+    method.attach(backbone)
+    draw = torch.Generator().manual_seed(seed)
+    state = {name: value + torch.randn(value.shape, generator=draw) * 0.1 for name, value in method.state().items()}
+    method.load_state({**state, "direction": method.state()["direction"]})
+    concept = Concept.of(method, backbone, seed)
+    method.detach()
+    return concept
+
+
+@pytest.fixture(scope="module")
+def bear(backbone: Backbone) -> Concept:
+    return made(backbone, "<bear*>", "teddy bear", 0)
+
+
+@pytest.fixture(autouse=True)
+def untouched(backbone: Backbone) -> Iterator[None]:
+    """Nothing is left in the pipeline, hooks included."""
+
+    def things() -> list[object]:
+        roots = (backbone.pipe.unet, backbone.pipe.text_encoder)
+        modules = [module for root in roots for module in root.modules()]
+        return [id(backbone.pipe.tokenizer), *map(id, modules), *(len(m._forward_hooks) for m in modules)]
+
+    before = things()
+    yield
+    assert things() == before
+
+
+def draw(backbone: Backbone, *prompts: str, **settings) -> Tensor:
+    generators = [torch.Generator().manual_seed(0) for _ in prompts]
+    settings = {"num_inference_steps": 2, "output_type": "latent"} | settings
+    return backbone.pipe(list(prompts), generator=generators, **settings).images
+
+
+def projected(backbone: Backbone, kind: str, *prompts: str, **settings) -> list[Tensor]:
+    """What every K, or every V, projection gives in a picture's first step: (2 n, N, h), the empty prompts first."""
+    found: list[Tensor] = []
+    hooks = [
+        site.projection.register_forward_hook(lambda module, args, output: found.append(output.clone()))
+        for site in backbone.edit_sites()
+        if site.kind == kind
+    ]
+    draw(backbone, *prompts, num_inference_steps=1, **settings)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+PROMPT, PLAIN = "a photo of a <bear*> on the beach", "a photo of a teddy bear on the beach"
+
+
+def test_all_keys_are_the_superclass_prompt_s_and_no_value_is(backbone: Backbone, bear: Concept) -> None:
+    plain = projected(backbone, "k", PLAIN)
+    with bear.attach(backbone, key_lock="local") as attached:
+        values, local = projected(backbone, "v", PROMPT), projected(backbone, "k", PROMPT)
+        attached.key_lock = "global"
+        keys = projected(backbone, "k", PROMPT)
+        assert all(torch.equal(a, b) for a, b in zip(projected(backbone, "v", PROMPT), values, strict=True))
+    length = len(backbone.pipe.tokenizer(PROMPT).input_ids) + 1  # <bear*> is one token, teddy bear two
+    bear_at = backbone.pipe.tokenizer(PLAIN).input_ids.index(backbone.pipe.tokenizer("bear").input_ids[1])
+    for own, theirs, locked in zip(keys, plain, local, strict=True):
+        assert torch.equal(own[0], theirs[0])  # the empty prompt of guidance
+        assert torch.equal(own[1, : bear_at - 1], theirs[1, : bear_at - 1])
+        torch.testing.assert_close(own[1, bear_at - 1 : length], theirs[1, bear_at : length + 1])
+        assert (locked[1] - own[1]).abs().max() > 1e-3
+
+
+def test_a_new_word_that_learned_nothing_draws_the_superclass_s_keys(backbone: Backbone) -> None:
+    """With one token for one, global locking gives the keys of the plain prompt bit for bit."""
+    method = build({"name": "perfusion", "key_lock": "global"}, Word("<cat*>", "cat")).train()
+    method.attach(backbone)
+    concept = Concept.of(method, backbone, 0)
+    method.detach()
+    plain = projected(backbone, "k", "a photo of a cat on the beach")
+    with concept.attach(backbone) as attached:
+        assert attached.key_lock == "global"  # as its settings say
+        keys = projected(backbone, "k", "a photo of a <cat*> on the beach")
+    assert all(torch.equal(own, theirs) for own, theirs in zip(keys, plain, strict=True))
+
+
+def test_prompts_without_the_concept_keep_their_keys(backbone: Backbone, bear: Concept) -> None:
+    prompts = ["a cat in the snow", PROMPT]
+    plain = projected(backbone, "k", *prompts[:1])
+    with bear.attach(backbone, key_lock="global"):
+        keys = projected(backbone, "k", *prompts)
+    for own, theirs in zip(keys, plain, strict=True):
+        torch.testing.assert_close(own[2], theirs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_negative_prompt_with_the_concept_is_locked_too(backbone: Backbone, bear: Concept) -> None:
+    with bear.attach(backbone, key_lock="global"):
+        keys = projected(backbone, "k", "a cat in the snow", negative_prompt=[PROMPT])
+        expected = projected(backbone, "k", PROMPT)
+    for own, theirs in zip(keys, expected, strict=True):
+        torch.testing.assert_close(own[0], theirs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_several_concepts_are_all_replaced_and_must_agree(backbone: Backbone, bear: Concept) -> None:
+    mug = made(backbone, "<mug*>", "mug", 1)
+    plain = projected(backbone, "k", "a mug and a teddy bear")
+    with bear.attach(backbone, key_lock="global") as first, mug.attach(backbone) as second:
+        with pytest.raises(EditError, match="global and with local key-locking attached together"):
+            draw(backbone, "a <mug*> and a <bear*>")
+        second.key_lock = "global"
+        keys = projected(backbone, "k", "a <mug*> and a <bear*>")
+        first.key_lock = second.key_lock = "local"
+        local = draw(backbone, PROMPT)
+    with mug.attach(backbone), bear.attach(backbone):
+        torch.testing.assert_close(draw(backbone, PROMPT), local, rtol=1e-3, atol=1e-3)
+    for own, theirs in zip(keys, plain, strict=True):
+        torch.testing.assert_close(own[1, :4], theirs[1, :4], rtol=1e-4, atol=1e-5)
+
+
+def test_switching_back_gives_the_same_picture(backbone: Backbone, bear: Concept) -> None:
+    with bear.attach(backbone) as attached:
+        local = draw(backbone, PROMPT)
+        attached.key_lock = "global"
+        whole = draw(backbone, PROMPT)
+        assert torch.equal(draw(backbone, PROMPT), whole) and not torch.equal(whole, local)
+        attached.key_lock = "local"
+        assert torch.equal(draw(backbone, PROMPT), local)
+
+
+def test_encodings_from_elsewhere_are_refused(backbone: Backbone, bear: Concept) -> None:
+    with bear.attach(backbone, key_lock="global"):
+        encoded = backbone.pipe.encode_prompt(PROMPT, torch.device("cpu"), 1, False)[0]
+        with pytest.raises(EditError, match="key_lock=global: found an encoding with the concept in it"):
+            draw_embeddings(backbone, encoded * 1.001)
+        assert draw_embeddings(backbone, encoded).isfinite().all()  # as it came from the text encoder
+
+
+def draw_embeddings(backbone: Backbone, encoded: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return backbone.pipe(
+        prompt_embeds=encoded, generator=generator, num_inference_steps=1, output_type="latent", guidance_scale=1.0
+    ).images
+
+
+def test_trained_keys_cannot_be_locked(backbone: Backbone, bear: Concept) -> None:
+    free = made(backbone, "<free*>", "cat", 2, key_lock="none")
+    with free.attach(backbone) as attached:
+        assert attached.key_lock == "none"
+        with pytest.raises(EditError, match="found 'global', expected none, since it was trained with keys"):
+            attached.key_lock = "global"
+    with bear.attach(backbone) as attached, pytest.raises(EditError, match="found 'none', expected local or global"):
+        attached.key_lock = "none"
+
+
+def test_training_with_global_locking_is_training_with_local_locking(backbone: Backbone) -> None:
+    states = []
+    for key_lock in ("local", "global"):
+        method = build({"name": "perfusion", "key_lock": key_lock}, Word("<cat*>", "cat")).train()
+        method.attach(backbone)
+        states.append({name: value.shape for name, value in method.state().items()})
+        assert method.key_lock == "local"
+        method.detach()
+    assert states[0] == states[1]
+    assert not any(isinstance(m, nn.Module) and m._forward_hooks for m in backbone.pipe.text_encoder.modules())
