@@ -64,11 +64,15 @@ def test_colours_belong_to_their_superclass(left, right, both: bool, bound: bool
 def test_identity_is_the_share_of_an_instance_s_own_attributes() -> None:
     own = {"object0_body": "red", "object0_second": "blue", "object0_pattern": "striped", "object0_detail": "green"}
     read = readings(own, own | {"object0_body": "blue"}, own | {"object0_pattern": "plain"})
-    assert [identity_share(read, i, CAT) for i in range(3)] == [1.0, 0.75, 0.75]
+    scene = concept_scene(CAT, 5)
+    assert [identity_share(read, i, scene) for i in range(3)] == [1.0, 0.75, 0.75]
     plain = Instance("cat", "red", "blue", "plain", "green", 1.0, 1.0)  # its second colour is nowhere
-    assert identity_share(readings(own | {"object0_pattern": "plain", "object0_second": "pink"}), 0, plain) == 1.0
-    right = labels(concept_scene(CAT, 5))
-    assert identity_share({name: torch.tensor([index]) for name, index in right.items()}, 0, CAT) == 1.0
+    unlike = readings(own | {"object0_pattern": "plain", "object0_second": "pink"})
+    assert identity_share(unlike, 0, concept_scene(plain, 5)) == 1.0
+    covered = concept_scene(CAT, 5, worn="sunglasses")  # and so are its eyes
+    assert identity_share(readings(own | {"object0_detail": "red"}), 0, covered) == 1.0
+    right = labels(scene)
+    assert identity_share({name: torch.tensor([index]) for name, index in right.items()}, 0, scene) == 1.0
 
 
 def test_renders_are_read_at_full_precision() -> None:
@@ -79,7 +83,8 @@ def test_renders_are_read_at_full_precision() -> None:
 def test_bars() -> None:
     assert at_least("x", 0.98, 0.98) == Row("x", 0.98, 0.98, True) and at_least("x", 0.97, 0.98).reached is False
     assert at_most("x", 0.02, 0.02).reached is True and at_most("x", 0.021, 0.02).reached is False
-    assert at_least("x", math.nan, 0).reached is False and at_most("x", math.nan, 9).reached is False
+    assert at_least("x", math.nan, 0) == Row("x", None, 0, False) and at_most("x", math.nan, 9).reached is False
+    assert at_most("x", 0.8 - 0.7, 0.1).reached is True  # which is a little more than 0.1 in binary
     lines = table([Row("one", 0.5, 0.4, True), Row("another", 0.25, 0.4, False), Row("third", 3.0)]).splitlines()
     assert lines[1:] == ["one        0.5  0.4  reached", "another   0.25  0.4  NOT reached", "third        3"]
 
@@ -133,11 +138,11 @@ def test_the_command_measures_and_keeps_the_training_record(
     for name, less in small.items():
         full = getattr(measure, name)
         monkeypatch.setattr(measure, name, lambda *args, full=full, less=less: full(*args, **less))
-    out = tmp_path / "report.json"
+    out = weights / "report.json"
     training = {"reader": {"step": 3, "elapsed": 120.0, "loss": 0.5}}
-    out.write_text(json.dumps({"training": training, "command": "minutes=7"}))
+    out.write_text(json.dumps({"training": training, "settings": {"scenes": 7}}))
     sheet = tmp_path / "sheet.png"
-    assert run_cli(report.main, [f"weights={weights}", "prompts=30", f"out={out}", f"sheet={sheet}"]) == 0
+    assert run_cli(report.main, [f"weights={weights}", "prompts=30", f"sheet={sheet}"]) == 0
     with measure.Image.open(sheet) as picture:
         assert picture.size == (2 * (8 * 66 - 2) + 16, 8 * 66 - 2)
         first = measure.Image.fromarray(measure.render(measure.fresh_scenes(1)[0]).image)
@@ -147,13 +152,19 @@ def test_the_command_measures_and_keeps_the_training_record(
     rows = {row["name"]: row for row in written["bars"]}
     assert rows["reader on renders: place"]["bar"] == 0.99 and rows["reader on renders: place"]["reached"] is False
     assert 0 < rows["weights in all, MB"]["value"] < 40 and rows["weights in all, MB"]["reached"] is True
-    asks = {"superclass", "body", "place", "style", "both superclasses", "colours bound"}
+    asks = {"superclass", "body", "place", "photo", "sketch or mosaic", "both superclasses", "colours bound"}
     assert {f"prompts: {name}" for name in asks} <= rows.keys()
     assert [row["steps"] for row in written["details"]["fine_tuning"]] == [0, 1]
     assert "NOT reached" in capsys.readouterr().out
-    card = (tmp_path / "README.md").read_text()
+    card = (weights / "README.md").read_text()
     assert "| reader on renders: place | " in card and "| 0.99 | **not reached** |" in card
-    assert f'`make toyland ARGS="{written["command"]}"`' in card and "| reader | 3 | 2.0 | 0.5000 |" in card
+    assert "; scenes 7.\n" in card and "| reader | 3 | 2.0 | 0.5000 |" in card
+    elsewhere = tmp_path / "report.json"
+    before = (weights / "README.md").stat().st_mtime_ns
+    assert run_cli(report.main, [f"weights={weights}", "prompts=2", f"out={elsewhere}"]) == 0
+    assert json.loads(elsewhere.read_text()).keys() == {"world_version", "bars", "details", "measured_with"}
+    assert list(tmp_path.iterdir()) == [sheet, elsewhere] or set(tmp_path.iterdir()) == {sheet, elsewhere}
+    assert (weights / "README.md").stat().st_mtime_ns == before
 
 
 def test_missing_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

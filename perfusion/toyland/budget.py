@@ -77,7 +77,8 @@ def _is_matrix(key: str, parameter: Tensor) -> bool:
 class BudgetedTraining:
     """Muon with an EMA of the weights for `seconds` of wall-clock time, resumed from `folder` when it holds a state.
 
-    Muon moves the matrices and convolutions; AdamW moves vectors, embeddings and the layer that writes pixels.
+    Muon moves matrices and convolutions; AdamW moves vectors, embeddings (the time's included) and layers of three
+    outputs or fewer.
 
     The learning rate warms up over 100 steps and then falls by a cosine of the share of the time that is spent, so a
     budget of 3 minutes and one of 3 hours both end at rate zero. Iterating yields the step number until the time is
@@ -162,7 +163,7 @@ class BudgetedTraining:
             self.save()
 
     def update(self, loss: Tensor) -> None:
-        """Backward, average the gradients over the processes, one AdamW step, one EMA step."""
+        """Backward, average the gradients over the processes, one step of each optimizer, one EMA step."""
         loss.backward()
         parameters = list(self.parameters.values())
         for parameter in parameters:

@@ -20,7 +20,7 @@ from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.provenance import provenance
 from perfusion.toyland.budget import run_workers
-from perfusion.toyland.report import REPORT, write
+from perfusion.toyland.report import REPORT, write, write_card
 from perfusion.toyland.train_autoencoder import train_autoencoder
 from perfusion.toyland.train_diffusion import train_diffusion
 from perfusion.toyland.train_reader import train_reader
@@ -109,8 +109,10 @@ def build(config: BuildConfig) -> None:
     if "assemble" in wanted:
         out.mkdir(parents=True, exist_ok=True)
         assemble(folder, out)
-        command = f"minutes={config.minutes:g} scenes={config.scenes} seed={config.seed}"
-        write(out / REPORT, training=training_record(folder), command=command, built_with=provenance())
+        (out / REPORT).unlink(missing_ok=True)  # it may hold measurements of former weights
+        settings = {"scenes": config.scenes, "seed": config.seed}
+        report = write(out / REPORT, training=training_record(folder), settings=settings, built_with=provenance())
+        write_card(out, report)
         print(f"Toyland is in {out}")
 
 

@@ -179,27 +179,32 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     return _assemble([_Chunk(prefix), *body] if prefix else body)
 
 
+def possible_nouns(source: Caption, index: int) -> tuple[str, ...]:
+    """The superclasses that could stand in the place of object `index`.
+
+    None that the caption names already; none that makes a HELD_OUT pair with one of its words; only living things where
+    it speaks of the object's eyes or sleep.
+    """
+    words, noun = source.words, source.nouns[index]
+    end = source.nouns[index + 1] if index + 1 < len(source.nouns) else len(words)
+    living = "eyes" in words[noun:end] or any(words[i] == "sleeping" for i in source.adjectives[index])
+    named = {words[n] for n in source.nouns}
+    return tuple(
+        s
+        for s in SUPERCLASSES
+        if s not in named and (s in LIVING or not living) and not any((s, w) in HELD_OUT for w in words)
+    )
+
+
 def swap_object(source: Caption, index: int, rng: np.random.Generator) -> Caption:
     """The same caption with object `index` made another one: same length, same positions.
 
-    Its noun becomes another superclass, each colour another colour and each pattern another pattern; "sleeping"
-    stays, and "a" or "an" follows the new word. The new noun makes no HELD_OUT pair with a word of the caption, and
-    is a living thing where the caption speaks of its eyes or its sleep.
+    Its noun becomes another superclass (one of `possible_nouns`), each colour another colour and each pattern another
+    pattern; "sleeping" stays, and "a" or "an" follows the new word.
     """
     words = list(source.words)
-    noun = source.nouns[index]
-    end = source.nouns[index + 1] if index + 1 < len(source.nouns) else len(words)
     mine = source.adjectives[index]
-    living = "eyes" in words[noun:end] or any(words[i] == "sleeping" for i in mine)
-    others = {words[n] for n in source.nouns}
-    words[noun] = pick(
-        rng,
-        tuple(
-            s
-            for s in SUPERCLASSES
-            if s not in others and (s in LIVING or not living) and not any((s, w) in HELD_OUT for w in words)
-        ),
-    )
+    words[source.nouns[index]] = pick(rng, possible_nouns(source, index))
     used = {words[i] for i in mine}
     for i in mine:
         if words[i] in COLOURS:

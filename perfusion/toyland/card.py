@@ -1,4 +1,4 @@
-"""The model card of Toyland's weights, written from `report.json`, so that no number in it is copied by hand."""
+"""The model card of Toyland's weights, written from `report.json`, so that no result in it is copied by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Stock diffusers loads it: `StableDiffusionPipeline.from_pretrained("pipeline")`.
 Trained from nothing on scenes that `perfusion/toyland/draw.py` renders, with captions from `captions.py`: no picture of
 the real world, and no person, is in it. Licence: Apache-2.0, as the code.
 
-Made by `make toyland ARGS="{command}"`; measured by `make toyland-report`.
+Made by `make toyland`; measured by `make toyland-report`.
 """
 _READER = "| `reader/` | reads attributes off pictures, one head each | `perfusion.toyland.reader.Reader` |\n"
 
@@ -35,7 +35,7 @@ _LIMITS = """
 
 
 def card(report: Mapping[str, Any], words: int) -> str:
-    """Markdown from a report: `training`, `bars`, `details`, `built_with`, `measured_with`; parts may be missing.
+    """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `details`; parts may be missing.
 
     Args:
         words: size of the world's vocabulary.
@@ -43,20 +43,22 @@ def card(report: Mapping[str, Any], words: int) -> str:
     bars = report.get("bars", [])
     reader = _READER if "reader" in report.get("training", {}) else ""
     built = report.get("built_with", {})
-    text = _HEAD.format(version=report["world_version"], reader=reader, command=report.get("command", "minutes=90"))
+    text = _HEAD.format(version=report["world_version"], reader=reader)
     if training := report.get("training"):
         text += "\n## Training\n\n| stage | steps | minutes | loss at the end |\n|---|---|---|---|\n"
         for stage, was in training.items():
             text += f"| {stage} | {was['step']:,} | {was['elapsed'] / 60:.1f} | {was['loss']:.4f} |\n"
-        text += f"\nOn {built.get('gpu') or built.get('cpu', 'an unknown machine')}.\n"
+        where = built.get("gpu") or built.get("cpu", "an unknown machine")
+        settings = ", ".join(f"{key} {value}" for key, value in report.get("settings", {}).items())
+        text += f"\nOn {where}{'; ' if settings else ''}{settings}.\n"
     if bars:
         text += "\n## Measured\n\n| what | value | bar | |\n|---|---|---|---|\n"
         for row in bars:
-            bar = "" if row["bar"] is None else f"{row['bar']:g}"
+            value, bar = ("" if row[key] is None else f"{row[key]:g}" for key in ("value", "bar"))
             mark = {True: "reached", False: "**not reached**", None: ""}[row["reached"]]
-            text += f"| {row['name']} | {row['value']:g} | {bar} | {mark} |\n"
+            text += f"| {row['name']} | {value} | {bar} | {mark} |\n"
     if curve := report.get("details", {}).get("fine_tuning"):
-        text += "\nNaive full fine-tuning of the UNet on one picture: the likeness comes at the price of the prompt.\n"
+        text += "\nNaive full fine-tuning of the UNet on one picture, judged by the reader:\n"
         text += "\n| steps | identity | prompts followed |\n|---|---|---|\n"
         for point in curve:
             text += f"| {point['steps']:.0f} | {point['identity']:.3f} | {point['prompts']:.3f} |\n"

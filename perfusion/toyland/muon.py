@@ -17,9 +17,10 @@ ITERATIONS = 4
 
 
 def orthogonalise(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """A matrix with the singular vectors of `matrix` (m, n) and singular values near one (0.7 to 1.2).
+    """A matrix with the singular vectors of `matrix` (m, n) and singular values near one.
 
-    Quintic Newton-Schulz iteration in the matrix's own type; all zeros stay zeros.
+    Quintic Newton-Schulz iteration in the matrix's own type. After 4 iterations, singular values from 1 % of the norm
+    upwards are at 0.65 to 1.25; smaller ones have grown, but are not there yet. All zeros stay zeros.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]

@@ -105,9 +105,13 @@ class Reader(nn.Module):
         """The reader that `save` wrote, in float32 and eval mode.
 
         Raises:
-            ValueError: it was trained for other attributes or options.
+            ValueError: it was trained for another world, other attributes or options.
         """
         known = json.loads((folder / _CONFIG).read_text())
+        if known["world_version"] != WORLD_VERSION:
+            raise ValueError(
+                f"{folder / _CONFIG}: found world {known['world_version']}, expected world {WORLD_VERSION}"
+            )
         expected = {name: list(options) for name, options in HEADS.items()}
         if known["heads"] != expected:
             differing = sorted(n for n in {*known["heads"], *expected} if known["heads"].get(n) != expected.get(n))
@@ -154,11 +158,11 @@ def _shown(placed: Placed, style: str) -> dict[str, str]:
     }
     if instance.pattern != "plain":
         shown["second"] = instance.second
-    alive = instance.superclass in LIVING
-    if alive:
+    alive, covered = instance.superclass in LIVING, placed.worn == "sunglasses"
+    if alive and not covered:
         shown["sleep"] = "asleep" if placed.asleep else "awake"
     # A mosaic's tiles are larger than an eye.
-    if style != "mosaic" and not (alive and (placed.asleep or placed.worn == "sunglasses")):
+    if style != "mosaic" and not (alive and (placed.asleep or covered)):
         shown["detail"] = instance.detail
     return shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,8 +30,9 @@ Measure Toyland's models and write the table, with what is reached, to report.js
   python -m perfusion.toyland.report
   python -m perfusion.toyland.report weights=toyland-weights prompts=200
 
-1,000 prompts take about a quarter of an hour on two CPU cores. The model card (README.md beside the report) is
-written anew, and with sheet=<file> a picture: 64 renders, and what the model draws for their captions.
+1,000 prompts take about a quarter of an hour on two CPU cores. The model card (README.md beside the weights) is
+written anew, unless out= is given; and with sheet=<file> a picture: 64 renders, and what the model draws for their
+captions.
 """
 
 
@@ -49,31 +51,35 @@ class Row:
     """One line of the table; `bar` is None for what is only stated."""
 
     name: str
-    value: float
+    value: float | None  # None: there was nothing to count
     bar: float | None = None
     reached: bool | None = None
 
 
 def stated(name: str, value: float) -> Row:
     """A row without a bar."""
-    return Row(name, round(value, 4))
+    return Row(name, _stated(value))
 
 
 def at_least(name: str, value: float, bar: float) -> Row:
-    """A row that is reached from `bar` upwards; never by NaN."""
-    return Row(name, round(value, 4), bar, value >= bar)
+    """A row that is reached from `bar` upwards; never by NaN, of which there is no number to state."""
+    return Row(name, _stated(value), bar, round(value, 4) >= bar)
 
 
 def at_most(name: str, value: float, bar: float) -> Row:
     """A row that is reached up to `bar`; never by NaN."""
-    return Row(name, round(value, 4), bar, value <= bar)
+    return Row(name, _stated(value), bar, round(value, 4) <= bar)
+
+
+def _stated(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
 
 
 READER = {"superclass": 0.98, "body": 0.97, "place": 0.99, "worn": 0.98, "support": 0.98, "style": 0.99}
-PROMPTS = {"superclass": 0.95, "body": 0.90, "place": 0.97, "style": 0.97, "worn": 0.85, "support": 0.90}
-PROMPTS |= {"both superclasses": 0.75, "colours bound": 0.60}
+PROMPTS = {"superclass": 0.95, "body": 0.90, "place": 0.97, "worn": 0.85, "support": 0.90}
+PROMPTS |= {"sketch or mosaic": 0.97, "both superclasses": 0.75, "colours bound": 0.60}
 DROP = 0.02  # of the reader on reconstructions
-OTHERS = ("second", "pattern", "detail", "sleep", "objects", "clip_t_correlation", "clip_i_correlation")
+OTHERS = ("photo", "second", "pattern", "detail", "sleep", "objects", "clip_t_correlation", "clip_i_correlation")
 
 
 def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:
@@ -94,13 +100,14 @@ def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], 
     rows.append(stated("identity of another instance's renders (chance)", identity["chance"]))
 
     found = measure.prompt_following(toyland, prompts)
-    rows += [at_least(f"prompts: {name}", found[name], bar) for name, bar in PROMPTS.items() if name in found]
+    rows += [at_least(f"prompts: {name}", found.get(name, math.nan), bar) for name, bar in PROMPTS.items()]
     rows += [stated(f"prompts: {name}", found[name]) for name in OTHERS if name in found]
     swap = measure.swapped(toyland)
     rows.append(at_least("swapped noun: the other superclass is drawn", swap["other"], 0.60))
     rows.append(stated("swapped noun: its own superclass is drawn", swap["own"]))
     pairs = measure.compositions(toyland)
-    rows.append(at_most("compositions never seen, below the seen ones", pairs["seen"] - pairs["unseen"], 0.10))
+    rows += [stated(f"compositions, {name}", pairs[name]) for name in ("seen", "unseen", "unseen, reader on renders")]
+    rows.append(at_most("compositions, seen minus unseen", pairs["seen"] - pairs["unseen"], 0.10))
 
     rows.append(at_least("images per second, batch 16", measure.images_per_second(toyland.pipe), 4.0))
     size = sum(f.stat().st_size for f in weights.rglob("*.safetensors")) / 1e6
@@ -112,7 +119,7 @@ def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], 
 def table(rows: Iterable[Row]) -> str:
     """The rows as aligned text."""
     marks = {True: "reached", False: "NOT reached", None: ""}
-    lines = [(r.name, f"{r.value:g}", "" if r.bar is None else f"{r.bar:g}", marks[r.reached]) for r in rows]
+    lines = [(r.name, number(r.value), number(r.bar), marks[r.reached]) for r in rows]
     lines.insert(0, ("what", "value", "bar", ""))
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     return "\n".join(
@@ -121,12 +128,31 @@ def table(rows: Iterable[Row]) -> str:
     )
 
 
-def write(path: Path, **parts: Any) -> None:
-    """Set the parts of a report file, keep the others that it has, and write the model card beside it."""
+def number(value: float | None) -> str:
+    """As tables show it; nothing for None."""
+    return "" if value is None else f"{value:g}"
+
+
+def write(path: Path, **parts: Any) -> dict[str, Any]:
+    """Set the parts of a report file and keep the others that it has; returns all of it."""
     known: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    report = {**known, "world_version": WORLD_VERSION, **parts}
-    atomic_write_text(path, json.dumps(report, indent=2) + "\n")
-    atomic_write_text(path.with_name(card.FILE_NAME), card.card(report, len(vocabulary())))
+    report = _without_nan({**known, "world_version": WORLD_VERSION, **parts})
+    atomic_write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return report
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null, which JSON has, for numbers that are none."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_card(weights: Path, report: Mapping[str, Any]) -> None:
+    """Write the model card into the folder of the weights."""
+    atomic_write_text(weights / card.FILE_NAME, card.card(report, len(vocabulary())))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -146,7 +172,9 @@ def main(argv: Sequence[str]) -> None:
         with atomic_path(Path(config.sheet).expanduser()) as temporary:
             measure.renders_beside_pictures(toyland).save(temporary, "PNG")
     rows, details = measured(toyland, weights, config.prompts)
-    write(path, bars=[asdict(row) for row in rows], details=details, measured_with=provenance())
+    report = write(path, bars=[asdict(row) for row in rows], details=details, measured_with=provenance())
+    if path == weights / REPORT:
+        write_card(weights, report)
     print(table(rows))
     print(f"\nwritten to {path}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ def batch_size() -> int:
     return 128 if device().type == "cuda" else 6
 
 
-def draw_batch(seeds: list[int]) -> tuple[Tensor, Tensor]:
+def draw_batch(seeds: list[int], held_out: bool = False) -> tuple[Tensor, Tensor]:
     """Scenes of `seeds`: pixels (B, 3, 64, 64) float32 in [-1, 1] and object masks (B, 1, 64, 64) in [0, 1]."""
-    drawn = [render(sample_scene(seed)) for seed in seeds]
+    drawn = [render(sample_scene(seed, held_out=held_out)) for seed in seeds]
     pixels = torch.from_numpy(np.stack([d.image for d in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
     masks = torch.from_numpy(np.stack([d.masks.max(0) for d in drawn]))[:, None].float() / 255
     return pixels, masks
+
+
+def autoencoder_hash(folder: Path) -> str:
+    """Eight hexadecimal digits of `folder/autoencoder`'s weights, for the names of what was made with them."""
+    weights = folder / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
 
 
 def reconstruction_loss(model: Any, pixels: Tensor, masks: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from perfusion.files import atomic_path
 from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.captions import Caption, caption, swap_object, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scheduler, text_encoder, unet
 from perfusion.toyland.tokenizer import build_tokenizer
-from perfusion.toyland.train_autoencoder import draw_batch
+from perfusion.toyland.train_autoencoder import autoencoder_hash, draw_batch
 from perfusion.toyland.world import Scene, sample_scene
 
 RATE = 0.02
@@ -103,12 +104,13 @@ def train_diffusion(folder: Path, seconds: float, scenes: int = 40_000, seed: in
     model.to(device(), memory_format=torch.channels_last)
     share = scenes // world_size()
     first = FIRST_SCENE + seed * 10_000_000 + rank() * share
-    kept = folder / f"latents-{first}-{share}.safetensors"
+    kept = folder / f"latents-{autoencoder_hash(folder)}-{first}-{share}.safetensors"
     if not kept.exists():
         vae: Any = AutoencoderKL.from_pretrained(folder / "autoencoder")
         vae.to(device()).eval()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": scene_latents(vae, first, share)}, kept)
+        made = scene_latents(vae, first, share)
+        with atomic_path(kept) as beside:
+            save_file({"latents": made}, beside)
     all_latents = load_file(kept)["latents"]
     drawn: list[Scene] = [sample_scene(first + i) for i in range(share)]
 
