@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks import projection, projection_sampling, report, sampling_1, timing, train_step
+from benchmarks import projection, projection_sampling, report, sampling, timing, train_step
 from perfusion.backbones.loading import resolve_device
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
@@ -20,7 +20,9 @@ BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair]]] = {
     "projection": projection.pairs,
     "projection_sampling": projection_sampling.pairs,
     "train_step": train_step.pairs,
-    "sampling_1": sampling_1.pairs,
+    "sampling_1": sampling.sampling_1,
+    "sampling_8": sampling.sampling_8,
+    "sampling_16_betas": sampling.sampling_16_betas,
 }
 
 USAGE = f"""

@@ -35,9 +35,9 @@ def pipeline(device: torch.device) -> StableDiffusionPipeline:
 
 
 @contextmanager
-def concept(pipe: StableDiffusionPipeline, training: bool) -> Iterator[tuple[Backbone, Method]]:
+def concept(pipe: StableDiffusionPipeline, training: bool, word: Word = WORD) -> Iterator[tuple[Backbone, Method]]:
     """`pipe` as a backbone, with the method perfusion attached in training or in eval mode."""
-    method = build({"name": "perfusion"}, WORD).train(training)
+    method = build({"name": "perfusion"}, word).train(training)
     with TemporaryDirectory() as cache:
         captions = CovarianceConfig(captions="toyland", count=CAPTIONS, cache=cache)
         backbone = around(pipe, dataclasses.replace(default_config("toyland"), covariance=captions))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import projection, projection_sampling, report, sampling_1, timing, toyland, train_step
+from benchmarks import projection, projection_sampling, report, sampling, timing, toyland, train_step
 from benchmarks.timing import Pair, compare
 from perfusion.cli import run_cli
 
@@ -294,10 +294,14 @@ def test_a_step_trains_the_concept_alone_and_its_bound_reaches_the_token_embeddi
     assert not any(p.requires_grad or p.grad is not None for part in parts for p in part.parameters())
 
 
-def test_a_sampling_gives_a_picture_on_either_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_1, "STEPS", 1)
-    for pair in sampling_1.pairs(CPU):
-        edited, plain = pair.subject(), pair.baseline()
+@pytest.mark.parametrize(("name", "pictures"), [("sampling_1", 1), ("sampling_8", 1), ("sampling_16_betas", 16)])
+def test_a_sampling_gives_pictures_on_either_side(name: str, pictures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "STEPS", 1)
+    (pair,) = command.BENCHMARKS[name](CPU)
+    assert pair.name == name
+    for edited, plain in zip(pair.subject(), pair.baseline(), strict=True):
         assert isinstance(edited, Image.Image) and isinstance(plain, Image.Image)
         assert edited.size == plain.size == (64, 64)
         assert edited.tobytes() != plain.tobytes()
+        pictures -= 1
+    assert pictures == 0
