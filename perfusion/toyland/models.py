@@ -98,8 +98,9 @@ def scorer_config() -> dict[str, Any]:
 
 
 def scheduler() -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion 1.5."""
+    """The noise schedule of Stable Diffusion 1.5, for a UNet that predicts the velocity."""
     return DDIMScheduler(
+        prediction_type="v_prediction",
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
