@@ -211,7 +211,8 @@ class TokenMemory:
 
     def read(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], one: Callable[[str], T]) -> list[T]:
         """`one(text)` for each text, or what it gave the last time."""
-        added = frozenset(tokenizer.get_added_vocab().items())
+        words: Any = tokenizer.added_tokens_encoder
+        added = frozenset(words.items())
         state = (tokenizer, len(tokenizer), added, tokenizer.model_max_length, tokenizer.padding_side)
         same = bool(self._state) and self._state[0] is tokenizer and self._state[1:] == state[1:]
         if not same or len(self._known) + len(texts) > self.LIMIT:

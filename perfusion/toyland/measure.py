@@ -252,16 +252,16 @@ def compositions(toyland: Toyland, each: int = 20) -> dict[str, float]:
     """
     rng = np.random.default_rng(FIRST_SCENE + 2)
     result = {}
-    for kind in ("unseen", "seen"):
-        pairs = []
+    for group in ("unseen", "seen"):
+        pairs: list[tuple[str, str]] = []
         for superclass, thing in sorted(HELD_OUT):
             for _ in range(each):
                 free = tuple(s for s in SUPERCLASSES if (s, thing) not in HELD_OUT)
-                pairs.append((superclass if kind == "unseen" else pick(rng, free), thing))
-        images = generate(toyland.pipe, [_pair_prompt(*pair) for pair in pairs], 2, f"{kind} compositions")
-        result[kind] = _pairs_read(toyland.reader.read(as_pixels(images)), pairs)
-        if kind == "unseen":
-            renders = [_pair_scene(*pair, FIRST_SCENE + i) for i, pair in enumerate(pairs)]
+                pairs.append((superclass if group == "unseen" else pick(rng, free), thing))
+        images = generate(toyland.pipe, [_pair_prompt(*pair) for pair in pairs], 2, f"{group} compositions")
+        result[group] = _pairs_read(toyland.reader.read(as_pixels(images)), pairs)
+        if group == "unseen":
+            renders = [_pair_scene(kind, thing, FIRST_SCENE + i) for i, (kind, thing) in enumerate(pairs)]
             result["unseen, reader on renders"] = _pairs_read(toyland.reader.read(pixels_of(renders)), pairs)
     return result
 
