@@ -34,14 +34,15 @@ _LIMITS = """
 """
 
 
-def card(report: Mapping[str, Any], words: int) -> str:
+def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
     """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `details`; parts may be missing.
 
     Args:
         words: size of the world's vocabulary.
+        with_reader: whether the reader lies beside the pipeline.
     """
     bars = report.get("bars", [])
-    reader = _READER if "reader" in report.get("training", {}) else ""
+    reader = _READER if with_reader else ""
     built = report.get("built_with", {})
     text = _HEAD.format(version=report["world_version"], reader=reader)
     if training := report.get("training"):

@@ -152,7 +152,8 @@ def _without_nan(value: Any) -> Any:
 
 def write_card(weights: Path, report: Mapping[str, Any]) -> None:
     """Write the model card into the folder of the weights."""
-    atomic_write_text(weights / card.FILE_NAME, card.card(report, len(vocabulary())))
+    text = card.card(report, len(vocabulary()), with_reader=(weights / "reader").is_dir())
+    atomic_write_text(weights / card.FILE_NAME, text)
 
 
 def main(argv: Sequence[str]) -> None:
