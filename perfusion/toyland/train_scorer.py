@@ -38,6 +38,24 @@ def contrastive_loss(model: open_clip.CLIP, pixels: Tensor, tokens: Tensor) -> T
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
+@torch.no_grad()
+def settle_statistics(model: open_clip.CLIP, last_scene: int, batches: int = 40) -> None:
+    """Measure what the image tower's batch norms have to know, for the weights that the model has now.
+
+    Running means belong to the weights of the moment, not to averaged ones, and no restart keeps them. Drawn are scenes
+    from seed `last_scene` downwards.
+    """
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    model.train()
+    for batch in range(batches):
+        seeds = [last_scene - 96 * batch - i for i in range(96)]
+        model.encode_image(gaussian_blur(draw_batch(seeds)[0].to(device()), [5, 5], [sum(BLUR) / 2]))
+    model.eval()
+
+
 def train_scorer(folder: Path, seconds: float, seed: int = 1) -> None:
     """Worker: train for `seconds`, leave `folder/scorer` in open_clip's local-dir format, float16 (rank 0 writes)."""
     torch.manual_seed(seed)
@@ -57,6 +75,7 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1) -> None:
         run.update(contrastive_loss(model, soft, tokens.to(device())))
     run.copy_ema()
     if rank() == 0:
+        settle_statistics(model, FIRST_SCENE + (seed + 1) * 100_000_000 - 1)
         target = folder / "scorer"
         target.mkdir(parents=True, exist_ok=True)
         state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
