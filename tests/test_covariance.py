@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from perfusion import covariance
+from perfusion import covariance, files
 from perfusion.covariance import CovarianceError, SecondMoment, accumulate, cached_second_moment, factorise
 
 D = 6
@@ -242,7 +242,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(covariance.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert cached_second_moment(KEY, Counted(), tmp_path).count == 44
     assert the_file(tmp_path) == path and path.read_bytes() == before
 

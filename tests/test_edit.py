@@ -544,7 +544,7 @@ def test_an_edit_that_was_unloaded_with_a_lora_is_an_error_and_no_silent_base_mo
     edited = bench()
     bench.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False), "style")
     bench.unet.unload_lora()  # takes every tuner layer for its own
-    with pytest.raises(EditError, match=r"attn2\.to_k: found the concept's edit bypassed .* attach it again"):
+    with pytest.raises(EditError, match=r"attn2\.to_k: found the concept's edit bypassed .* attach them again"):
         bench()
     edit.detach()
     bench.attach()
