@@ -26,7 +26,7 @@ Learn a toy cat from one picture (+experiment=cat_oneshot), then draw it: on the
 
   python -m perfusion.demo [overrides of perfusion.train, e.g. concept.toyland.instance=4]
 
-It takes about three minutes on two CPU cores and needs no download: Toyland, the small model it uses, ships with
+It takes one or two minutes on two CPU cores and needs no download: Toyland, the small model it uses, ships with
 the code. Results lie in the run folder that is printed at the end.
 """
 
