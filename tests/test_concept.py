@@ -18,10 +18,11 @@ from perfusion.backbones.layouts import meta_pipeline
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
 from perfusion.concept_format import ConceptFileError, read
-from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
+from perfusion.config import BackboneConfig, ConfigError
 from perfusion.edit import EditError
 from perfusion.methods.base import Word, build
 from perfusion.methods.perfusion import Perfusion
+from tests.concepts import tiny_backbone, untrained_concept
 from tests.pipelines import tiny_pipeline
 
 WORD = Word("<bear*>", "teddy bear")
@@ -30,23 +31,12 @@ PROMPT = "a photo of a <bear*> on the beach"
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
-    config = BackboneConfig(name="stable_diffusion", resolution=64, device="cpu", covariance=covariance)
-    return StableDiffusionBackbone.around(tiny_pipeline(), config)
+    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
 def concept(backbone: Backbone) -> Concept:
-    """Not what training would give, but far from the base model."""
-    method = build({"name": "perfusion", "sample_beta": 0.4}, WORD)
-    assert isinstance(method, Perfusion)
-    method.attach(backbone)
-    draw = torch.Generator().manual_seed(0)
-    state = {name: value + torch.randn(value.shape, generator=draw) * 0.1 for name, value in method.state().items()}
-    method.load_state({**state, "direction": method.state()["direction"]})
-    made = Concept.of(method, backbone, seed=7)
-    method.detach()
-    return made
+    return untrained_concept(backbone, WORD, seed=7)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from PIL import Image
 
 from perfusion import generate as module
 from perfusion import manifest, sampling
-from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
@@ -25,6 +24,7 @@ from perfusion.generate import GenerateConfig, generate, main, slug
 from perfusion.manifest import ImageRecord, read_manifest
 from perfusion.methods.base import Word, build
 from perfusion.presets import backbone_config
+from tests.concepts import toyland_backbone, untrained_concept
 from tests.pipelines import toyland_folder
 
 BEACH = "a photo of <cat*> on the beach"
@@ -38,10 +38,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    config = dataclasses.replace(default_config("toyland"), path=str(pipeline), device="cpu")
-    config.covariance.count = 50
-    config.covariance.cache = str(tmp_path_factory.mktemp("covariance"))
-    return backbone_class("toyland").load(config)
+    return toyland_backbone(pipeline, tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
@@ -179,16 +176,7 @@ def test_several_betas_in_one_batch(concept: Path, mug: Path, monkeypatch: pytes
 @pytest.fixture
 def mug(backbone: Backbone, tmp_path: Path) -> Path:
     """A second concept, trained apart."""
-    method = build({"name": "perfusion"}, Word("<mug*>", "mug"))
-    method.attach(backbone)
-    draw_from = torch.Generator().manual_seed(1)
-    state = {
-        name: value + 0.1 * torch.randn(value.shape, generator=draw_from) for name, value in method.state().items()
-    }
-    method.load_state({**state, "direction": method.state()["direction"]})
-    concept = Concept.of(method, backbone, seed=1)
-    method.detach()
-    save_concept(tmp_path / "mug.safetensors", concept)
+    save_concept(tmp_path / "mug.safetensors", untrained_concept(backbone, Word("<mug*>", "mug"), seed=1))
     return tmp_path / "mug.safetensors"
 
 

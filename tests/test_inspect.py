@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
 from perfusion.inspect import InspectConfig, main
 from perfusion.methods.base import Word, build
 from perfusion.rank_one import gate, inner_product
+from tests.concepts import toyland_backbone
 from tests.pipelines import toyland_folder
 
 
@@ -27,10 +27,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    config = dataclasses.replace(default_config("toyland"), path=str(pipeline), device="cpu")
-    config.covariance.count = 50
-    config.covariance.cache = str(tmp_path_factory.mktemp("covariance"))
-    return backbone_class("toyland").load(config)
+    return toyland_backbone(pipeline, tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")

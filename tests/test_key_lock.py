@@ -9,14 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept
-from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.edit import EditError
 from perfusion.methods.base import Word, build
-from perfusion.methods.perfusion import Perfusion
 from perfusion.superclass_prompts import replace_words
-from tests.pipelines import tiny_pipeline
+from tests.concepts import tiny_backbone, untrained_concept
 
 B, E = 1, 9  # beginning, end and padding
 
@@ -41,27 +38,12 @@ def test_words_are_replaced_and_positions_follow(ids, pairs, new, where) -> None
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
-    config = BackboneConfig(name="stable_diffusion", resolution=64, device="cpu", covariance=covariance)
-    return StableDiffusionBackbone.around(tiny_pipeline(), config)
-
-
-def made(backbone: Backbone, placeholder: str, superclass: str, seed: int, **options) -> Concept:
-    """Not what training would give, but far from the base model."""
-    method = build({"name": "perfusion", "sample_beta": 0.4, **options}, Word(placeholder, superclass)).train()
-    assert isinstance(method, Perfusion)
-    method.attach(backbone)
-    draw = torch.Generator().manual_seed(seed)
-    state = {name: value + torch.randn(value.shape, generator=draw) * 0.1 for name, value in method.state().items()}
-    method.load_state({**state, "direction": method.state()["direction"]})
-    concept = Concept.of(method, backbone, seed)
-    method.detach()
-    return concept
+    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
 def bear(backbone: Backbone) -> Concept:
-    return made(backbone, "<bear*>", "teddy bear", 0)
+    return untrained_concept(backbone, Word("<bear*>", "teddy bear"), 0)
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +130,7 @@ def test_a_negative_prompt_with_the_concept_is_locked_too(backbone: Backbone, be
 
 
 def test_several_concepts_are_all_replaced_and_must_agree(backbone: Backbone, bear: Concept) -> None:
-    mug = made(backbone, "<mug*>", "mug", 1)
+    mug = untrained_concept(backbone, Word("<mug*>", "mug"), 1)
     plain = projected(backbone, "k", "a mug and a teddy bear")
     with bear.attach(backbone, key_lock="global") as first, mug.attach(backbone) as second:
         with pytest.raises(EditError, match="global and with local key-locking attached together"):
@@ -189,7 +171,7 @@ def draw_embeddings(backbone: Backbone, encoded: Tensor) -> Tensor:
 
 
 def test_trained_keys_cannot_be_locked(backbone: Backbone, bear: Concept) -> None:
-    free = made(backbone, "<free*>", "cat", 2, key_lock="none")
+    free = untrained_concept(backbone, Word("<free*>", "cat"), 2, key_lock="none")
     with free.attach(backbone) as attached:
         assert attached.key_lock == "none"
         with pytest.raises(EditError, match="found 'global', expected none, since it was trained with keys"):

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone, EditSite
-from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept
 from perfusion.concept_format import ConceptFileError
-from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.edit import Edit, EditedProjection, EditError, PromptGate, attach_edit
 from perfusion.methods.base import Word, build
-from perfusion.methods.perfusion import Perfusion
 from perfusion.prompt_gate import JointGate
-from tests.pipelines import tiny_pipeline
+from tests.concepts import tiny_backbone, untrained_concept
 from tests.test_edit import BETA, TAU, Bench, snapshot
 
 
@@ -186,27 +183,14 @@ def test_an_edit_in_training_is_alone() -> None:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
-    config = BackboneConfig(name="stable_diffusion", resolution=64, device="cpu", covariance=covariance)
-    return StableDiffusionBackbone.around(tiny_pipeline(), config)
-
-
-def made(backbone: Backbone, placeholder: str, superclass: str, seed: int) -> Concept:
-    """Not what training would give, but far from the base model."""
-    method = build({"name": "perfusion", "sample_beta": 0.4}, Word(placeholder, superclass))
-    assert isinstance(method, Perfusion)
-    method.attach(backbone)
-    draw = torch.Generator().manual_seed(seed)
-    state = {name: value + torch.randn(value.shape, generator=draw) * 0.1 for name, value in method.state().items()}
-    method.load_state({**state, "direction": method.state()["direction"]})
-    concept = Concept.of(method, backbone, seed)
-    method.detach()
-    return concept
+    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
 def pair(backbone: Backbone) -> tuple[Concept, Concept]:
-    return made(backbone, "<bear*>", "teddy bear", 0), made(backbone, "<mug*>", "mug", 1)
+    return untrained_concept(backbone, Word("<bear*>", "teddy bear"), 0), untrained_concept(
+        backbone, Word("<mug*>", "mug"), 1
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +230,7 @@ def test_two_concepts_in_one_picture_in_either_order(backbone: Backbone, pair: t
 
 def test_two_of_one_superclass_and_one_twice_in_a_prompt(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
     bear, _ = pair
-    other = made(backbone, "<polar*>", "teddy bear", 5)
+    other = untrained_concept(backbone, Word("<polar*>", "teddy bear"), 5)
     with bear.attach(backbone), other.attach(backbone):
         assert draw_latents(backbone, "<bear*> and <bear*> next to <polar*>").isfinite().all()
 
