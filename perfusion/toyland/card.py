@@ -20,7 +20,7 @@ Stock diffusers loads it: `StableDiffusionPipeline.from_pretrained("pipeline")`.
 Trained from nothing on scenes that `perfusion/toyland/draw.py` renders, with captions from `captions.py`: no picture of
 the real world, and no person, is in it. Licence: Apache-2.0, as the code.
 
-Made by `make toyland`; measured by `make toyland-report`.
+Made with `make toyland`, measured with `make toyland-report`.{note}
 """
 _READER = "| `reader/` | reads attributes off pictures, one head each | `perfusion.toyland.reader.Reader` |\n"
 
@@ -28,14 +28,20 @@ _LIMITS = """
 ## Limits
 
 - It knows the {words} words of its world and nothing else: ten kinds of toys in nine places; no people, no depth.
-- Pictures are 64x64. What is smaller than two pixels (a glint, a whisker) is lost in the autoencoder.
+- Pictures are 64x64, and the autoencoder blurs what is small in them, such as eyes and thin lines.
 - Results on it are leads for Stable Diffusion, not results about it.
 - The reader and the scorer make mistakes of their own, stated above; a number below theirs may be theirs.
 """
 
 
+def number(value: float | None) -> str:
+    """As tables show it; nothing for None."""
+    return "" if value is None else f"{value:g}"
+
+
 def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
-    """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `details`; parts may be missing.
+    """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `details`, and a `note` on how the weights
+    came about, written by hand; parts may be missing.
 
     Args:
         words: size of the world's vocabulary.
@@ -44,7 +50,8 @@ def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
     bars = report.get("bars", [])
     reader = _READER if with_reader else ""
     built = report.get("built_with", {})
-    text = _HEAD.format(version=report["world_version"], reader=reader)
+    note = f" {report['note']}" if "note" in report else ""
+    text = _HEAD.format(version=report["world_version"], reader=reader, note=note)
     if training := report.get("training"):
         text += "\n## Training\n\n| stage | steps | minutes | loss at the end |\n|---|---|---|---|\n"
         for stage, was in training.items():
@@ -55,9 +62,8 @@ def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
     if bars:
         text += "\n## Measured\n\n| what | value | bar | |\n|---|---|---|---|\n"
         for row in bars:
-            value, bar = ("" if row[key] is None else f"{row[key]:g}" for key in ("value", "bar"))
             mark = {True: "reached", False: "**not reached**", None: ""}[row["reached"]]
-            text += f"| {row['name']} | {value} | {bar} | {mark} |\n"
+            text += f"| {row['name']} | {number(row['value'])} | {number(row['bar'])} | {mark} |\n"
     if curve := report.get("details", {}).get("fine_tuning"):
         text += "\nNaive full fine-tuning of the UNet on one picture, judged by the reader:\n"
         text += "\n| steps | identity | prompts followed |\n|---|---|---|\n"

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -31,6 +30,7 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.models import TEXT_POSITIONS, scheduler
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, OBJECTS, Reader, accuracy, as_pixels, label_tensors, labels
 from perfusion.toyland.train_autoencoder import draw_batch
+from perfusion.toyland.train_diffusion import denoising_loss
 from perfusion.toyland.world import (
     HELD_OUT,
     PLACES,
@@ -340,7 +340,7 @@ def identity_on_renders(reader: Reader, count: int = 500) -> dict[str, float]:
 def fine_tuning_curve(
     toyland: Toyland, steps: Sequence[int] = (0, 25, 50, 100, 200), rate: float = 2e-4, images: int = 32
 ) -> list[dict[str, float]]:
-    """Naive full fine-tuning of the UNet on one picture: identity goes up, and what prompts ask for is forgotten.
+    """Naive full fine-tuning of the UNet on one picture, with the loss that it was trained with.
 
     One row per number of steps: `identity` over "a photo of a cat", and `prompts`, the share of what prompts with
     places, worn things, supports and styles asked for.
@@ -367,10 +367,7 @@ def fine_tuning_curve(
             share = float(np.mean([identity_share(of_cat, i, scene) for i in range(images)]))
             rows.append({"steps": float(step), "identity": share, "prompts": sum(hits) / len(hits)})
             pipe.unet.train()
-        noise = torch.randn(latents.shape, generator=generator)
-        times: Any = torch.randint(0, 1000, (len(latents),), generator=generator)
-        predicted = pipe.unet(schedule.add_noise(latents, noise, times), times, context).sample
-        F.mse_loss(predicted, noise).backward()
+        denoising_loss(pipe.unet, schedule, latents, context, generator).backward()
         optimizer.step()
         optimizer.zero_grad()
     return rows
