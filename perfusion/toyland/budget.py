@@ -127,14 +127,9 @@ class BudgetedTraining:
             self.optimizers.append(Muon(matrices.values(), lr=rate))
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=ADAM_SHARE * rate, betas=(0.9, 0.99), weight_decay=0.01))
-        self.step, self.elapsed, self.loss = 0, 0.0, math.nan
+        self.step, self.samples, self.elapsed, self.loss = 0, 0, 0.0, math.nan
         if self.path.exists():
             self._load()
-
-    @property
-    def samples(self) -> int:
-        """Samples seen by all processes together."""
-        return self.step * self.batch * world_size()
 
     def __iter__(self) -> Iterator[int]:
         started, saved = time.monotonic() - self.elapsed, time.monotonic()
@@ -150,6 +145,7 @@ class BudgetedTraining:
         while self.elapsed < self.seconds:
             yield self.step
             self.step += 1
+            self.samples += self.batch * world_size()
             # Every process must see the same clock, or one would leave the loop while another waits for its gradients.
             self.elapsed = self._agree(time.monotonic() - started)
             bar.n = round(self.elapsed)
@@ -202,7 +198,7 @@ class BudgetedTraining:
         tensors |= {f"ema/{k}": v.contiguous() for k, v in self.ema.items()}
         for key, state in self._optimizer_states():
             tensors |= {f"{part}/{key}": state[part].contiguous() for part in OPTIMIZER_STATE if part in state}
-        progress = {"step": self.step, "elapsed": self.elapsed, "loss": self.loss}
+        progress = {"step": self.step, "samples": self.samples, "elapsed": self.elapsed, "loss": self.loss}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as beside:
             save_file(tensors, beside, metadata={"progress": json.dumps(progress)})
@@ -213,7 +209,8 @@ class BudgetedTraining:
         with safe_open(self.path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
         tensors = load_file(self.path)
-        self.step, self.elapsed, self.loss = progress["step"], progress["elapsed"], progress["loss"]
+        self.step, self.samples = progress["step"], progress["samples"]
+        self.elapsed, self.loss = progress["elapsed"], progress["loss"]
         with torch.no_grad():
             for key, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weight/{key}"])

@@ -31,7 +31,7 @@ FIRST_SCENE = 2_000_000_000  # seeds that the autoencoder has not seen
 
 def batch_size() -> int:
     """Latents per step and process."""
-    return 512 if device().type == "cuda" else 32
+    return 512 if device().type == "cuda" else 48
 
 
 def scene_latents(model: Any, first: int, count: int) -> Tensor:
