@@ -10,12 +10,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+
+
+def conf_folder(package: Path) -> Path:
+    """The folder of the presets: inside the package in an installed wheel, beside it in a checkout."""
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+CONF = conf_folder(Path(__file__).resolve().parent)
 
 
 class ConfigError(ValueError):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from perfusion import backbones
-from perfusion.config import BackboneConfig, ConfigError, checked
+from perfusion.config import CONF, BackboneConfig, ConfigError, checked
 
-FOLDER = Path(__file__).resolve().parents[1] / "conf" / "backbone"
+FOLDER = CONF / "backbone"
 
 
 def backbone_config(name: str, path: str | None = None, dtype: str = "float32", device: str = "auto") -> BackboneConfig:
@@ -19,7 +18,7 @@ def backbone_config(name: str, path: str | None = None, dtype: str = "float32", 
     Raises:
         ConfigError: neither a backbone nor a preset.
     """
-    presets = {file.stem: file for file in FOLDER.glob("*.yaml")}  # none where the package was installed without them
+    presets = {file.stem: file for file in FOLDER.glob("*.yaml")}
     if name in presets:
         config = checked(BackboneConfig, OmegaConf.to_container(OmegaConf.load(presets[name])), "backbone")
     elif name in backbones.available():

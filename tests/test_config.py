@@ -1,15 +1,16 @@
 """What the command line and conf/ give: checked configs, or mistakes that read well."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from perfusion.cli import run_cli
-from perfusion.config import ConfigError, TrainConfig, checked
+from perfusion.config import CONF, ConfigError, TrainConfig, checked, conf_folder
 from perfusion.methods.base import method_class
 from perfusion.training import composition
-from perfusion.training.composition import CONF, prepared
+from perfusion.training.composition import prepared
 from perfusion.training.trainer import check_keywords
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -27,6 +28,15 @@ def mistake(*argv: str) -> str:
     with pytest.raises(ConfigError) as caught:
         compose(*argv)
     return str(caught.value)
+
+
+def test_presets_lie_in_the_package_of_a_wheel_and_beside_it_in_a_checkout(tmp_path: Path) -> None:
+    package = tmp_path / "perfusion"
+    assert conf_folder(package) == tmp_path / "conf"
+    (package / "conf").mkdir(parents=True)
+    assert conf_folder(package) == package / "conf"
+    included = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert included["force-include"] == {"conf": "perfusion/conf"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

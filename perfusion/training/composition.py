@@ -18,9 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from perfusion.config import ConfigError, TrainConfig, checked
+from perfusion.config import CONF, ConfigError, TrainConfig, checked
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
 
 
