@@ -89,3 +89,14 @@ class ClipTextScore(Metric):
 def harmonic_mean(a: float, b: float) -> float:
     """2ab / (a + b) of two scores; 0 if either is not above 0, for then one of the two goals is missed altogether."""
     return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
+
+
+def clip_scores(images: Tensor, references: Tensor, texts: Tensor) -> dict[str, float]:
+    """`clip_i`, `clip_t` and their `harmonic` mean, of embeddings of n pictures (n, d), of m pictures of the concept
+    (m, d), and of the n prompts (n, d)."""
+    clip_i = ClipImageScore(images.shape[1])
+    clip_i.update(images, references)
+    clip_t = ClipTextScore()
+    clip_t.update(images, texts)
+    i, t = clip_i.compute().item(), clip_t.compute().item()
+    return {"clip_i": i, "clip_t": t, "harmonic": harmonic_mean(i, t)}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.clip import ClipScorer
-from eval.metrics import ClipImageScore, ClipTextScore, harmonic_mean
+from eval.metrics import clip_scores
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
 from perfusion.contact_sheet import image_grid
@@ -140,13 +140,7 @@ class SelectBestStep(Callback):
             method.train(training)
 
     def _score(self, images: Sequence[Image.Image]) -> dict[str, float]:
-        embeddings = self._scorer.image_embeddings(images)
-        clip_i = ClipImageScore(embeddings.shape[1])
-        clip_i.update(embeddings, self._references)
-        clip_t = ClipTextScore()
-        clip_t.update(embeddings, self._texts)
-        i, t = clip_i.compute().item(), clip_t.compute().item()
-        return {"clip_i": i, "clip_t": t, "harmonic": harmonic_mean(i, t)}
+        return clip_scores(self._scorer.image_embeddings(images), self._references, self._texts)
 
 
 def pictures(pixels: Tensor) -> list[Image.Image]:

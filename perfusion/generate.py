@@ -30,11 +30,14 @@ Draws pictures of a trained concept. Each has a seed of its own: picture k of `s
 alone. All of this is written beside the pictures (manifest.json), and into them (PNG text).
 Several prompts:  prompt='["a photo of <cat*> on the beach", "a sketch of <cat*>"]'
 Several strengths, one row of pictures each:  beta=0.4,0.55,0.7
+The strength with the best harmonic mean of CLIP-I and CLIP-T:  beta=auto
 Several concepts:  concept='[cat.safetensors, teddy.safetensors]' prompt='<cat*> and <teddy*> on the beach'
   with strengths of their own:  beta='[[0.6, 0.4]]'
 """
 
 GRID = "grid.png"
+AUTO = "auto"
+CHOOSER = "eval.strength.choose"  # what beta=auto asks; by its name, like a callback, since eval stands above perfusion
 _SLUG = 48  # characters of a prompt in the name of a file
 
 
@@ -44,7 +47,7 @@ class GenerateConfig:
 
     concept: Any = MISSING  # concept file, or a list of files that are drawn together
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
-    beta: Any = None  # gate's threshold, or a list: lower looks more like the concept; null: as the concept says
+    beta: Any = None  # gate's threshold, a list, or auto: lower looks more like the concept; null: as the concept says
     tau: float | None = None  # gate's softness; null: as the concept says
     key_lock: str | None = None  # local or global: where the prompt's keys come from; null: as the concept says
     num: int = 4  # pictures of each prompt, and of each beta
@@ -56,6 +59,9 @@ class GenerateConfig:
     device: str = "auto"  # auto: cuda, then mps, then cpu
     steps: int | None = None  # denoising steps; null: the backbone's
     guidance: float | None = None  # classifier-free guidance; null: the backbone's
+    references: Any = None  # for beta=auto: pictures of the concept; null: those that it was trained on
+    scorer: str | None = None  # for beta=auto: open_clip model; null: Toyland's own on Toyland
+    pretrained: str | None = None  # for beta=auto: the scorer's weights, a file or a tag
     batch: int = 8  # pictures at once on a GPU; a CPU takes one at a time, so that none depends on the others
 
 
@@ -97,6 +103,8 @@ def generate(config: GenerateConfig) -> Path:
         defaults = attached[0].backbone.config
         steps = defaults.steps if config.steps is None else config.steps
         guidance = defaults.guidance if config.guidance is None else config.guidance
+        if config.beta == AUTO:
+            strengths = [(_best(config, attached),)]
         chosen = [_chosen(row, attached) for row in strengths]
         if len({*chosen}) < len(chosen):
             raise ConfigError(f"beta: found {config.beta!r}, which is {chosen}; expected each value once")
@@ -178,6 +186,10 @@ def _files(config: GenerateConfig) -> list[str]:
 def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None, ...]]:
     """For each row of pictures, β of each concept; None is the concept's own."""
     given = config.beta
+    if given == AUTO:
+        if concepts > 1:
+            raise ConfigError("beta=auto: found several concepts, expected one; find the strength of each on its own")
+        return [(None,)]
     if isinstance(given, str):  # 0.4,0.55 on a command line
         given = given.split(",")
     rows: list[tuple[float | None, ...]] = []
@@ -189,10 +201,21 @@ def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None
         rows = []
     if not rows or any(len(row) != concepts for row in rows):
         each = "" if concepts == 1 else f", or [[...]] with {concepts} numbers, one for each concept"
-        raise ConfigError(f"beta: found {config.beta!r}, expected a number, or several as in beta=0.4,0.55,0.7{each}")
+        raise ConfigError(
+            f"beta: found {config.beta!r}, expected a number, several as in beta=0.4,0.55,0.7, or auto{each}"
+        )
     if any(beta is not None and not math.isfinite(beta) for row in rows for beta in row):
         raise ConfigError(f"beta: found {config.beta!r}, expected finite numbers")
     return rows
+
+
+def _best(config: GenerateConfig, attached: Sequence[Attached]) -> float:
+    """The strength that the scores speak for, said aloud."""
+    from hydra.utils import get_method
+
+    beta = get_method(CHOOSER)(attached[0], config.references, config.scorer, config.pretrained)
+    print(f"beta=auto: {beta:g} has the best harmonic mean of CLIP-I and CLIP-T")
+    return beta
 
 
 def _chosen(row: Sequence[float | None], attached: Sequence[Attached]) -> tuple[float | None, ...]:

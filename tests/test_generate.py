@@ -193,7 +193,10 @@ def test_two_concepts_in_one_picture(concept: Path, mug: Path, backbone: Backbon
     assert pixels(Path("o"))[first.file] == expected[0]
     assert "warning" not in capsys.readouterr().err
     assert run(both, f"prompt={prompt}", "beta=[[0.3,0.6,0.1]]") != 0
-    assert "expected a number, or several as in beta=0.4,0.55,0.7, or [[...]] with 2 numbers" in capsys.readouterr().err
+    assert (
+        "expected a number, several as in beta=0.4,0.55,0.7, or auto, or [[...]] with 2 numbers"
+        in capsys.readouterr().err
+    )
     assert run("[]", f"prompt={prompt}") != 0
     assert "concept: found [], expected a file or a list of files" in capsys.readouterr().err
 

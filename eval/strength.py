@@ -1,0 +1,205 @@
+"""`python -m eval.strength`: the β at which a concept looks like itself and still does what prompts say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
+from perfusion.data.prompts import fill
+
+# Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+if TYPE_CHECKING:
+    from eval.clip import ClipScorer
+    from perfusion.concept import Attached
+
+GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+STEPS = 25  # fewer than for a good picture are enough to choose by
+CONFIG = "config.yaml"  # beside a concept in its run folder
+
+USAGE = """
+Usage: python -m eval.strength concept=<file> [key=value ...]
+
+Draws the validation prompts at each β of a grid and scores the pictures: CLIP-I against pictures of the concept, CLIP-T
+against the prompts. The β with the best harmonic mean is the one that `python -m perfusion.generate beta=auto` takes.
+"""
+
+
+@dataclass
+class StrengthConfig:
+    """The options of `python -m eval.strength`."""
+
+    concept: str = MISSING  # concept file
+    references: Any = None  # pictures of the concept; null: those that it was trained on, as its run folder names them
+    grid: list[float] = field(default_factory=lambda: list(GRID))  # values of β
+    scorer: str | None = None  # open_clip model, or local-dir:<folder>; null: Toyland's own on Toyland
+    pretrained: str | None = None  # the scorer's weights: a file or a tag
+    backbone: str | None = None  # toyland, sd15, ...; null: the kind that the concept was trained on
+    path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
+    dtype: str = "float32"  # float32, float16 or bfloat16
+    device: str = "auto"  # auto: cuda, then mps, then cpu
+    steps: int = STEPS  # denoising steps of a sample
+    seed: int = 0  # of the first prompt's sample; the others follow on
+    out: str | None = None  # JSON file for the scores; null: none
+
+
+@dataclass(frozen=True)
+class Strength:
+    """What one β gave."""
+
+    beta: float
+    clip_i: float
+    clip_t: float
+    harmonic: float
+
+
+def measure(
+    attached: Attached,
+    references: Any,
+    grid: Sequence[float] = GRID,
+    scorer: str | None = None,
+    pretrained: str | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> list[Strength]:
+    """Score the concept at every β of `grid`, in its order; its own β is put back afterwards.
+
+    The noise of a prompt is the same at every β, so that scores differ by the strength alone.
+
+    Args:
+        attached: a concept with a gate, in its pipeline.
+        references: see `reference_pictures`.
+        scorer, pretrained: see `ClipScorer`; None: Toyland's own, on Toyland.
+
+    Raises:
+        ConfigError: an empty grid, a method without a gate, no scorer for this backbone, no references.
+        ScorerError, ConceptImageError: the scorer or the references cannot be read.
+    """
+    import torch
+
+    from eval.metrics import clip_scores
+    from perfusion.sampling import stream
+    from perfusion.training.samples import sample_templates
+
+    if not grid:
+        raise ConfigError("grid: found no β, expected at least one, as in grid=[0.3,0.5,0.7]")
+    config, concept = attached.backbone.config, attached.concept
+    own = attached.beta
+    clip = _scorer(attached, scorer, pretrained)
+    wanted = clip.image_embeddings(reference_pictures(attached, references))
+    templates = sample_templates(config.prompts)
+    texts = clip.text_embeddings([fill(template, concept.superclass) for template in templates])
+    prompts = [fill(template, concept.placeholder) for template in templates]
+    betas = torch.tensor(grid, dtype=torch.float32).repeat_interleave(len(prompts))
+
+    def set_strength(batch: slice) -> None:
+        attached.beta = betas[batch]
+
+    try:
+        images = list(
+            stream(
+                attached.backbone.pipe,
+                prompts * len(grid),
+                [*range(seed, seed + len(prompts))] * len(grid),
+                steps,
+                config.guidance,
+                progress=True,
+                size=config.resolution,
+                exact=False,
+                prepare=set_strength,
+            )
+        )
+    finally:
+        attached.beta = own
+    embedded = clip.image_embeddings(images).split(len(prompts))
+    return [
+        Strength(float(beta), **clip_scores(part, wanted, texts)) for beta, part in zip(grid, embedded, strict=True)
+    ]
+
+
+def best(found: Sequence[Strength]) -> Strength:
+    """The one with the highest harmonic mean; of equal ones the first."""
+    return max(found, key=lambda strength: strength.harmonic)
+
+
+def choose(attached: Attached, references: Any, scorer: str | None, pretrained: str | None) -> float:
+    """The β that `beta=auto` takes, printed with the scores of the whole grid; raises as `measure` does."""
+    found = measure(attached, references, scorer=scorer, pretrained=pretrained)
+    print(table(found))
+    return best(found).beta
+
+
+def table(found: Sequence[Strength]) -> str:
+    """The scores as aligned text, the best line marked."""
+    lines = ["    β   CLIP-I   CLIP-T   harmonic mean"]
+    for strength in found:
+        mark = "   <- best" if strength is best(found) else ""
+        lines.append(
+            f"{strength.beta:5.2f}  {strength.clip_i:7.4f}  {strength.clip_t:7.4f}  {strength.harmonic:14.4f}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def reference_pictures(attached: Attached, references: Any) -> list[Any]:
+    """Pictures of the concept: `references` is a folder, a glob, files, or None for what it was trained on.
+
+    Raises:
+        ConfigError: None, and no run folder's config lies beside the concept's file.
+        ConceptImageError: the pictures cannot be read.
+    """
+    from eval.selection import pictures
+    from perfusion.data.dataset import load_examples
+    from perfusion.training.data import examples_of
+    from perfusion.training.run_folder import read_config
+
+    resolution = attached.backbone.config.resolution
+    if references is not None:
+        return pictures(load_examples(references, None, resolution).pixels)
+    run = Path(attached.concept.source).with_name(CONFIG)
+    if not run.is_file():
+        raise ConfigError(f"references: not given, and {run} is not there to name them; give references=<pictures>")
+    return pictures(examples_of(read_config(run).concept, resolution).pixels)
+
+
+def _scorer(attached: Attached, scorer: str | None, pretrained: str | None) -> ClipScorer:
+    from eval.clip import ClipScorer
+
+    if scorer is None and attached.backbone.family != "toyland":
+        raise ConfigError(
+            f"scorer: not given; on {attached.backbone.family} name an open_clip model with its weights, as in "
+            "scorer=ViT-L-14 pretrained=<file or tag>"
+        )
+    return ClipScorer(scorer or "toyland", pretrained, attached.backbone.device)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line entry point."""
+    import json
+
+    config = parse_key_values(argv, StrengthConfig, USAGE)
+    from perfusion.backbones import backbone_class
+    from perfusion.concept import Concept
+    from perfusion.files import atomic_write_text
+    from perfusion.presets import backbone_config
+
+    concept = Concept.load(Path(config.concept).expanduser())
+    family = concept.fingerprint.get("family", "toyland")
+    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device)
+    with concept.attach(backbone_class(chosen.name).load(chosen)) as attached:
+        found = measure(
+            attached, config.references, config.grid, config.scorer, config.pretrained, config.steps, config.seed
+        )
+    print(table(found))
+    if config.out:
+        content = {"best": best(found).beta, "strengths": [asdict(strength) for strength in found]}
+        atomic_write_text(Path(config.out).expanduser(), json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
