@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"edit", "manifest", "presets", "sampling"}),
     frozenset({"methods"}),
     frozenset({"concept"}),
-    frozenset({"training", "generate", "inspect"}),
+    frozenset({"training", "generate", "inspect", "convert"}),
     frozenset({"train"}),  # the entry point runs what training/ defines
     frozenset({"demo"}),  # trains, then generates
     frozenset({"__init__"}),  # the public face: it may show everything, and nothing inside reaches through it

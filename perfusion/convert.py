@@ -1,0 +1,257 @@
+"""`python -m perfusion.convert`: a concept of the package perfusion-pytorch as a concept file of this project.
+
+Its files are pickles, `{"embed_params": (J, d_e), "key_value_params": [[i* (J, d), o* (J, h)], ...], "C_inv": (d, d)}`
+with one pair for each K and V projection. This is the one place that opens a pickle, and torch then builds nothing
+but tensors and plain containers from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
+
+# Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perfusion.backbones.base import Backbone, EditSite
+    from perfusion.concept import Concept
+
+PACKAGE = "perfusion-pytorch"
+KEYS = ("embed_params", "key_value_params", "C_inv")
+SAME_INPUT = 1e-3  # relative distance between layers up to which their i* are one
+LOCKED = 1e-2  # relative distance up to which keys are projections of one encoding
+
+USAGE = """
+Usage: python -m perfusion.convert file=<file.pt> superclass=cat placeholder='<cat*>' path=<backbone> [key=value ...]
+
+Makes a concept file of a file that perfusion_pytorch.save wrote. That file names neither words nor model: give the
+superclass that it was trained with, the word that shall stand for the concept in prompts, and the weights of the model.
+The keys of all layers must fit the model's projections; a file of another model is refused.
+"""
+
+
+@dataclass
+class ConvertConfig:
+    """The options of `python -m perfusion.convert`."""
+
+    file: str = MISSING  # what perfusion_pytorch.save wrote
+    superclass: str = MISSING  # the word that the concept was trained from
+    placeholder: str = MISSING  # a word the tokenizer does not know, e.g. "<cat*>"
+    index: int = 0  # which concept, if the file holds several
+    out: str | None = None  # concept file to write; null: the same name with .safetensors
+    beta: float = 0.7  # of the gate in pictures: eval_beta of the package
+    tau: float = 0.15  # likewise: eval_temperature
+    backbone: str = "sd15"  # toyland, sd15, ...
+    path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
+    device: str = "cpu"  # where the model is loaded to compare projections
+
+
+class ConversionError(ValueError):
+    """A file that cannot be converted; names the file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """One concept of a file."""
+
+    embedding: Tensor  # (d_e,)
+    target_input: Tensor  # i* (d,)
+    outputs: list[Tensor]  # o* (h,) of each projection, in the file's order
+    precision: Tensor  # C⁻¹ (d, d)
+
+
+def read_package(path: Path, index: int = 0) -> Foreign:
+    """The concept `index` in a file of perfusion-pytorch, float32.
+
+    Raises:
+        ConversionError: no such file, no pickle of tensors, other contents, no such concept, or values that are not
+            finite; or layers that do not share i*.
+    """
+    import torch
+
+    if not path.is_file():
+        raise ConversionError(f"{path}: found no such file, expected one that perfusion_pytorch.save wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no pickle of tensors fails in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConversionError(f"{path}: found no pickle of tensors alone ({reason})") from error
+    if not isinstance(content, dict) or set(KEYS) - set(content):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ConversionError(f"{path}: found {found}, expected {', '.join(KEYS)}, as {PACKAGE} writes them")
+    embeddings, pairs, precision = (content[key] for key in KEYS)
+    if not isinstance(embeddings, torch.Tensor) or embeddings.dim() != 2:
+        raise ConversionError(f"{path}: found no embed_params (J, d_e): the concept's word is not in it")
+    if not 0 <= index < len(embeddings):
+        raise ConversionError(f"{path}: index: found {index}, expected 0 to {len(embeddings) - 1}")
+    try:
+        inputs = torch.stack([pair[0][index].float() for pair in pairs])
+        outputs = [pair[1][index].float() for pair in pairs]
+        target = inputs.mean(0)
+        if precision.shape != (len(target), len(target)):
+            raise ValueError(precision.shape)
+    except (TypeError, IndexError, RuntimeError, AttributeError, ValueError) as error:
+        raise ConversionError(
+            f"{path}: found key_value_params and C_inv of unexpected shapes, expected pairs of (J, d) and (J, h), and "
+            "(d, d)"
+        ) from error
+    for name, tensors in (
+        ("embed_params", [embeddings]),
+        ("key_value_params", [inputs, *outputs]),
+        ("C_inv", [precision]),
+    ):
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise ConversionError(f"{path}: found NaN or infinity in {name}, expected finite values")
+    distance = float((inputs - target).norm(dim=1).max() / target.norm())
+    if not distance <= SAME_INPUT:
+        raise ConversionError(
+            f"{path}: found target inputs i* that differ by {distance:.1e} of their length between layers, expected "
+            "one for all: was it trained to the end?"
+        )
+    return Foreign(embeddings[index].float(), target, outputs, precision.float())
+
+
+def place(foreign: Foreign, backbone: Backbone, source: str) -> dict[str, Tensor]:
+    """o* of each edit site, by its name.
+
+    The file holds the projections in the order of the modules of whatever model was trained: that of diffusers, or that
+    of the original Stable Diffusion code, where the middle block stands in the middle. The right one is the one in
+    which the keys are projections W_K s of one encoding s, as locked keys are.
+
+    Raises:
+        ConversionError: in neither order do they fit this backbone.
+    """
+    best, distances = None, []
+    for sites in _orders(backbone):
+        widths = [_weight(site).shape[0] for site in sites]
+        if widths != [len(output) for output in foreign.outputs]:
+            continue
+        placed = {site.name: output for site, output in zip(sites, foreign.outputs, strict=True)}
+        distances.append(_distance_from_locked(sites, placed))
+        if distances[-1] <= min(distances):
+            best = placed
+    if best is None:
+        found = [len(output) for output in foreign.outputs]
+        expected = [_weight(site).shape[0] for site in backbone.edit_sites()]
+        raise ConversionError(
+            f"{source}: found outputs of widths {found}, expected {expected}, as {_called(backbone)} has"
+        )
+    if min(distances) > LOCKED:
+        raise ConversionError(
+            f"{source}: found keys that are {min(distances):.1e} of their length away from what {_called(backbone)} "
+            f"projects of any encoding, expected at most {LOCKED:.0e}: it was trained on other weights"
+        )
+    return best
+
+
+def _called(backbone: Backbone) -> str:
+    return f"{backbone.config.name} {backbone.config.path or ''}".strip()
+
+
+def _orders(backbone: Backbone) -> Iterator[list[EditSite]]:
+    """The edit sites as diffusers has them (down, up, middle), and as the original code has them (down, middle, up)."""
+    sites = backbone.edit_sites()
+    yield sites
+    rank = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    yield sorted(sites, key=lambda site: rank.get(site.name.partition(".")[0], 3))
+
+
+def _weight(site: EditSite) -> Tensor:
+    weight: Any = site.projection.weight
+    return weight.detach().float().cpu()
+
+
+def _distance_from_locked(sites: Sequence[EditSite], outputs: dict[str, Tensor]) -> float:
+    """min over s of ‖W_K s − o*_K‖ / ‖o*_K‖, over the K projections of all layers together."""
+    import torch
+
+    keys = [site for site in sites if site.kind == "k"]
+    weights = torch.cat([_weight(site) for site in keys]).double()
+    wanted = torch.cat([outputs[site.name] for site in keys]).double()
+    s = torch.linalg.lstsq(weights, wanted[:, None]).solution
+    return float((weights @ s - wanted[:, None]).norm() / wanted.norm())
+
+
+def convert(config: ConvertConfig) -> Concept:
+    """Read, place and save; gives the concept as its new file holds it.
+
+    Raises:
+        ConversionError: see `read_package` and `place`; or `out` exists.
+        BackboneError, TokenError: no such model, or words that it cannot take.
+    """
+    source = Path(config.file).expanduser()
+    out = Path(config.out).expanduser() if config.out else source.with_suffix(".safetensors")
+    if out.exists():
+        raise ConversionError(f"out: {out} exists, expected a new file")
+    foreign = read_package(source, config.index)
+
+    import torch
+
+    from perfusion import backbones
+    from perfusion.concept import Concept, save_concept
+    from perfusion.methods.base import Word, build
+    from perfusion.presets import backbone_config
+
+    chosen = backbone_config(config.backbone, config.path, device=config.device)
+    backbones.check_words(chosen, config.placeholder, config.superclass)
+    backbone = backbones.backbone_class(chosen.name).load(chosen)
+    outputs = place(foreign, backbone, str(source))
+    # The keys are taken as they are: averages over the package's own prompts, which no superclass prompt gives again.
+    options = {"name": "perfusion", "key_lock": "none", "sample_beta": config.beta, "sample_tau": config.tau}
+    method = build(options, Word(config.placeholder, config.superclass)).eval()
+    direction = foreign.precision @ foreign.target_input
+    sites = backbone.edit_sites()
+    state = {
+        "target_input": foreign.target_input,
+        "direction": direction / direction.abs().max(),
+        **{
+            name: torch.cat([outputs[site.name] for site in sites if site.kind == kind])
+            for name, kind in (("values", "v"), ("keys", "k"))
+        },
+        "embedding.text_encoder": foreign.embedding[None],
+    }
+    expected = method.state_shapes(backbone)
+    for name in dict.fromkeys((*expected, *state)):
+        found = tuple(state[name].shape) if name in state else None
+        if found != expected.get(name):
+            raise ConversionError(
+                f"{source}: {name}: found {found or 'none'}, expected {expected.get(name, 'none')} for "
+                f"{_called(backbone)}"
+            )
+    method.attach(backbone)
+    try:
+        method.load_state(state)
+        concept = Concept.of(method, backbone, seed=0)
+    finally:
+        method.detach()
+    digest = hashlib.sha256(foreign.precision.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return save_concept(out, dataclasses.replace(concept, covariance=f"{PACKAGE}:{digest}"))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Convert what a command line describes."""
+    config = parse_key_values(argv, ConvertConfig, USAGE)
+    if not config.superclass.strip() or not config.placeholder.strip():
+        raise ConfigError("superclass, placeholder: expected a word each")
+    concept = convert(config)
+    print(f"concept: {concept.source} ({Path(concept.source).stat().st_size / 1000:.1f} kB)")
+    where = f" path={config.path}" if config.path else ""
+    print(
+        f"next: python -m perfusion.generate concept={concept.source} backbone={config.backbone}{where} "
+        f"prompt='a photo of {concept.placeholder} on the beach'"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
