@@ -43,8 +43,8 @@ toyland: setup ## Build the Toyland weights from nothing
 toyland-report: setup ## Measure the Toyland weights against their bars
 	$(PYTHON) -m perfusion.toyland.report $(ARGS)
 
-bench: setup ## Measure speed as ratios and write benchmarks/latest.json
-	$(PYTHON) -m benchmarks $(ARGS)
+bench: setup ## Measure speed as ratios and write benchmarks/latest.json and docs/performance.md
+	$(PYTHON) -m benchmarks page=docs/performance.md $(ARGS)
 
 constraints: ## Pin the newest versions that work together in constraints.txt
 	@tools/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \

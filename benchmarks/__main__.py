@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks import projection, projection_sampling, report, sampling, timing, train_step
+from benchmarks import page, projection, projection_sampling, report, sampling, timing, train_step
 from perfusion.backbones.loading import resolve_device
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
@@ -45,6 +45,7 @@ class BenchConfig:
     threads: int = 1  # of the CPU
     device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
     out: str = str(Path(__file__).with_name("latest.json"))  # file of the results
+    page: str | None = None  # Markdown file for the table of all results in out=; null: none
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,8 +71,11 @@ def main(argv: Sequence[str]) -> None:
             found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
             results.append(report.result(pair, found, clock, where))
             print(report.line(results[-1]), flush=True)
-    report.write(Path(config.out), results)
+    rows = report.write(Path(config.out), results)
     print(f"Written to {config.out}")
+    if config.page:
+        page.write(Path(config.page), rows)
+        print(f"and {config.page}")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def result(pair: Pair, found: Comparison, clock: Clock, where: Machine) -> Resul
     )
 
 
-def write(path: Path, results: Sequence[Result]) -> None:
-    """Put `results` into the file at `path`, atomically; rows of other benchmarks stay there.
+def write(path: Path, results: Sequence[Result]) -> list[Result]:
+    """Put `results` into the file at `path`, atomically; rows of other benchmarks stay there. Gives all rows.
 
     Raises:
         ConfigError: the file holds something else than results.
@@ -77,6 +77,7 @@ def write(path: Path, results: Sequence[Result]) -> None:
     ordered = [rows[key] for key in sorted(rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(ordered, indent=2) + "\n")
+    return ordered
 
 
 def _read(path: Path) -> list[Result]:

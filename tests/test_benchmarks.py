@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import projection, projection_sampling, report, sampling, timing, toyland, train_step
+from benchmarks import page, projection, projection_sampling, report, sampling, timing, toyland, train_step
 from benchmarks.timing import Pair, compare
 from perfusion.cli import run_cli
 
@@ -309,3 +309,17 @@ def test_a_sampling_gives_pictures_on_either_side(name: str, pictures: int, monk
         assert edited.tobytes() != plain.tobytes()
         pictures -= 1
     assert pictures == 0
+
+
+def test_the_page_says_what_was_measured_and_what_was_reached(tmp_path: Path) -> None:
+    rows = [row("sampling_1", 0.98), row("train_step", 1.2), row("projection", 1.5)]
+    page.write(tmp_path / "docs" / "performance.md", rows)
+    lines = (tmp_path / "docs" / "performance.md").read_text().splitlines()
+    assert "| `sampling_1` | m | 0.980 | 0.100 | 1.00, reached | 1.96 ms | 2.00 ms | 5 |" in lines
+    assert "| `train_step` | m | 1.200 | 0.100 | 1.05, not reached | 2.40 ms | 2.00 ms | 5 |" in lines
+    assert "| `projection` | m | 1.500 | 0.100 |  | 3.00 ms | 2.00 ms | 5 |" in lines
+    assert sum(line.endswith("wall time") for line in lines) == 1, "a machine is named once"
+
+
+def test_every_benchmark_is_explained_on_the_page() -> None:
+    assert set(page.ABOUT) == set(command.BENCHMARKS)

@@ -1,0 +1,61 @@
+"""docs/performance.md, written from the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report import Result
+from perfusion.files import atomic_write_text
+
+HEAD = """# Performance
+
+What the project costs beside doing without it: two things timed in turn in one run, since times of different runs or
+machines say little. `ratio` is the median over the rounds of subject / baseline, `spread` the interquartile range of
+the rounds' ratios, `goal` what the ratio should be at most. `make bench` measures anew and writes this page and
+`benchmarks/latest.json`; `benchmarks/` says what each side does.
+
+| benchmark | model | ratio | spread | goal | subject | baseline | rounds |
+|---|---|---:|---:|---|---:|---:|---:|
+"""
+
+# Benchmark -> what it compares with what, and what its ratio should be at most.
+ABOUT: dict[str, tuple[str, float | None]] = {
+    "projection": ("K and V of all layers for a batch of prompts in training: edited against plain", None),
+    "projection_sampling": ("the same over the steps of one sampling, where they are computed once", None),
+    "train_step": ("a whole training step against frozen forward and gradients of activations alone", 1.05),
+    "sampling_1": ("a whole call of the pipeline: one concept against none", 1.00),
+    "sampling_8": ("the same with eight concepts attached, two of them in the prompt", 1.00),
+    "sampling_16_betas": ("the same with 16 pictures in a batch, each with a strength of its own", 1.00),
+}
+
+
+def write(path: Path, rows: Sequence[Result]) -> None:
+    """Write the page, atomically."""
+    lines = [_line(row) for row in rows]
+    told = [f"- `{name}`: {ABOUT[name][0]}." for name in dict.fromkeys(row["name"] for row in rows) if name in ABOUT]
+    where = [f"- {place}" for place in dict.fromkeys(_place(row) for row in rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, HEAD + "\n".join([*lines, "", *told, "", "Measured on:", "", *where, ""]))
+
+
+def _line(row: Result) -> str:
+    _, goal = ABOUT.get(row["name"], ("", None))
+    said = "" if goal is None else f"{goal:.2f}" + (", not reached" if row["ratio"] > goal else ", reached")
+    subject, baseline = (_duration(row["median"][side]) for side in ("subject", "baseline"))
+    return (
+        f"| `{row['name']}` | {row['model']} | {row['ratio']:.3f} | {row['spread']:.3f} | {said} | {subject} | "
+        f"{baseline} | {row['rounds']} |"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
+
+
+def _place(row: Result) -> str:
+    machine = row["machine"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['device']}, torch "
+        f"{machine['torch']}, {row['clock']} time"
+    )
