@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from perfusion import covariance, files
-from perfusion.covariance import CovarianceError, SecondMoment, accumulate, cached_second_moment, factorise
+from perfusion import files
+from perfusion.covariance import CovarianceError, SecondMoment, accumulate, cache, cached_second_moment, factorise
 
 D = 6
 CAPTIONS = [f"caption {k}" for k in range(11)]
@@ -169,7 +169,7 @@ def test_any_other_key_input_computes(name: str, tmp_path: Path) -> None:
 def test_another_version_of_the_format_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = Counted()
     cached_second_moment(KEY, compute, tmp_path)
-    monkeypatch.setattr(covariance, "CACHE_FORMAT", covariance.CACHE_FORMAT + 1)
+    monkeypatch.setattr(cache, "CACHE_FORMAT", cache.CACHE_FORMAT + 1)
     cached_second_moment(KEY, compute, tmp_path)
     assert compute.calls == 2
 
