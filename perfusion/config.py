@@ -28,6 +28,8 @@ class CovarianceConfig:
 
     captions: str = "everyday"  # built-in set ("everyday", "toyland") or a text file, one caption per line
     count: int = 10_000  # captions taken
+    positions: str = "all"  # all: every position that the cross-attention sees; words: no beginning, end and padding
+    matrix: str | None = None  # .safetensors or .npy file with a ready C (d, d); the three keys above do not count then
     ridge: float = 1e-2  # added to the diagonal, as a share of its mean
     cache: str = "~/.cache/perfusion/covariance"
 
