@@ -29,7 +29,10 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert torch.equal(found.C, C) and found.C.dtype == torch.float64
     assert (found.count, found.origin) == (40, ORIGIN)
     with safe_open(tmp_path / "C.safetensors", framework="pt") as file:
-        assert list(file.keys()) == ["second_moment"] and file.metadata()["count"] == "40"
+        assert list(file.keys()) == ["second_moment"] and file.metadata().keys() == {"perfusion.second_moment"}
+    before = (tmp_path / "C.safetensors").read_bytes()
+    save_matrix(tmp_path / "C.safetensors", found)
+    assert (tmp_path / "C.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["C.safetensors"]
 
 
@@ -66,6 +69,18 @@ def changed(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
+
+
+def without_count(path: Path) -> None:
+    save_matrix(path, Matrix(some_matrix(), 40, ORIGIN))
+    path.write_bytes(path.read_bytes().replace(b"count", b"cuont", 1))
+
+
+def of_a_later_version(path: Path) -> None:
+    save_matrix(path, Matrix(some_matrix(), 40, {}))
+    content = path.read_bytes()
+    assert content.count(b'format\\": 1') == 1
+    path.write_bytes(content.replace(b'format\\": 1', b'format\\": 9'))
 
 
 def pickled(path: Path) -> None:
@@ -107,6 +122,8 @@ def with_nan(path: Path) -> None:
         ("C.npy", lambda path: np.save(path, np.ones((3, 2))), r"found shape \(3, 2\), expected a square matrix"),
         ("C.npy", lambda path: np.save(path, np.ones(3)), r"found shape \(3,\), expected a square matrix"),
         ("C.npy", with_nan, "found 1 entries of NaN or infinity, expected finite values"),
+        ("C.safetensors", without_count, "found incomplete metadata 'perfusion.second_moment'"),
+        ("C.safetensors", of_a_later_version, "found version 9 of the file format, expected 1"),
         ("C.safetensors", changed, "found contents that differ from their checksum"),
     ],
 )

@@ -15,9 +15,9 @@ from torch import Tensor
 from perfusion.covariance.moment import CovarianceError
 from perfusion.files import atomic_write_bytes
 
-MATRIX_FORMAT = "1"
+MATRIX_FORMAT = 1
 SUFFIXES = (".safetensors", ".npy")
-NAME = "second_moment"  # of the tensor in a file that this project wrote
+NAME, ABOUT = "second_moment", "perfusion.second_moment"  # of the tensor and the metadata in a file of this project
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Matrix:
 
 
 def save_matrix(path: Path, matrix: Matrix) -> None:
-    """Write `matrix` to a .safetensors file, atomically. OSError where it cannot be written."""
-    metadata = {"format": MATRIX_FORMAT, "origin": json.dumps(dict(matrix.origin), sort_keys=True)}
-    metadata["sha256"] = _sha256(matrix.C)
-    if matrix.count is not None:
-        metadata["count"] = str(matrix.count)
+    """Write `matrix` to a .safetensors file, atomically; the same matrix gives the same bytes. OSError where it cannot
+    be written."""
+    about = {"format": MATRIX_FORMAT, "count": matrix.count, "origin": dict(matrix.origin), "sha256": _sha256(matrix.C)}
+    # One entry, since safetensors writes several in any order.
+    metadata = {ABOUT: json.dumps(about, sort_keys=True)}
     atomic_write_bytes(path, save({NAME: matrix.C.contiguous()}, metadata))
 
 
@@ -68,6 +68,8 @@ def load_matrix(path: Path) -> Matrix:
         raise CovarianceError(f"{path}: found {error.strerror or error}, expected a readable file") from error
     except (SafetensorError, ValueError) as error:
         raise CovarianceError(f"{path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise CovarianceError(f"{path}: found incomplete metadata {ABOUT!r} ({error!r})") from error
     return matrix
 
 
@@ -93,16 +95,14 @@ def _read_safetensors(path: Path) -> Matrix:
     if not values.is_floating_point():
         raise CovarianceError(f"found values of type {str(values.dtype).removeprefix('torch.')}, expected floats")
     C = values.to(torch.float64, copy=True)  # own memory, not a view of the file
-    if names != [NAME] or "sha256" not in metadata:
+    if ABOUT not in metadata:
         return Matrix(C)
-    if metadata.get("format") != MATRIX_FORMAT:
-        raise CovarianceError(f"found version {metadata.get('format')} of the file format, expected {MATRIX_FORMAT}")
-    if metadata["sha256"] != _sha256(C):
+    about = json.loads(metadata[ABOUT])
+    if about["format"] != MATRIX_FORMAT:
+        raise CovarianceError(f"found version {about['format']} of the file format, expected {MATRIX_FORMAT}")
+    if about["sha256"] != _sha256(C):
         raise CovarianceError("found contents that differ from their checksum")
-    origin = json.loads(metadata.get("origin", "{}"))
-    if not isinstance(origin, dict):
-        raise CovarianceError(f"found the origin {origin!r}, expected a mapping")
-    return Matrix(C, int(metadata["count"]) if "count" in metadata else None, origin)
+    return Matrix(C, about["count"], about["origin"])
 
 
 def _sha256(C: Tensor) -> str:
