@@ -65,7 +65,9 @@ class ConceptConfig:
     superclass: str = MISSING  # one or several words, e.g. "cat", "teddy bear"
     placeholder: str = MISSING  # a word the tokenizer does not know, e.g. "<cat*>"
     images: Any = None  # folder, glob, file, or a list of these; None: drawn by Toyland
-    masks: Any = None  # likewise, paired by file name; None: no masks
+    masks: Any = None  # likewise, paired by file name; "clipseg": drawn by CLIPSeg for the superclass; None: no masks
+    clipseg: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the CLIPSeg model, for masks=clipseg
+    masks_cache: str = "~/.cache/perfusion/masks"  # where the masks that CLIPSeg has drawn are kept
     toyland: ToylandConcept = field(default_factory=ToylandConcept)
 
 
