@@ -9,49 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CLIPSegConfig,
-    CLIPSegForImageSegmentation,
-    CLIPSegProcessor,
-    ViTImageProcessor,
-)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
 from perfusion.config import ConceptConfig
 from perfusion.data import clipseg
 from perfusion.data.clipseg import SIDE, ClipSeg
 from perfusion.data.images import ConceptImageError
 from perfusion.data.masks import read_mask
-from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.training.data import examples_of
+from tests.segmenters import clipseg_folder
 
 RESOLUTION = 32
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as CLIPSeg comes in: CLIPSeg's architecture, few and random weights."""
-    folder = tmp_path_factory.mktemp("clipseg")
-    tokenizer = build_tokenizer(["cat", "dog", "teddy", "bear"], positions=16)
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPSegConfig(
-        text_config={**layers, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
-        vision_config={**layers, "image_size": 64, "patch_size": 16},
-        projection_dim=16,
-        extract_layers=[0, 1],
-        reduce_dim=8,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=16,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = CLIPSegForImageSegmentation(config)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    network.save_pretrained(folder)
-    CLIPSegProcessor(ViTImageProcessor(size={"height": 64, "width": 64}), tokenizer).save_pretrained(folder)
-    return folder
+    return clipseg_folder(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +197,11 @@ def without(name: str, source: Path, target: Path) -> Path:
 
 def pickled(model: Path, tmp_path: Path) -> Path:
     folder = without("model.safetensors", model, tmp_path / "pickled")
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    torch.save(load_file(model / "model.safetensors"), folder / "pytorch_model.bin")  # whole, but a pickle
     return folder
 
 
 def half(model: Path, tmp_path: Path) -> Path:
-    from safetensors.torch import load_file, save_file
-
     folder = without("model.safetensors", model, tmp_path / "half")
     weights = load_file(model / "model.safetensors")
     kept = {name: value for name, value in weights.items() if not name.startswith("decoder.film")}
@@ -238,8 +210,6 @@ def half(model: Path, tmp_path: Path) -> Path:
 
 
 def with_nan(model: Path, tmp_path: Path) -> Path:
-    from safetensors.torch import load_file, save_file
-
     folder = without("model.safetensors", model, tmp_path / "nan")
     weights = load_file(model / "model.safetensors")
     weights["decoder.film_mul.bias"][0] = float("nan")

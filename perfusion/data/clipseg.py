@@ -132,9 +132,10 @@ class ClipSeg:
                 tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
                 if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
                     raise OSError("its tokenizer has no vocabulary")
-                model, report = CLIPSegForImageSegmentation.from_pretrained(
+                loaded: Any = CLIPSegForImageSegmentation.from_pretrained(
                     self._name, use_safetensors=True, local_files_only=self._local, output_loading_info=True
                 )
+                model, report = loaded
                 if missing := sorted(report["missing_keys"]):  # they would be random numbers
                     raise OSError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
             self._parts = model.eval(), processor
