@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -48,7 +47,7 @@ class Concept:
     tensors: Mapping[str, Tensor]  # the method's state, in the dtype of the file
     settings: Mapping[str, Any]  # the method's options, without its name
     fingerprint: Mapping[str, str]  # what it needs of a backbone: Backbone.fingerprint and the set of prompt templates
-    covariance: str  # captions:count:ridge of the second moment, to tell which concepts share one
+    covariance: str  # what the second moment was made of (Backbone.covariance), to tell which concepts share one
     seed: int
     versions: Mapping[str, str]
     commit: str  # of this project; empty outside a checkout
@@ -61,7 +60,6 @@ class Concept:
             key: value.name if isinstance(value, Enum) else value
             for key, value in dataclasses.asdict(method.options).items()
         }
-        captions = backbone.config.covariance
         made = provenance()
         return cls(
             method=settings.pop("name"),
@@ -70,7 +68,7 @@ class Concept:
             tensors=method.state(),
             settings=settings,
             fingerprint=_requirements(backbone),
-            covariance=f"{Path(captions.captions).name}:{captions.count}:{captions.ridge:g}",
+            covariance=backbone.covariance,
             seed=seed,
             versions={name: made["versions"][name] for name in LIBRARIES if name in made["versions"]},
             commit=(made["git_commit"] or "")[:_COMMIT_DIGITS],

@@ -38,6 +38,8 @@ class CovarianceConfig:
 
     captions: str = "everyday"  # built-in set ("everyday", "toyland") or a text file, one caption per line
     count: int = 10_000  # captions taken
+    positions: str = "all"  # all: every position that the cross-attention sees; words: no beginning, end and padding
+    matrix: str | None = None  # .safetensors or .npy file with a ready C (d, d); the three keys above do not count then
     ridge: float = 1e-2  # added to the diagonal, as a share of its mean
     cache: str = "~/.cache/perfusion/covariance"
 
@@ -73,7 +75,9 @@ class ConceptConfig:
     superclass: str = MISSING  # one or several words, e.g. "cat", "teddy bear"
     placeholder: str = MISSING  # a word the tokenizer does not know, e.g. "<cat*>"
     images: Any = None  # folder, glob, file, or a list of these; None: drawn by Toyland
-    masks: Any = None  # likewise, paired by file name; None: no masks
+    masks: Any = None  # likewise, paired by file name; "clipseg": drawn by CLIPSeg for the superclass; None: no masks
+    clipseg: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the CLIPSeg model, for masks=clipseg
+    masks_cache: str = "~/.cache/perfusion/masks"  # where the masks that CLIPSeg has drawn are kept
     toyland: ToylandConcept = field(default_factory=ToylandConcept)
 
 

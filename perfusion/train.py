@@ -36,8 +36,8 @@ def train(config: TrainConfig) -> RunFolder:
     """One run, from its config to its finished folder; goes on where a former process stopped.
 
     Raises:
-        ConfigError, ConceptImageError, TokenError, BackboneError: the config cannot be trained. Its pictures, masks and
-            words are checked before a model is loaded.
+        ConfigError, ConceptImageError, TokenError, BackboneError, CovarianceError: the config cannot be trained. Its
+            pictures, masks, words, captions and matrix are checked before a model is loaded.
         TrainingError: the loss became NaN.
         KeyboardInterrupt: stopped; its message says how to go on.
     """
@@ -58,6 +58,7 @@ def train(config: TrainConfig) -> RunFolder:
     examples = examples_of(config.concept, config.backbone.resolution)
     word = Word(config.concept.placeholder, config.concept.superclass)
     backbones.check_words(config.backbone, word.placeholder, word.superclass)
+    backbones.check_covariance(config.backbone)
 
     folder = RunFolder.of(config)
     if config.run.overwrite and (folder.finished or not folder.holds(config)):

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from perfusion import covariance, files
-from perfusion.covariance import CovarianceError, SecondMoment, accumulate, cached_second_moment, factorise
+from perfusion import files
+from perfusion.covariance import CovarianceError, SecondMoment, accumulate, cache, cached_second_moment, factorise
+from perfusion.covariance.cache import PartialSum
 
 D = 6
 CAPTIONS = [f"caption {k}" for k in range(11)]
@@ -169,7 +170,7 @@ def test_any_other_key_input_computes(name: str, tmp_path: Path) -> None:
 def test_another_version_of_the_format_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = Counted()
     cached_second_moment(KEY, compute, tmp_path)
-    monkeypatch.setattr(covariance, "CACHE_FORMAT", covariance.CACHE_FORMAT + 1)
+    monkeypatch.setattr(cache, "CACHE_FORMAT", cache.CACHE_FORMAT + 1)
     cached_second_moment(KEY, compute, tmp_path)
     assert compute.calls == 2
 
@@ -250,3 +251,81 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 def test_a_key_input_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CovarianceError, match=r"'dtype': found dtype torch\.float32, expected a JSON value"):
         cached_second_moment({**KEY, "dtype": torch.float32}, Counted(), tmp_path)
+
+
+# --- a sum that was interrupted --------------------------------------------------------------------------------------
+
+
+def interrupted_after(batches: int, folder: Path) -> PartialSum:
+    """The sum over CAPTIONS in batches of 3, stopped by Ctrl-C after some of them."""
+    partial = PartialSum(KEY, folder, every=0)
+    seen: list[str] = []
+
+    def stopping(captions: list[str]) -> Tensor:
+        if len(seen) == 3 * batches:
+            raise KeyboardInterrupt
+        seen.extend(captions)
+        return encode(captions)
+
+    with pytest.raises(KeyboardInterrupt, match=f"the same command goes on after caption {3 * batches}"):
+        accumulate(CAPTIONS, stopping, 3, partial=partial)
+    return partial
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_an_interrupted_sum_goes_on_and_ends_in_the_same_bits(batches: int, tmp_path: Path) -> None:
+    whole = accumulate(CAPTIONS, encode, 3)
+    interrupted_after(batches, tmp_path / "new")
+    seen: list[str] = []
+
+    def watched(captions: list[str]) -> Tensor:
+        seen.extend(captions)
+        return encode(captions)
+
+    def compute() -> SecondMoment:
+        return accumulate(iter(CAPTIONS), watched, 3, partial=PartialSum(KEY, tmp_path / "new", every=0))
+
+    again = cached_second_moment(KEY, compute, tmp_path / "new")
+    assert seen == CAPTIONS[3 * batches :], "what was summed before is not encoded again"
+    assert torch.equal(again.total, whole.total) and again.count == whole.count
+    assert the_file(tmp_path / "new") == cache.cache_path(KEY, tmp_path / "new"), "the unfinished sum is gone"
+
+
+def test_the_bar_of_a_resumed_sum_starts_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted_after(2, tmp_path)
+    accumulate(CAPTIONS, encode, 3, progress=True, partial=PartialSum(KEY, tmp_path))
+    assert "6/11" in (shown := capsys.readouterr().err) and "11/11" in shown
+
+
+def test_states_are_written_every_so_often_only(tmp_path: Path) -> None:
+    accumulate(CAPTIONS, encode, 3, partial=PartialSum(KEY, tmp_path, every=1e6))
+    assert not list(tmp_path.iterdir())
+    assert cache.SAVE_EVERY_S <= 30, "what a killed process loses"
+
+
+def other_batches(partial: PartialSum) -> None:
+    content = partial.path.read_bytes()
+    partial.path.write_bytes(content.replace(b'"batch_size":"3"', b'"batch_size":"4"'))
+
+
+def other_captions(partial: PartialSum) -> None:
+    partial.path.write_bytes(partial.path.read_bytes().replace(b"ef56", b"zz99"))
+
+
+@pytest.mark.parametrize("damage", [other_batches, other_captions, *(truncate, flip_a_bit)])
+def test_a_state_that_does_not_fit_is_left(damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    partial = interrupted_after(2, tmp_path)
+    before = partial.path.read_bytes()
+    damage(partial if damage in (other_batches, other_captions) else partial.path)
+    assert partial.path.read_bytes() != before
+    with caplog.at_level(logging.WARNING):
+        again = accumulate(CAPTIONS, encode, 3, partial=PartialSum(KEY, tmp_path))
+    assert torch.equal(again.total, accumulate(CAPTIONS, encode, 3).total)
+    assert partial.path.name in caplog.text and "starting anew" in caplog.text
+
+
+def test_a_state_that_cannot_be_written_costs_only_the_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        moment = accumulate(CAPTIONS, encode, 3, partial=PartialSum(KEY, tmp_path / "cache", every=0))
+    assert moment.count == 44 and "not saved" in caplog.text

@@ -16,7 +16,7 @@ HERE = "FLOORS in tests/test_layering.py"
 
 # The rooms of perfusion/, from the ground up; a room is a module or a package directly below perfusion/. A module may
 # import its own room and every room on a lower floor, but no other room on its own floor: what two of them need
-# belongs on a floor below both.
+# belongs on a floor below both. The `__main__` of a package is a command, and a room of its own above the package.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"contact_sheet", "errors", "files", "provenance", "version"}),
     frozenset({"config"}),
@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"edit", "manifest", "presets", "sampling"}),
     frozenset({"methods"}),
     frozenset({"concept"}),
-    frozenset({"training", "generate", "inspect", "convert"}),
+    frozenset({"training", "generate", "inspect", "convert", "covariance.__main__"}),
     frozenset({"train"}),  # the entry point runs what training/ defines
     frozenset({"demo"}),  # trains, then generates
     frozenset({"__init__"}),  # the public face: it may show everything, and nothing inside reaches through it
@@ -94,6 +94,7 @@ def violations(root: Path) -> list[str]:
             is_package = parts[-1] == "__init__"
             module = parts[:-1] if is_package else parts
             room = module[1] if len(module) > 1 else "__init__"
+            room += ".__main__" if len(module) > 2 and module[-1] == "__main__" else ""
             where = path.relative_to(root).as_posix()
             if package == "perfusion" and _floor(room) is None:
                 found.append(f"{where}: perfusion.{room} has no floor yet: add it to {HERE}, above all that it imports")
@@ -116,9 +117,11 @@ def _problem(package: str, room: str, target: str, plain: bool, rooms: set[str])
     if package != "perfusion":
         return None
     # `from perfusion import x`: x is a room, or else a name in perfusion/__init__.py.
-    other = rest.partition(".")[0]
+    other, _, inner = rest.partition(".")
     if other not in rooms:
         other = "__init__"
+    elif inner.partition(".")[0] == "__main__":
+        other += ".__main__"
     if other == room or (room in HELPERS and other in HELPERS):
         return None
     above, below = _floor(room), _floor(other)
@@ -169,11 +172,12 @@ def house(tmp_path: Path) -> Path:
     _write(tmp_path, "perfusion/errors.py", "import torch.nn")
     _write(tmp_path, "perfusion/config.py", "from . import files")
     _write(tmp_path, "perfusion/rank_one.py", "import torch")
-    _write(tmp_path, "perfusion/covariance.py", "from perfusion import config, files")
+    _write(tmp_path, "perfusion/covariance/__init__.py", "from perfusion import config, files")
     _write(tmp_path, "perfusion/methods/__init__.py", "from .base import Method")
     _write(tmp_path, "perfusion/methods/base.py", "from perfusion.rank_one import edit")
     _write(tmp_path, "perfusion/methods/perfusion.py", "from ..covariance import C\nfrom .base import Method")
     _write(tmp_path, "perfusion/concept.py", "import perfusion.methods.perfusion as p")
+    _write(tmp_path, "perfusion/covariance/__main__.py", "from perfusion.covariance import C\nimport perfusion.concept")
     _write(tmp_path, "eval/__init__.py", "")
     _write(tmp_path, "eval/clip.py", "from perfusion.concept import x\nfrom eval.front import y\nfrom . import front")
     _write(tmp_path, "eval/front.py", "import numpy")
@@ -212,6 +216,16 @@ def test_the_checker_passes_a_good_tree(house: Path):
             "rank_one.py:3: ",
         ),
         ("perfusion/rank_one.py", "import importlib\nimportlib.import_module('perfusion.concept')", "rank_one.py:2: "),
+        # the command of a package, which stands above it
+        ("perfusion/covariance/stream.py", "from perfusion.concept import x", "perfusion.covariance must not import"),
+        (
+            "perfusion/covariance/stream.py",
+            "from .__main__ import x",
+            "perfusion.covariance.__main__, which lies above",
+        ),
+        ("perfusion/concept.py", "import perfusion.covariance.__main__", "covariance.__main__, which lies above it"),
+        ("perfusion/covariance/__main__.py", "import perfusion", "covariance.__main__ must not import"),
+        ("perfusion/methods/__main__.py", "", "perfusion.methods.__main__ has no floor yet"),
         # sideways, and through the public face
         ("perfusion/rank_one.py", "from perfusion.covariance import C", "which lies beside it"),
         ("perfusion/rank_one.py", "from perfusion import Concept", "must not import perfusion.__init__"),

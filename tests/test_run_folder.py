@@ -43,6 +43,8 @@ def test_the_name_follows_from_the_config() -> None:
         {"method": {**CONFIG.method, "beta": 0.7}},
         {"trainer": {**CONFIG.trainer, "precision": "bf16-mixed"}},
         {"concept": dataclasses.replace(CONFIG.concept, images=["a.jpg"])},
+        {"concept": dataclasses.replace(CONFIG.concept, masks="clipseg")},
+        {"backbone": dataclasses.replace(CONFIG.backbone, covariance=CovarianceConfig(cache="/a", positions="words"))},
         {"callbacks": {"checkpoint": {"every": 50}, "select": {"every": 5}}},
         {"callbacks": {"checkpoint": {"every": 50}}},
     ],
@@ -59,6 +61,7 @@ def test_what_changes_the_result_changes_the_hash(changes: dict[str, Any]) -> No
         {"trainer": {**CONFIG.trainer, "enable_progress_bar": False}},
         {"callbacks": {"checkpoint": {"every": 3}, "select": {"every": 25}}},
         {"backbone": dataclasses.replace(CONFIG.backbone, covariance=CovarianceConfig(cache="/b"))},
+        {"concept": dataclasses.replace(CONFIG.concept, masks_cache="/b")},
     ],
 )
 def test_what_does_not_change_the_result_does_not(changes: dict[str, Any]) -> None:

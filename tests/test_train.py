@@ -17,12 +17,14 @@ from PIL import Image
 from pipelines import tiny_pipeline_folder
 from safetensors.torch import load_file
 from scorers import make_scorer
+from segmenters import clipseg_folder
 
 from perfusion import train
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.cli import run_cli
 from perfusion.concept import Concept
 from perfusion.config import ConfigError
+from perfusion.covariance.matrix import Matrix
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import loggers
@@ -156,6 +158,15 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     assert len(Path("whole/metrics.csv").read_text().splitlines()) == 2
 
 
+def test_a_run_with_drawn_masks_and_a_ready_matrix(words: list[str], here: Path) -> None:
+    np.save("C.npy", np.eye(32))
+    words = [*words, "method.steps=1", "run.dir=run", "backbone.covariance.matrix=C.npy"]
+    assert run(*words, f"concept.masks=clipseg concept.clipseg={clipseg_folder(here)} concept.masks_cache=masks") == 0
+    assert json.loads(Path("run/metrics.json").read_text())["masks"] is True
+    assert len(os.listdir("masks")) == 2, "one for each picture"
+    assert Concept.load("run/concept.safetensors").covariance == f"matrix@{Matrix(torch.eye(32)).digest}:0.01"
+
+
 def test_a_crash_while_drawing_costs_no_step(
     words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +211,11 @@ def no_images(folder: Path) -> None:
         (None, "concept.placeholder=cat", ["concept.placeholder", "'cat'", "already"]),
         (None, "concept.superclass=''", ["concept.superclass"]),
         (None, "concept.images=null", ["concept.masks", "concept.images"]),
+        (None, "concept.masks=clipseg concept.clipseg=no/such/model", ["concept.clipseg", "no/such/model"]),
+        (None, "concept.masks=clipseg concept.clipsge=x", ["concept.clipsge", "'clipseg'"]),
+        (None, "backbone.covariance.positions=word", ["backbone.covariance.positions", "'word'", "all or words"]),
+        (None, "backbone.covariance.captions=no.txt", ["backbone.covariance.captions", "'no.txt'"]),
+        (None, "backbone.covariance.matrix=no.npy", ["backbone.covariance.matrix", "no.npy", "No such file"]),
         (None, "method.beat=1", ["method.beat", "'beta'"]),
         (None, "+method.beat=1", ["method.beat", "'beta'"]),
         (None, "method.steps=0", ["method.steps", "at least 1"]),

@@ -1,7 +1,7 @@
 """Frozen text-to-image models behind one seam (`base.py`).
 
 A backbone is one file `perfusion/backbones/<name>.py` that defines `BACKBONE` (a subclass of `Backbone`, with the class
-methods `defaults`, `fits` and `check_words` beside the seam's), and one preset in `conf/backbone/`.
+methods `defaults`, `fits`, `check_words` and `check_covariance` beside the seam's), and one preset in `conf/backbone/`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 # What backbones are made of, and no backbones themselves.
-_PARTS = frozenset({"base", "captions", "everyday", "fingerprint", "layouts", "loading", "tokens"})
+_PARTS = frozenset({"base", "captions", "everyday", "fingerprint", "layouts", "loading", "moments", "tokens"})
 
 # How a pipeline was loaded, for as long as it lives: wrapped again, it is the same backbone.
 _configs: weakref.WeakKeyDictionary[DiffusionPipeline, BackboneConfig] = weakref.WeakKeyDictionary()
@@ -53,6 +53,17 @@ def check_words(config: BackboneConfig, placeholder: str, superclass: str) -> No
         TokenError: the placeholder is a word already, or either word cannot be used.
     """
     _backbone(config.name).check_words(config, placeholder, superclass)
+
+
+def check_covariance(config: BackboneConfig) -> None:
+    """Hold that `backbone.covariance` can be used, before any model is loaded.
+
+    Raises:
+        ConfigError: no such backbone, captions or selection of positions.
+        CovarianceError: a matrix that cannot be read, or not be used with this model.
+        BackboneError: no model where `config` says.
+    """
+    _backbone(config.name).check_covariance(config)
 
 
 def load(
@@ -112,6 +123,7 @@ __all__ = [
     "around",
     "available",
     "backbone_class",
+    "check_covariance",
     "check_words",
     "default_config",
     "load",

@@ -16,8 +16,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from perfusion.backbones.moments import described
 from perfusion.config import BackboneConfig
 from perfusion.covariance import Factorised
+from perfusion.covariance.matrix import Matrix
 
 
 class BackboneError(ValueError):
@@ -81,6 +83,7 @@ class Backbone(ABC):
     family: ClassVar[str]
     config: BackboneConfig
     pipe: DiffusionPipeline
+    covariance_origin: Mapping[str, object] | None = None  # of the C that was asked for last, see `Matrix.origin`
 
     @classmethod
     @abstractmethod
@@ -131,8 +134,17 @@ class Backbone(ABC):
         """Add `placeholder` to the vocabulary, its embedding the mean of the superclass's token embeddings at first."""
 
     @abstractmethod
+    def moment(self, progress: bool = True) -> Matrix:
+        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it."""
+
+    @abstractmethod
     def second_moment(self, progress: bool = True) -> Factorised:
-        """`C + ridge` of the configured captions, factorised, from the cache when it holds it."""
+        """`C + ridge`, factorised."""
+
+    @property
+    def covariance(self) -> str:
+        """What a concept file says of the `C` that was used: `captions:count:ridge`, see `moments.described`."""
+        return described(self.config.covariance, self.covariance_origin)
 
     @abstractmethod
     def latents(self, pixels: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,10 +16,24 @@ BUILT_IN = ("everyday",)
 _KEY = "backbone.covariance"
 
 
-def caption_stream(name_or_path: str, count: int) -> Iterator[str]:
+class Captions:
+    """Captions that can be gone through again and again, one at a time in memory; `len()` is their number."""
+
+    def __init__(self, size: int, make: Callable[[], Iterator[str]]) -> None:
+        self._size, self._make = size, make
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[str]:
+        return islice(self._make(), self._size)
+
+
+def caption_stream(name_or_path: str, count: int) -> Captions:
     """At most `count` captions: of the built-in set of this name, or of a UTF-8 text file with one caption per line.
 
-    Caption k of a built-in set is the same whatever the count; a file gives what it has, blank lines left out.
+    Caption k of a built-in set is the same whatever the count; a file gives what it has, blank lines left out. The file
+    is read once here, to check and count its lines, and again whenever they are gone through.
 
     Raises:
         ConfigError: a count below 1, neither a set nor a file, or a file that is empty or no UTF-8.
@@ -26,26 +41,41 @@ def caption_stream(name_or_path: str, count: int) -> Iterator[str]:
     if count < 1:
         raise ConfigError(f"{_KEY}.count: found {count}, expected at least 1")
     if name_or_path == "everyday":
-        return islice(_everyday(), count)
-    return islice(iter(_lines(name_or_path)), count)
-
-
-def _lines(name: str) -> list[str]:
-    path = Path(name).expanduser()
+        return Captions(count, _everyday)
+    path = Path(name_or_path).expanduser()
     if not path.exists():
         raise ConfigError(
-            f"{_KEY}.captions: {name!r} is neither a set of captions that this backbone has ({', '.join(BUILT_IN)}) "
-            "nor a file"
+            f"{_KEY}.captions: {name_or_path!r} is neither a set of captions that this backbone has "
+            f"({', '.join(BUILT_IN)}) nor a file"
         )
+    if size := sum(1 for _ in islice(_lines(path), count)):
+        return Captions(size, lambda: _lines(path))
+    raise ConfigError(f"{_KEY}.captions: {path}: found no captions, expected one per line")
+
+
+def captions_digest(captions: Iterable[str]) -> str:
+    """The sha256 of captions in their order, in hexadecimal."""
+    total = hashlib.sha256()
+    for k, caption in enumerate(captions):
+        total.update(f"{chr(10) * (k > 0)}{caption}".encode())
+    return total.hexdigest()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file that are not blank, stripped. Raises ConfigError."""
+    start = 0
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{_KEY}.captions: {path}: no UTF-8 text at byte {error.start}") from error
+        with path.open("rb") as file:
+            for raw in file:
+                try:
+                    text = raw.decode("utf-8").removeprefix("" if start else "\ufeff")
+                except UnicodeDecodeError as error:
+                    place = start + error.start
+                    raise ConfigError(f"{_KEY}.captions: {path}: no UTF-8 text at byte {place}") from error
+                start += len(raw)
+                yield from filter(None, (line.strip() for line in text.splitlines()))
     except OSError as error:
         raise ConfigError(f"{_KEY}.captions: {path}: {error.strerror}") from error
-    if captions := [line for line in lines if line]:
-        return captions
-    raise ConfigError(f"{_KEY}.captions: {path}: found no captions, expected one per line")
 
 
 def _everyday() -> Iterator[str]:

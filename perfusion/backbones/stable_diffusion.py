@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from perfusion.backbones import fingerprint, loading
+from perfusion.backbones import fingerprint, loading, moments
 from perfusion.backbones.base import Backbone, BackboneError, EditSite, Encoding, TokenError
-from perfusion.backbones.captions import caption_stream
+from perfusion.backbones.captions import Captions, caption_stream, captions_digest
 from perfusion.backbones.tokens import (
     AddedWord,
     ExtendedEmbedding,
@@ -26,11 +31,11 @@ from perfusion.backbones.tokens import (
     last_tokens,
     token_ids,
 )
-from perfusion.config import BackboneConfig
-from perfusion.covariance import Factorised, SecondMoment, accumulate, cached_second_moment, factorise
+from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.covariance import Factorised
+from perfusion.covariance.matrix import Matrix
 
 CONTEXT = "text"  # the one text-context space: what the text encoder gives, read by every cross-attention
-CAPTION_BATCH = 64
 BUILT_IN_SAMPLE = 256  # captions of a built-in set that tell its version from others
 _KINDS: tuple[Literal["k"], Literal["v"]] = ("k", "v")
 
@@ -179,37 +184,68 @@ class StableDiffusionBackbone(Backbone):
     def add_token(self, placeholder: str, superclass: str, vectors: int = 1) -> AddedWord:
         return add_word(self.pipe, self.towers, placeholder, superclass, vectors)
 
-    def second_moment(self, progress: bool = True) -> Factorised:
+    def moment(self, progress: bool = True) -> Matrix:
         """See the seam. Adapters in the text encoder (LoRA) are part of what is measured; it is not cached then.
 
         Raises:
-            CovarianceError: `C` cannot be factorised with the configured ridge.
+            CovarianceError: the matrix cannot be read, or nothing can be measured.
             ConfigError: the captions cannot be read.
         """
         settings = self.config.covariance
+        moments.check_settings(settings)
         encoder = self.pipe.text_encoder
-
-        def compute() -> SecondMoment:
-            return accumulate(list(self.captions()), self._encode_captions, CAPTION_BATCH, progress)
-
-        if fingerprint.has_adapters(encoder):
-            moment = compute()
+        key = {
+            "text_encoder": self.fingerprint()["text_encoder"],
+            "tokenizer": fingerprint.vocabulary_digest(self._stock_tokenizer()),
+            "dtype": str(encoder.dtype).removeprefix("torch."),
+        }
+        if settings.matrix is not None:
+            matrix = moments.imported(settings, key)
         else:
-            key = {
-                "text_encoder": self.fingerprint()["text_encoder"],
-                "tokenizer": fingerprint.vocabulary_digest(self._stock_tokenizer()),
-                "captions": self._captions_digest(),
-                "count": settings.count,
-                "dtype": str(encoder.dtype).removeprefix("torch."),
-                "positions": "all",
-            }
-            moment = cached_second_moment(key, compute, Path(settings.cache).expanduser())
-        projection: Any = fingerprint.base_module(self.edit_sites()[0].projection)
-        return factorise(moment.value(), settings.ridge, dimension=projection.in_features, count=moment.count)
+            key |= {"captions": self._captions_digest(), "count": settings.count, "positions": settings.positions}
+            cached = None if fingerprint.has_adapters(encoder) else key
+            matrix = moments.measured(settings, self.captions(), self._encode_captions, cached, progress)
+        self.covariance_origin = matrix.origin
+        return matrix
 
-    def captions(self) -> Iterator[str]:
+    def second_moment(self, progress: bool = True) -> Factorised:
+        """See the seam.
+
+        Raises:
+            CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
+            ConfigError: the captions cannot be read.
+        """
+        projection: Any = fingerprint.base_module(self.edit_sites()[0].projection)
+        return moments.factorised(self.config.covariance, self.moment(progress), projection.in_features)
+
+    def captions(self) -> Captions:
         """The captions that `C` is made of. Raises ConfigError."""
-        return caption_stream(self.config.covariance.captions, self.config.covariance.count)
+        return self.captions_of(self.config.covariance)
+
+    @classmethod
+    def captions_of(cls, settings: CovarianceConfig) -> Captions:
+        """The captions that these settings name. Raises ConfigError."""
+        return caption_stream(settings.captions, settings.count)
+
+    @classmethod
+    def check_covariance(cls, config: BackboneConfig) -> None:
+        """Hold, before any model is loaded, that the captions can be read, or the matrix used.
+
+        Raises:
+            ConfigError: no such captions or selection of positions.
+            CovarianceError: a matrix that cannot be read, or not be used with this model; see `moments.factorised`.
+            BackboneError: the UNet's config cannot be read.
+        """
+        settings = config.covariance
+        moments.check_settings(settings)
+        if settings.matrix is None:
+            cls.captions_of(settings)
+            return
+        matrix, origin = moments.imported(settings), cls.source(config)
+        with loading.reading(origin):
+            unet = UNet2DConditionModel.load_config(origin.name, subfolder="unet", local_files_only=origin.local)
+        width = unet.get("cross_attention_dim") if isinstance(unet, dict) else None
+        moments.factorised(settings, matrix, width if isinstance(width, int) else None)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -282,17 +318,20 @@ class StableDiffusionBackbone(Backbone):
         return context.to(encoder.dtype)
 
     def _encode_captions(self, captions: list[str]) -> Tensor:
-        """(B, N, d); captions that are too long are cut off, as prompts are in use."""
+        """(B, N, d), or (M, d) where words alone count; too long captions are cut off, as prompts are in use."""
         tokenizer = self.pipe.tokenizer
         limit = tokenizer.model_max_length
         inputs = tokenizer(captions, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        return self._context(inputs.input_ids, inputs.attention_mask)
+        context = self._context(inputs.input_ids, inputs.attention_mask)
+        if self.config.covariance.positions == "words":
+            return context[moments.word_positions(tokenizer, inputs).to(context.device)]
+        return context
 
     def _captions_digest(self) -> str:
         """Of every caption of a file; of the first ones of a built-in set, since the others follow the same rules."""
         is_file = Path(self.config.covariance.captions).expanduser().is_file()
         captions = islice(self.captions(), None if is_file else BUILT_IN_SAMPLE)
-        return hashlib.sha256("\n".join(captions).encode()).hexdigest()[: fingerprint.DIGITS]
+        return captions_digest(captions)[: fingerprint.DIGITS]
 
     def _stock_tokenizer(self) -> CLIPTokenizer:
         table = self.pipe.text_encoder.get_input_embeddings()

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from perfusion import toyland
 from perfusion.backbones import loading
 from perfusion.backbones.base import BackboneError
+from perfusion.backbones.captions import Captions
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.toyland.captions import caption, vocabulary
@@ -56,9 +57,11 @@ class ToylandBackbone(StableDiffusionBackbone):
             raise BackboneError(f"backbone.path: Toyland's weights are not in {WEIGHTS}; run `make toyland`")
         return super().source(dataclasses.replace(config, path=str(WEIGHTS)))
 
-    def captions(self) -> Iterator[str]:
-        settings = self.config.covariance
-        return toyland_captions(settings.count) if settings.captions == "toyland" else super().captions()
+    @classmethod
+    def captions_of(cls, settings: CovarianceConfig) -> Captions:
+        if settings.captions == "toyland":
+            return Captions(settings.count, lambda: toyland_captions(settings.count))
+        return super().captions_of(settings)
 
 
 def toyland_captions(count: int) -> Iterator[str]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from perfusion.data.crop import fit
 from perfusion.data.images import find_images, read_image
 from perfusion.data.masks import check_aspect, find_masks, read_mask
+
+Segment = Callable[[Image, Path], np.ndarray]  # a picture, and what messages call it
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def load_examples(
     masks_spec: str | Sequence[str] | None,
     resolution: int,
     base: Path | None = None,
+    segment: Segment | None = None,
 ) -> Examples:
     """The pictures, and masks if any, that a person named, cropped and scaled by `crop.fit` to R = `resolution`.
 
@@ -54,10 +59,13 @@ def load_examples(
         masks_spec: as in `masks.find_masks`; None for none.
         resolution: R, in pixels.
         base: the folder that relative paths start from; default: the working directory.
+        segment: gives a picture's mask, float32 (H, W) in [0, 1] of its aspect ratio, where `masks_spec` is None.
 
     Raises:
-        ConceptImageError: anything that is wrong with the files, each of which is decoded in full here.
+        ConceptImageError: anything that is wrong with the files, each of which is decoded in full here, or what
+            `segment` raises.
     """
+    assert masks_spec is None or segment is None
     paths = find_images(images_spec, base)
     mask_paths = [None] * len(paths) if masks_spec is None else find_masks(masks_spec, paths, base)
     pixels: list[Tensor] = []
@@ -67,6 +75,8 @@ def load_examples(
         if mask_path is not None:
             mask = read_mask(mask_path)
             check_aspect(mask, mask_path, image, path)
+        elif segment is not None:
+            mask = segment(image, path)
         square, square_mask = fit(image, mask, resolution)
         pixels.append(square)
         if square_mask is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
+from perfusion.data import clipseg
 from perfusion.data.crop import fit
 from perfusion.data.dataset import Draw, Examples, StepDataset, load_examples, seed_of
 from perfusion.data.masks import mask_to_latent
@@ -31,9 +33,12 @@ def examples_of(concept: ConceptConfig, resolution: int) -> Examples:
     """The concept's pictures at R = `resolution` pixels: the person's, or drawn by Toyland if there are none.
 
     Raises:
-        ConceptImageError: anything that is wrong with the person's files.
+        ConceptImageError: anything that is wrong with the person's files, or CLIPSeg shall draw masks and cannot.
         ConfigError: masks without images; a superclass that Toyland cannot draw.
     """
+    if concept.images is not None and concept.masks == clipseg.SPEC:
+        segment = clipseg.ClipSeg(concept.clipseg, concept.superclass, Path(concept.masks_cache).expanduser())
+        return load_examples(concept.images, None, resolution, segment=segment)
     if concept.images is not None:
         return load_examples(concept.images, concept.masks, resolution)
     if concept.masks is not None:

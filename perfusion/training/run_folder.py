@@ -33,7 +33,14 @@ from perfusion.files import atomic_write_text
 from perfusion.training.checkpoint import FOLDER
 
 # What does not change the result: where it goes, who watches, how often it is saved.
-_IGNORED = ("run", "logger", "trainer.enable_progress_bar", "callbacks.checkpoint", "backbone.covariance.cache")
+_IGNORED = (
+    "run",
+    "logger",
+    "trainer.enable_progress_bar",
+    "callbacks.checkpoint",
+    "backbone.covariance.cache",
+    "concept.masks_cache",
+)
 _MISSING = object()
 
 

@@ -1,0 +1,152 @@
+"""Where the `C` of a backbone comes from, captions or a ready matrix, and how a concept file tells which it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from perfusion.backbones.captions import Captions
+from perfusion.config import ConfigError, CovarianceConfig
+from perfusion.covariance import CovarianceError, Factorised, accumulate, cached_second_moment, factorise
+from perfusion.covariance.cache import PartialSum
+from perfusion.covariance.matrix import Matrix, load_matrix
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+POSITIONS = ("all", "words")
+CAPTION_BATCH = 64
+_ENCODER = ("text_encoder", "tokenizer")  # key inputs that say whose encodings they are
+_KEY = "backbone.covariance"
+
+_log = logging.getLogger(__name__)
+
+
+def check_settings(settings: CovarianceConfig) -> None:
+    """Raise ConfigError if `positions` is neither `all` nor `words`, or `count` below 1."""
+    if settings.count < 1:
+        raise ConfigError(f"{_KEY}.count: found {settings.count}, expected at least 1")
+    if settings.positions not in POSITIONS:
+        raise ConfigError(f"{_KEY}.positions: found {settings.positions!r}, expected {' or '.join(POSITIONS)}")
+
+
+def word_positions(tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding) -> Tensor:
+    """(B, N) bool, on the CPU: where the tokens of the captions are, that is neither beginning, end nor padding.
+
+    `inputs` has `input_ids` (B, N) and `attention_mask` (B, N), as the tokenizer gave them.
+    """
+    where = inputs["attention_mask"].bool()
+    for special in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if special is not None:
+            where &= inputs["input_ids"] != special
+    return where
+
+
+def measured(
+    settings: CovarianceConfig,
+    captions: Captions,
+    encode: Callable[[list[str]], Tensor],
+    key: Mapping[str, object] | None,
+    progress: bool,
+) -> Matrix:
+    """`C` of `captions`, from the cache when it holds it; interrupted, it goes on where it stopped.
+
+    `encode`: see `accumulate`. `key`: everything that `C` depends on, see `cached_second_moment`; None: it shall
+    neither be read from the cache nor written there.
+
+    Raises:
+        CovarianceError: no position of any caption counts, or an encoding is not finite.
+    """
+    if key is None:
+        moment = accumulate(captions, encode, CAPTION_BATCH, progress)
+    else:
+        folder = Path(settings.cache).expanduser()
+        partial = PartialSum(key, folder)
+        moment = cached_second_moment(
+            key, lambda: accumulate(captions, encode, CAPTION_BATCH, progress, partial), folder
+        )
+    return Matrix(moment.value(), moment.count, {**_plain(settings), **(key or {}), "name": _name(settings, key)})
+
+
+def imported(settings: CovarianceConfig, encoder: Mapping[str, object] | None = None) -> Matrix:
+    """The `C` in the file that `settings.matrix` names.
+
+    With `encoder` (the key inputs that say whose encodings these are), a file of this project that was made of another
+    text encoder is logged as a warning. Its origin is given only where it is sure to hold; else it is the digest.
+
+    Raises:
+        CovarianceError: see `load_matrix`.
+    """
+    assert settings.matrix is not None
+    with _naming_the_key():
+        matrix = load_matrix(Path(settings.matrix).expanduser())
+    origin = matrix.origin
+    if encoder is not None and origin:
+        differing = [part for part in _ENCODER if origin.get(part) != encoder[part]]
+        if differing:
+            part = differing[0]
+            _log.warning(
+                "%s.matrix: %s was measured on another model: found %s %s, expected %s",
+                *(_KEY, settings.matrix, part, origin.get(part), encoder[part]),
+            )
+            origin = {}
+    known = {"name", "count", "positions"} <= {*origin}
+    return Matrix(matrix.C, matrix.count, origin if known else {"matrix": matrix.digest})
+
+
+def factorised(settings: CovarianceConfig, matrix: Matrix, dimension: int | None) -> Factorised:
+    """`matrix` with the ridge of `settings`, factorised.
+
+    Raises:
+        CovarianceError: see `factorise`; of a matrix from a file, the message names the file.
+    """
+    if settings.matrix is None:
+        return factorise(matrix.C, settings.ridge, dimension=dimension, count=matrix.count)
+    with _naming_the_key():
+        try:
+            return factorise(matrix.C, settings.ridge, dimension=dimension, count=matrix.count)
+        except CovarianceError as error:
+            raise CovarianceError(f"{settings.matrix}: {error}") from error
+
+
+def described(settings: CovarianceConfig, origin: Mapping[str, object] | None) -> str:
+    """What a `C` was made of, in few words that are equal for equal `C` only.
+
+    - `everyday:10000:0.01`: captions, count, ridge; `:words` follows where padding and special tokens were left out
+    - `mine.txt@1a2b3c4d:800:0.01`: captions of a file, with the first digits of their hash
+    - `matrix@0123456789ab:0.01`: a matrix that was given, with the first digits of its hash. One that this project
+      wrote for the same text encoder is described as what it was made of, for it is the same.
+
+    `origin` is that of the matrix; None where no `C` was asked for yet, and then captions of a file have no hash.
+    """
+    if origin is None:
+        origin = {"matrix": "?"} if settings.matrix else {**_plain(settings), "name": _name(settings, None)}
+    if "matrix" in origin:
+        return f"matrix@{origin['matrix']}:{settings.ridge:g}"
+    end = "" if origin["positions"] == "all" else f":{origin['positions']}"
+    return f"{origin['name']}:{origin['count']}:{settings.ridge:g}{end}"
+
+
+def _plain(settings: CovarianceConfig) -> dict[str, object]:
+    return {"count": settings.count, "positions": settings.positions}
+
+
+def _name(settings: CovarianceConfig, key: Mapping[str, object] | None) -> str:
+    """What captions are called: the name of a built-in set, or of a file, with the first digits of their hash."""
+    path = Path(settings.captions).expanduser()
+    if key is None or not path.is_file():
+        return path.name
+    return f"{path.name}@{str(key['captions'])[:8]}"
+
+
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    try:
+        yield
+    except CovarianceError as error:
+        raise CovarianceError(f"{_KEY}.matrix: {error}") from error

@@ -1,0 +1,243 @@
+"""Where a backbone's C comes from: the positions that count, a ready matrix, an unfinished sum, and what a concept file
+says of it."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from perfusion import backbones
+from perfusion.backbones import moments
+from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
+from perfusion.concept import Concept
+from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
+from perfusion.covariance import CovarianceError, cache
+from perfusion.covariance.matrix import save_matrix
+from perfusion.methods.base import Word
+from tests.concepts import untrained_concept
+from tests.pipelines import tiny_pipeline, tiny_pipeline_folder
+
+CAPTIONS = ["a cat", "a photo of a dog on the beach", "Red hat, blue house!", "the moon", "a cat and a cat " * 40]
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.txt"
+    path.write_text("\n".join(CAPTIONS))
+    return path
+
+
+def around(pipe: Any, tmp_path: Path, **settings: Any) -> StableDiffusionBackbone:
+    covariance = CovarianceConfig(cache=str(tmp_path / "cache"), **settings)
+    config = BackboneConfig(name="stable_diffusion", resolution=64, device="cpu", covariance=covariance)
+    return StableDiffusionBackbone.around(pipe, config)
+
+
+def stock(pipe: Any, caption: str) -> tuple[Tensor, int]:
+    """The encodings (N, d) of one caption by the stock pipeline, float64, and how many of its tokens are no padding."""
+    tokens = pipe.tokenizer(caption, truncation=True, max_length=pipe.tokenizer.model_max_length).input_ids
+    return pipe.encode_prompt(caption, "cpu", 1, False)[0][0].double(), len(tokens)
+
+
+@pytest.mark.parametrize("positions", ["all", "words"])
+def test_the_positions_that_count(positions: str, pipe: Any, captions: Path, tmp_path: Path) -> None:
+    rows: list[Tensor] = []
+    for caption in CAPTIONS:
+        e, tokens = stock(pipe, caption)
+        assert len(e) == 77 and tokens >= 4
+        rows.append(e if positions == "all" else e[1 : tokens - 1])  # without beginning, end, and what comes after
+    e = torch.cat(rows)
+    backbone = around(pipe, tmp_path, captions=str(captions), positions=positions, ridge=0.5)
+    found = backbone.moment(progress=False)
+    assert found.count == len(e) and (positions == "words" or len(e) == 77 * len(CAPTIONS))
+    torch.testing.assert_close(found.C, e.T @ e / len(e), rtol=1e-6, atol=1e-6)
+    C = found.C + 0.5 * found.C.diagonal().mean() * torch.eye(WIDTH, dtype=torch.float64)
+    factor = backbone.second_moment(progress=False).factor
+    torch.testing.assert_close(factor @ factor.T, C, rtol=1e-9, atol=1e-9)
+
+
+def no_encoding(*_: Any) -> Tensor:
+    raise AssertionError("the captions were encoded")
+
+
+def test_other_positions_are_another_cache_entry(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = around(pipe, tmp_path, count=20).moment(progress=False)
+    words = around(pipe, tmp_path, count=20, positions="words").moment(progress=False)
+    assert words.count is not None and everything.count is not None and words.count < everything.count
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(StableDiffusionBackbone, "_encode_captions", no_encoding)
+    for positions, C in (("all", everything.C), ("words", words.C)):
+        assert torch.equal(around(pipe, tmp_path, count=20, positions=positions).moment(progress=False).C, C)
+
+
+def test_a_backbone_goes_on_where_it_was_interrupted(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(moments, "CAPTION_BATCH", 8)
+    whole = around(pipe, tmp_path / "whole", count=30).moment(progress=False)
+    encode, seen = StableDiffusionBackbone._encode_captions, []
+
+    def stopping(self: Any, batch: list[str]) -> Tensor:
+        if len(seen) == 16:
+            raise KeyboardInterrupt
+        seen.extend(batch)
+        return encode(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on after caption 16"):
+        patch.setattr(StableDiffusionBackbone, "_encode_captions", stopping)
+        around(pipe, tmp_path, count=30).moment(progress=False)
+    first, seen = list(seen), [""] * 17  # never 16 again
+
+    monkeypatch.setattr(StableDiffusionBackbone, "_encode_captions", stopping)
+    again = around(pipe, tmp_path, count=30).moment(progress=False)
+    assert torch.equal(again.C, whole.C) and again.count == whole.count == 30 * 77
+    assert first + seen[17:] == list(around(pipe, tmp_path, count=30).captions()), "each caption was encoded once"
+
+
+# --- a ready matrix --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(pipe: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "C.safetensors"
+    save_matrix(path, around(pipe, tmp_path, count=20).moment(progress=False))
+    return path
+
+
+def test_a_matrix_stands_for_its_captions(
+    pipe: Any, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = around(pipe, tmp_path, count=20)
+    expected = direct.second_moment(progress=False)
+    monkeypatch.setattr(StableDiffusionBackbone, "_encode_captions", no_encoding)
+    backbone = around(pipe, tmp_path / "other", matrix=str(measured), captions="no such captions")
+    found = backbone.second_moment()
+    assert torch.equal(found.factor, expected.factor) and found.count == expected.count == 20 * 77
+    assert backbone.covariance == direct.covariance == "everyday:20:0.01", "it is the same C"
+    assert not (tmp_path / "other").exists(), "nothing is cached"
+
+
+def test_a_foreign_matrix_is_used_as_it_is(pipe: Any, tmp_path: Path) -> None:
+    C = np.diag(np.arange(1.0, WIDTH + 1))
+    np.save(tmp_path / "C.npy", C)
+    backbone = around(pipe, tmp_path, matrix=str(tmp_path / "C.npy"), ridge=0.0)
+    found = backbone.second_moment()
+    np.testing.assert_allclose((found.factor @ found.factor.T).numpy(), C, rtol=1e-12)
+    assert found.count is None and found.condition == pytest.approx(WIDTH)
+    assert backbone.covariance == f"matrix@{backbone.moment().digest}:0"
+
+
+def test_a_matrix_of_another_text_encoder_is_warned_of(
+    pipe: Any, measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tiny_pipeline()
+    with torch.no_grad():
+        next(iter(other.text_encoder.parameters())).mul_(2)
+    backbone = around(other, tmp_path, matrix=str(measured))
+    with caplog.at_level(logging.WARNING):
+        backbone.second_moment()
+    assert "C.safetensors was measured on another model: found text_encoder" in caplog.text
+    assert backbone.covariance.startswith("matrix@"), "these are not the captions' encodings by this model"
+
+
+def wide(path: Path) -> None:
+    np.save(path, np.eye(WIDTH + 1))
+
+
+def oblique(path: Path) -> None:
+    C = np.eye(WIDTH)
+    C[0, 1] = 0.5
+    np.save(path, C)
+
+
+def flat(path: Path) -> None:
+    np.save(path, np.diag([1e-12, *[1.0] * (WIDTH - 1)]))
+
+
+def negative(path: Path) -> None:
+    np.save(path, np.diag([-1.0, *[1.0] * (WIDTH - 1)]))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "found No such file"),
+        (wide, f"found width {WIDTH + 1}, expected {WIDTH} as the projections read"),
+        (oblique, "found an asymmetry of .* expected a symmetric matrix"),
+        (flat, r"found condition number 1.0e\+12 .* expected at most"),
+        (negative, "found smallest eigenvalue -1.0e.00 .* expected a positive definite matrix"),
+    ],
+)
+def test_a_matrix_that_cannot_be_used_is_refused_before_a_model_is_loaded(
+    write: Any, message: str, pipe: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "C.npy"
+    write(path)
+    message = rf"^backbone\.covariance\.matrix: {path}: .*{message}"
+    settings = CovarianceConfig(matrix=str(path), ridge=0.0)
+    folder = tiny_pipeline_folder(tmp_path)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    config = BackboneConfig(name="stable_diffusion", path=str(folder), covariance=settings)
+    with pytest.raises(CovarianceError, match=message):
+        backbones.check_covariance(config)
+    with pytest.raises(CovarianceError, match=message):
+        around(pipe, tmp_path, matrix=str(path), ridge=0.0).second_moment()
+
+
+def test_captions_and_positions_are_checked_before_a_model_is_loaded(pipe: Any, tmp_path: Path) -> None:
+    def check(**settings: Any) -> None:
+        for name in ("stable_diffusion", "toyland"):
+            config = BackboneConfig(name=name, path="no/such/folder", covariance=CovarianceConfig(**settings))
+            backbones.check_covariance(config)
+
+    check()
+    with pytest.raises(ConfigError, match=r"backbone\.covariance\.positions: found 'word', expected all or words"):
+        check(positions="word")
+    with pytest.raises(ConfigError, match=r"backbone\.covariance\.captions: 'no/such' is neither"):
+        check(captions="no/such")
+    for captions in ("everyday", "toyland"):
+        with pytest.raises(ConfigError, match=r"backbone\.covariance\.count: found 0, expected at least 1"):
+            check(captions=captions, count=0)
+    with pytest.raises(ConfigError, match="positions: found 'none'"):
+        around(pipe, tmp_path, positions="none").second_moment()
+
+
+# --- what a concept file says ----------------------------------------------------------------------------------------
+
+
+def test_a_concept_says_which_c_it_was_trained_with(pipe: Any, captions: Path, measured: Path, tmp_path: Path) -> None:
+    def said(**settings: Any) -> str:
+        backbone = around(pipe, tmp_path, **{"count": 20, "ridge": 0.5, **settings})
+        concept = untrained_concept(backbone, Word("<cat*>", "cat"), 0)
+        assert isinstance(concept, Concept)
+        return concept.covariance
+
+    assert said() == said(matrix=str(measured)) == "everyday:20:0.5"
+    assert said(positions="words") == "everyday:20:0.5:words"
+    first = said(captions=str(captions))
+    name, digest = first.split(":")[0].split("@")
+    assert name == "mine.txt" and len(digest) == 8 and first.endswith(":20:0.5")
+    captions.write_text("\n".join([*CAPTIONS[:-1], "a car"]))
+    assert said(captions=str(captions)) != first, "another file of the same name is another C"
+    np.save(tmp_path / "C.npy", np.eye(WIDTH))
+    assert said(matrix=str(tmp_path / "C.npy")).startswith("matrix@")
+
+
+def test_without_a_c_the_config_is_what_can_be_said(captions: Path) -> None:
+    settings = CovarianceConfig(captions=str(captions), count=7, ridge=0.01)
+    assert moments.described(settings, None) == "mine.txt:7:0.01"
+    assert moments.described(dataclasses.replace(settings, positions="words"), None) == "mine.txt:7:0.01:words"
+    assert moments.described(dataclasses.replace(settings, matrix="C.npy"), None) == "matrix@?:0.01"
