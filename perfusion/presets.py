@@ -13,7 +13,9 @@ from perfusion.config import BackboneConfig, ConfigError, checked
 FOLDER = Path(__file__).resolve().parents[1] / "conf" / "backbone"
 
 
-def backbone_config(name: str, path: str | None = None, dtype: str = "float32", device: str = "auto") -> BackboneConfig:
+def backbone_config(
+    name: str, path: str | None = None, dtype: str = "float32", device: str = "auto", layout: str | None = None
+) -> BackboneConfig:
     """The config of the backbone or preset `name`, with another source, dtype and device.
 
     Raises:
@@ -27,4 +29,4 @@ def backbone_config(name: str, path: str | None = None, dtype: str = "float32", 
     else:
         known = ", ".join(sorted({*presets, *backbones.available()}))
         raise ConfigError(f"backbone: no backbone {name!r}; there are: {known}")
-    return dataclasses.replace(config, path=path or config.path, dtype=dtype, device=device)
+    return dataclasses.replace(config, path=path or config.path, layout=layout, dtype=dtype, device=device)
