@@ -242,7 +242,8 @@ def test_help_says_what_there_is(here: Path, capfd: pytest.CaptureFixture[str]) 
         run("--help")
     assert stopped.value.code == 0
     shown = capfd.readouterr().out
-    for part in ("usage: python -m perfusion.train", "backbone: sd15, toyland", "experiment: cat_fewshot, cat_oneshot"):
+    groups = ("backbone: sd15, sd21, sdxl, toyland", "experiment: cat_fewshot, cat_oneshot")
+    for part in ("usage: python -m perfusion.train", *groups):
         assert part in shown
     assert all(len(line) <= 120 for line in shown.splitlines())
     assert not os.listdir(here)
