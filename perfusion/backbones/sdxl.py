@@ -21,11 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
-from perfusion.backbones.tokens import ExtendedEmbedding, WordVectors, token_ids
+from perfusion.backbones.tokens import ExtendedEmbedding
 from perfusion.config import BackboneConfig
 from perfusion.superclass_prompts import replace_words
 
@@ -62,36 +62,28 @@ class StableDiffusionXLBackbone(LatentDiffusionBackbone):
         return context.to(self.pipe.text_encoder_2.dtype), {"added_cond_kwargs": conditions}
 
     def _watchers(self) -> dict[str, Callable[..., Any]]:
-        return {_POOLING: pool_superclasses(self.pipe, self.towers[_POOLING])}
+        return {_POOLING: pool_superclasses}
 
 
-def pool_superclasses(pipe: DiffusionPipeline, tokenizer_name: str) -> Callable[..., Any]:
+def pool_superclasses(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook for a text encoder with added words in it: pools as though their superclasses stood there.
 
     The states that the encoder gives stay those of the prompt; only its first output, the pooled one, is replaced.
     """
-
-    def hook(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
-        table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-        if not isinstance(ids, Tensor) or not isinstance(table, ExtendedEmbedding):
-            return None
-        if not bool((ids >= table.first).any()):
-            return None
-        tokenizer = getattr(pipe, tokenizer_name)
-        words = [word for word in table.words if isinstance(word, WordVectors)]
-        pairs = [(token_ids(tokenizer, word.word), token_ids(tokenizer, word.superclass)) for word in words]
-        plain = ids.new_tensor([replace_words(row, pairs)[0] for row in ids.tolist()])
-        if torch.equal(plain, ids):  # words of someone else
-            return None
-        with torch.no_grad():
-            pooled = encoder(plain)[0]
-        if isinstance(output, tuple):
-            return pooled, *output[1:]
-        output["text_embeds"] = pooled
-        return output
-
-    return hook
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
+    table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(ids, Tensor) or not isinstance(table, ExtendedEmbedding):
+        return None
+    if not bool((ids >= table.first).any()):  # so the call below does not come here again
+        return None
+    pairs = table.replacements()
+    plain = ids.new_tensor([replace_words(row, pairs)[0] for row in ids.tolist()])
+    with torch.no_grad():
+        pooled = encoder(plain)[0]
+    if isinstance(output, tuple):
+        return pooled, *output[1:]
+    output["text_embeds"] = pooled
+    return output
 
 
 BACKBONE = StableDiffusionXLBackbone

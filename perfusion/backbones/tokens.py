@@ -79,6 +79,20 @@ class ExtendedEmbedding(nn.Module):
         own = F.embedding((ids - self.first).clamp_min(0), vectors)
         return torch.where(added[..., None], own, stock)
 
+    def replacements(self) -> list[tuple[list[int], list[int]]]:
+        """For each added word its ids, and those of its superclass."""
+        ids: dict[str, list[int]] = {}
+        pairs: list[tuple[list[int], list[int]]] = []
+        first = self.first
+        for word in self.words:
+            assert isinstance(word, WordVectors)
+            own = [*range(first, first + len(word.weight))]
+            # A superclass may be a word that was added before.
+            pairs.append((own, ids.get(word.superclass) or token_ids(self.stock_tokenizer, word.superclass)))
+            ids[word.word] = own
+            first += len(own)
+        return pairs
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors."""
         extended = copy.deepcopy(self.stock_tokenizer)
