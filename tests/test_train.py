@@ -207,7 +207,7 @@ def no_images(folder: Path) -> None:
         (None, "trainer.max_steps=3", ["trainer.max_steps", "method.steps"]),
         (None, "backbone.path=no/such", ["backbone.path", "no/such"]),
         (None, "backbone.name=sd", ["backbone.name", "stable_diffusion"]),
-        (None, "backbone=sd51", ["backbone=sd51", "'sd15'"]),
+        (None, "backbone=sd_15", ["backbone=sd_15", "'sd15'"]),
     ],
 )
 def test_mistakes_are_answered_before_a_model_is_loaded(
