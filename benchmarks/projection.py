@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Pair
 from perfusion.backbones.base import EditSite
+from perfusion.backbones.latent_diffusion import edit_sites_of
 from perfusion.backbones.layouts import layout_config, meta_denoiser
-from perfusion.backbones.stable_diffusion import edit_sites_of
 from perfusion.edit import PromptGate, attach_edit
 from perfusion.toyland import models
 

@@ -28,6 +28,7 @@ def pipeline(device: torch.device) -> StableDiffusionPipeline:
     """A pipeline of its own at each call, with the same weights: float32, frozen, without a progress bar."""
     if (WEIGHTS / "model_index.json").is_file():
         pipe = load("toyland", device=str(device))
+        assert isinstance(pipe, StableDiffusionPipeline)
     else:
         pipe = _untrained().to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -49,7 +49,8 @@ class BackboneConfig:
     """A frozen text-to-image model."""
 
     name: str = MISSING  # module of perfusion.backbones
-    path: str | None = None  # diffusers folder or hub id; None: the weights that the backbone ships
+    path: str | None = None  # diffusers folder, .safetensors file or hub id; None: the weights that the backbone ships
+    layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; None: as it looks
     dtype: str = "float32"  # float32, float16 or bfloat16
     device: str = "auto"  # auto: cuda, then mps, then cpu
     resolution: int = 512  # pixels

@@ -53,8 +53,9 @@ class GenerateConfig:
     num: int = 4  # pictures of each prompt, and of each beta
     seed: int = 0  # of the first of these; the others follow on
     out: str | None = None  # folder; null: generated/<concept>-<prompt>
-    backbone: str | None = None  # toyland, sd15, ...; null: the kind that the concept was trained on
-    path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
+    backbone: str | None = None  # toyland, sd15, sdxl, ...; null: the kind that the concept was trained on
+    path: str | None = None  # backbone's diffusers folder, .safetensors file or hub id; null: the weights that it ships
+    layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; null: as it looks
     dtype: str = "float32"  # float32, float16 or bfloat16
     device: str = "auto"  # auto: cuda, then mps, then cpu
     steps: int | None = None  # denoising steps; null: the backbone's
@@ -246,7 +247,7 @@ def _attached(config: GenerateConfig, concepts: Sequence[Concept], stack: ExitSt
     from perfusion.presets import backbone_config
 
     family = concepts[0].fingerprint.get("family", "toyland")
-    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device)
+    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
     backbone = backbone_class(chosen.name).load(chosen)
     return [
         stack.enter_context(concept.attach(backbone, tau=config.tau, key_lock=config.key_lock)) for concept in concepts

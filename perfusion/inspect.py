@@ -17,10 +17,7 @@ from perfusion.config import ConfigError
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
     from perfusion.backbones.base import Backbone
-    from perfusion.backbones.loading import Source
     from perfusion.concept import Concept
     from perfusion.methods.base import Method
 
@@ -38,11 +35,12 @@ class InspectConfig:
     """The options of `python -m perfusion.inspect`."""
 
     concept: str | None = None  # concept file; `concept=` may be left out
-    backbone: str | None = None  # toyland, sd15, ...; with a prompt null is the kind that the concept was trained on
+    backbone: str | None = None  # toyland, sd15, sdxl, ...; with a prompt null is that of the concept's training
     prompt: str | None = None  # text whose tokens are looked at
     beta: float | None = None  # with a prompt: gate's threshold; null: as the concept says
     tau: float | None = None  # with a prompt: gate's softness; null: as the concept says
-    path: str | None = None  # backbone's diffusers folder; null: the weights that it ships, or a known layout
+    path: str | None = None  # backbone's diffusers folder or .safetensors file; null: what it ships, or a known layout
+    layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; null: as it looks
     dtype: str = "float32"  # with a prompt: float32, float16 or bfloat16
     device: str = "auto"  # with a prompt: auto (cuda, then mps, then cpu)
     method: str = "perfusion"  # without a concept: whose concept is measured
@@ -74,7 +72,7 @@ def inspect(config: InspectConfig) -> list[str]:
         if config.prompt is not None:
             lines += ["", *describe_prompt(concept, config)]
     if config.backbone is not None and config.prompt is None:
-        lines += [""] * bool(lines) + describe_backbone(config.backbone, config.path, config.method)
+        lines += [""] * bool(lines) + describe_backbone(config.backbone, config.path, config.method, config.layout)
     return lines
 
 
@@ -108,11 +106,11 @@ def describe_concept(concept: Concept, path: Path) -> list[str]:
     return [*_table(facts), "", *_table(rows, right=range(3, 7))]
 
 
-def describe_backbone(name: str, path: str | None, method_name: str) -> list[str]:
+def describe_backbone(name: str, path: str | None, method_name: str, layout: str | None = None) -> list[str]:
     """Edit sites of a backbone, and the size of a concept on it, as lines; needs no weights."""
     from perfusion.methods.base import Word, build
 
-    backbone = meta_backbone(name, path)
+    backbone = meta_backbone(name, path, layout)
     sites = backbone.edit_sites()
     rows: list[Row] = [("edit site", "kind", "in", "out")]
     out = {"k": 0, "v": 0}
@@ -128,7 +126,7 @@ def describe_backbone(name: str, path: str | None, method_name: str) -> list[str
         ("sites", f"{len(sites)}, with {out['k']:,} outputs of K and {out['v']:,} of V"),
         (f"concept of {method_name}", tensors),
         ("numbers", f"{sum(math.prod(shape) for shape in shapes.values()):,}"),
-        ("file", f"{file_bytes(method, shapes, backbone.family):,} bytes in float16"),
+        ("file", f"{file_bytes(method, shapes, backbone):,} bytes in float16"),
     ]
     return [*_table(rows, right=(2, 3)), "", *_table(facts)]
 
@@ -148,19 +146,19 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     from perfusion.presets import backbone_config
 
     assert config.prompt is not None
-    chosen = backbone_config(
-        config.backbone or concept.fingerprint.get("family", "toyland"), config.path, config.dtype, config.device
-    )
+    family = concept.fingerprint.get("family", "toyland")
+    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
     backbone = backbone_class(chosen.name).load(chosen)
     pipe: Any = backbone.pipe
     with concept.attach(backbone, beta=config.beta, tau=config.tau) as attached, torch.no_grad():
         gate = getattr(attached.method, "gate", None)
         if not isinstance(gate, PromptGate):
             raise ConfigError(f"prompt: a concept of the method {concept.method!r} has no gate to look at")
-        encoding = pipe.encode_prompt(config.prompt, backbone.device, 1, False)[0]  # (1, N, d)
+        settings = {"device": backbone.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        encoding = pipe.encode_prompt(config.prompt, **settings)[0]  # (1, N, d)
         r = gate.similarity(encoding)[0, 0].tolist()
         g = gate(encoding).gates[0, 0].tolist()
-        settings = f"β {attached.beta}, τ {attached.tau}"
+        strength = f"β {attached.beta}, τ {attached.tau}"
         ids = pipe.tokenizer(config.prompt, padding="max_length", truncation=True).input_ids
         tokens = pipe.tokenizer.convert_ids_to_tokens(ids)
         end = ids.index(pipe.tokenizer.eos_token_id)
@@ -169,28 +167,34 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     if end + 1 < len(ids):
         rest = slice(end + 1, None)
         rows.append((f"{end + 1}–{len(ids) - 1}", "padding", _range(r[rest]), _range(g[rest])))
-    return [f"{config.prompt!r}, {settings}", *_table(rows, right=(2, 3))]
+    return [f"{config.prompt!r}, {strength}", *_table(rows, right=(2, 3))]
 
 
-def meta_backbone(name: str, path: str | None) -> Backbone:
-    """A backbone without weights, on the meta device: a known layout, or the configs of a diffusers folder.
+def meta_backbone(name: str, path: str | None, layout: str | None = None) -> Backbone:
+    """A backbone without weights, on the meta device: a known layout, or that of a diffusers folder or a checkpoint.
 
     Raises:
         ConfigError: no such backbone.
         BackboneError: neither a layout nor a folder with configs.
     """
-    from perfusion.backbones import backbone_class
+    from perfusion.backbones import BackboneError, backbone_class
     from perfusion.backbones.layouts import available_layouts, meta_pipeline
+    from perfusion.backbones.loading import reading
     from perfusion.presets import backbone_config
 
-    config = backbone_config(name, path)
+    config = backbone_config(name, path, layout=layout)
     cls: Any = backbone_class(config.name)
     if config.path is None and name in available_layouts():
         return cls.around(meta_pipeline(name), config)
-    return cls.around(_meta_pipeline_of(cls.source(config)), config)
+    origin = cls.source(config)
+    if not origin.local:
+        raise BackboneError(f"path: found {origin.name!r}, expected a folder: the layout is read from its files")
+    with reading(origin):
+        pipe = meta_pipeline(str(origin.layout or origin.name))
+    return cls.around(pipe, config)
 
 
-def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], family: str) -> int:
+def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], backbone: Backbone) -> int:
     """Size of the file of a concept with tensors of these shapes in float16 and all its metadata, by writing one."""
     import torch
 
@@ -205,7 +209,11 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], family: st
         placeholder=method.word.placeholder,
         tensors={name: torch.zeros(shape) for name, shape in shapes.items()},
         settings={key: value.name if isinstance(value, Enum) else value for key, value in options.items()},
-        fingerprint={"family": family, "text_encoder": digest, "projections": digest},
+        fingerprint={
+            "family": backbone.family,
+            **dict.fromkeys((*backbone.text_encoders(), "projections"), digest),
+            "prompts": backbone.config.prompts,
+        },
         covariance="everyday:10000:0.01",
         seed=0,
         versions={name: version for name, version in provenance()["versions"].items() if name in LIBRARIES},
@@ -215,28 +223,6 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], family: st
         file = Path(folder) / "concept.safetensors"
         save_concept(file, concept)
         return file.stat().st_size
-
-
-def _meta_pipeline_of(origin: Source) -> StableDiffusionPipeline:
-    """The pipeline whose configs lie in a diffusers folder, on the meta device, without its tokenizer."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from perfusion.backbones.base import BackboneError
-    from perfusion.backbones.loading import reading
-
-    if not origin.local:
-        raise BackboneError(f"path: found {origin.name!r}, expected a folder: the layout is read from its files")
-    with reading(origin), torch.device("meta"):
-        parts: dict[str, Any] = {
-            name: kind.from_config(kind.load_config(origin.name, subfolder=name))  # type: ignore[arg-type]
-            for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDIMScheduler))
-        }
-        text = CLIPTextConfig.from_pretrained(origin.name, subfolder="text_encoder")
-        parts["text_encoder"] = CLIPTextModel(text)
-    absent: dict[str, Any] = {"tokenizer": None, "safety_checker": None, "feature_extractor": None}
-    return StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)
 
 
 def _table(rows: Iterable[Row], right: Iterable[int] = ()) -> list[str]:

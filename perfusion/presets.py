@@ -12,7 +12,9 @@ from perfusion.config import CONF, BackboneConfig, ConfigError, checked
 FOLDER = CONF / "backbone"
 
 
-def backbone_config(name: str, path: str | None = None, dtype: str = "float32", device: str = "auto") -> BackboneConfig:
+def backbone_config(
+    name: str, path: str | None = None, dtype: str = "float32", device: str = "auto", layout: str | None = None
+) -> BackboneConfig:
     """The config of the backbone or preset `name`, with another source, dtype and device.
 
     Raises:
@@ -26,4 +28,4 @@ def backbone_config(name: str, path: str | None = None, dtype: str = "float32", 
     else:
         known = ", ".join(sorted({*presets, *backbones.available()}))
         raise ConfigError(f"backbone: no backbone {name!r}; there are: {known}")
-    return dataclasses.replace(config, path=path or config.path, dtype=dtype, device=device)
+    return dataclasses.replace(config, path=path or config.path, layout=layout, dtype=dtype, device=device)

@@ -170,6 +170,8 @@ def _say_where(config: TrainConfig, folder: RunFolder) -> None:
     words = {"concept": folder.concept, "prompt": prompt}
     if config.backbone.path is not None:
         words["backbone.path"] = config.backbone.path
+    if config.backbone.layout is not None:
+        words["backbone.layout"] = config.backbone.layout
     command = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in words.items())
     print(f"concept: {folder.concept} ({folder.concept.stat().st_size / 1000:.1f} kB)")
     print(f"samples: {folder.samples}")

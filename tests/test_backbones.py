@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
@@ -26,14 +27,20 @@ import perfusion
 from perfusion import backbones
 from perfusion.backbones import toyland
 from perfusion.backbones.base import AddedToken, Backbone, BackboneError, Encoding, TokenError
+from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.backbones.toyland import ToylandBackbone, toyland_captions
 from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig, checked
-from tests.pipelines import tiny_pipeline, tiny_pipeline_folder, toyland_folder
+from tests.pipelines import sd21_folder, sdxl_folder, tiny_pipeline, tiny_pipeline_folder, tiny_sdxl, toyland_folder
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "backbone"
-# name -> builder of a folder with a small pipeline of its kind
-FOLDERS: dict[str, Callable[[Path], Path]] = {"stable_diffusion": tiny_pipeline_folder, "toyland": toyland_folder}
+# kind -> name of its backbone, builder of a folder with a small pipeline of the kind
+KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "sd15": ("stable_diffusion", tiny_pipeline_folder),
+    "sd21": ("stable_diffusion", sd21_folder),
+    "sdxl": ("sdxl", sdxl_folder),
+    "toyland": ("toyland", toyland_folder),
+}
 PROMPTS = ["a photo of a {} on the beach", "{}", "a {} and a red {}, in the snow"]
 
 
@@ -45,11 +52,11 @@ def config_of(name: str, folder: Path, cache: Path, **values: Any) -> BackboneCo
     return dataclasses.replace(config, **values)
 
 
-@pytest.fixture(scope="module", params=list(FOLDERS))
+@pytest.fixture(scope="module", params=list(KINDS))
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     home = tmp_path_factory.mktemp(request.param)
-    config = config_of(request.param, FOLDERS[request.param](home), home / "cache")
-    loaded = backbones.backbone_class(request.param).load(config)
+    name, folder = KINDS[request.param]
+    loaded = backbones.backbone_class(name).load(config_of(name, folder(home), home / "cache"))
     loaded.pipe.set_progress_bar_config(disable=True)
     return loaded
 
@@ -70,9 +77,17 @@ def added(backbone: Backbone, vectors: int = 1) -> Iterator[AddedToken]:
 
 def stock(backbone: Backbone, prompts: list[str]) -> Tensor:
     """What the stock pipeline encodes."""
-    assert isinstance(backbone.pipe, StableDiffusionPipeline)
+    pipe: Any = backbone.pipe
     with torch.no_grad():
-        return backbone.pipe.encode_prompt(prompts, backbone.device, 1, False)[0]
+        return pipe.encode_prompt(
+            prompts, device=backbone.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+
+
+def words_of(backbone: Backbone) -> list[Any]:
+    """What a new word is put into: the tokenizers, and the tables of the text encoders."""
+    tokenizers = [part for name, part in backbone.pipe.components.items() if name.startswith("tokenizer")]
+    return [*tokenizers, *(encoder.get_input_embeddings() for encoder in backbone.text_encoders().values())]
 
 
 # --- the seam -------------------------------------------------------------------------------------------------------
@@ -81,8 +96,9 @@ def stock(backbone: Backbone, prompts: list[str]) -> Tensor:
 def test_a_loaded_backbone_is_frozen(backbone: Backbone) -> None:
     assert backbone.family and isinstance(backbone.pipe.scheduler, DDIMScheduler)
     assert (backbone.device, backbone.dtype) == (torch.device("cpu"), torch.float32)
-    for part in ("unet", "vae", "text_encoder"):
-        module = getattr(backbone.pipe, part)
+    encoders = backbone.text_encoders()
+    assert encoders == {n: part for n, part in backbone.pipe.components.items() if n.startswith("text_encoder")}
+    for module in (backbone.pipe.unet, backbone.pipe.vae, *encoders.values()):
         assert not module.training and not any(p.requires_grad for p in module.parameters())
 
 
@@ -132,7 +148,8 @@ def test_prompts_without_the_word_or_too_long_are_refused(backbone: Backbone) ->
 
 def test_an_added_token_is_encoded_trained_and_removed(backbone: Backbone) -> None:
     before = stock(backbone, filled("cat"))
-    sentinel = (backbone.pipe.tokenizer, backbone.pipe.text_encoder.get_input_embeddings())
+    sentinel = words_of(backbone)
+    assert len(sentinel) == 2 * len(backbone.text_encoders())
     for vectors in (1, 2):
         with added(backbone, vectors) as token:
             encoding = backbone.encode(filled("<cat*>"), "<cat*>")
@@ -142,11 +159,14 @@ def test_an_added_token_is_encoded_trained_and_removed(backbone: Backbone) -> No
                 assert torch.equal(encoding.context.detach(), before)
             marked = encoding.context[encoding.concept]
             (marked * torch.arange(marked.shape[-1])).sum().backward()
+            assert token.embeddings().keys() == token.encoders().keys() == backbone.text_encoders().keys()
             for parameter in token.embeddings().values():
                 assert parameter.shape[0] == vectors and parameter.dtype == torch.float32
                 assert parameter.grad is not None and (parameter.grad.abs().sum(1) > 1e-3).all()
-            assert not any(p.grad is not None for part in (backbone.denoiser, sentinel[1]) for p in part.parameters())
-        assert (backbone.pipe.tokenizer, backbone.pipe.text_encoder.get_input_embeddings()) == sentinel
+            frozen = (backbone.denoiser, *(part for part in sentinel if isinstance(part, torch.nn.Module)))
+            assert not any(p.grad is not None for part in frozen for p in part.parameters())
+        assert all(part is before for part, before in zip(words_of(backbone), sentinel, strict=True))
+        assert not any(encoder._forward_hooks for encoder in backbone.text_encoders().values())
         assert torch.equal(stock(backbone, filled("cat")), before)
 
 
@@ -154,7 +174,7 @@ def test_words_are_checked_with_and_without_the_models(backbone: Backbone, monke
     def no_model(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", no_model)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", no_model)
     for check in (backbone.check_token, lambda *words: backbones.check_words(backbone.config, *words)):
         check("<cat*>", "teddy bear")
         with pytest.raises(TokenError, match="'cat' is already a word"):
@@ -166,7 +186,7 @@ def test_words_are_checked_with_and_without_the_models(backbone: Backbone, monke
 def test_the_second_moment_is_over_all_positions_and_cached(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(backbone, StableDiffusionBackbone)
+    assert isinstance(backbone, LatentDiffusionBackbone)
     settings = backbone.config.covariance
     captions = list(backbone.captions())
     assert len(captions) == settings.count == 40
@@ -237,7 +257,8 @@ def test_the_fingerprint_sees_weights_and_not_what_is_attached(backbone: Backbon
     plain = fresh()
     assert time.process_time() - started < 1
     assert plain["family"] == backbone.family and plain == backbone.fingerprint()
-    assert all(len(plain[key]) == 16 for key in ("text_encoder", "projections"))
+    assert plain.keys() == {"family", "projections", *backbone.text_encoders()}
+    assert all(len(value) == 16 for key, value in plain.items() if key != "family")
     lora = LoraConfig(r=2, target_modules=["to_k", "to_v", "to_q"], init_lora_weights=False)
     with added(backbone):
         backbone.pipe.unet.add_adapter(lora, "style")
@@ -246,7 +267,7 @@ def test_the_fingerprint_sees_weights_and_not_what_is_attached(backbone: Backbon
     assert fresh() == plain
     for part, weight in (
         ("projections", backbone.edit_sites()[-1].projection.weight),
-        ("text_encoder", backbone.pipe.text_encoder.get_input_embeddings().weight),
+        *((name, encoder.get_input_embeddings().weight) for name, encoder in backbone.text_encoders().items()),
     ):
         kept = weight.detach().clone()
         weight.data[1, 1] += 1
@@ -258,17 +279,29 @@ def test_the_fingerprint_sees_weights_and_not_what_is_attached(backbone: Backbon
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
-def test_half_precision_loads_with_the_same_fingerprint(tmp_path: Path) -> None:
-    folder = tiny_pipeline_folder(tmp_path)
-    single, half = (
-        StableDiffusionBackbone.load(config_of("stable_diffusion", folder, tmp_path, dtype=dtype))
-        for dtype in ("float32", "float16")
-    )
-    assert half.dtype == torch.float16 and half.fingerprint() == single.fingerprint()
-    token = half.add_token("<cat*>", "cat")
-    assert token.embeddings()["text_encoder"].dtype == torch.float32
-    encoding = half.encode(["a <cat*>"], "<cat*>")
-    assert encoding.context.dtype == torch.float16 and encoding.context.requires_grad
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
+def test_half_precision_loads_with_the_same_fingerprint(kind: str, tmp_path: Path) -> None:
+    name, build = KINDS[kind]
+    folder = build(tmp_path)
+    loaded = {
+        dtype: backbones.backbone_class(name).load(config_of(name, folder, tmp_path, dtype=str(dtype).split(".")[1]))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    }
+    assert loaded[torch.float16].fingerprint() == loaded[torch.float32].fingerprint()
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = loaded[torch.float32].latents(pixels)
+    for dtype, backbone in loaded.items():
+        parts = (backbone.pipe.unet, backbone.pipe.vae, *backbone.text_encoders().values())
+        assert backbone.dtype == dtype and {p.dtype for part in parts for p in part.parameters()} == {dtype}
+        latents = backbone.latents(pixels)
+        assert latents.dtype == dtype
+        torch.testing.assert_close(latents.float(), expected, rtol=0.05, atol=0.05)
+        token = backbone.add_token("<cat*>", "cat")
+        assert all(vectors.dtype == torch.float32 for vectors in token.embeddings().values())
+        encoding = backbone.encode(["a <cat*>"], "<cat*>")
+        assert encoding.context.dtype == dtype and encoding.context.requires_grad
+        predicted = backbone.predict(latents, torch.tensor([500]), encoding)
+        assert predicted.dtype == dtype and predicted.isfinite().all()
 
 
 def test_load_gives_a_stock_pipeline_that_is_known_again(tmp_path: Path) -> None:
@@ -353,7 +386,7 @@ def test_captions_from_adapted_encoders_are_not_cached(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"path": None}, r"backbone.path: stable_diffusion ships no weights; give backbone.path=<folder or hub id>"),
+        ({"path": None}, r"backbone.path: stable_diffusion ships no weights; give backbone.path=<folder, .*> of a"),
         ({"path": "/no/such/folder"}, "backbone.path: no folder /no/such/folder"),
         ({"path": "nobody/nothing"}, "nobody/nothing is no folder here, and the hub did not give it"),
         ({"dtype": "float8"}, "backbone.dtype: found 'float8', expected one of float32, float16, bfloat16"),
@@ -397,11 +430,6 @@ def no_tokenizer(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
 
 
-def a_file(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.write_text("a checkpoint")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -411,7 +439,6 @@ def a_file(folder: Path) -> None:
         (truncated, "cannot load .*pipeline: "),
         (pickled, "cannot load .*pipeline: "),
         (no_tokenizer, "cannot load .*pipeline: "),
-        (a_file, "is a file, expected a folder in diffusers' format"),
     ],
 )
 def test_folders_that_cannot_be_loaded_are_refused(damage: Callable, message: str, tmp_path: Path) -> None:
@@ -429,27 +456,37 @@ def test_other_pipelines_are_refused() -> None:
         backbones.around(other, BackboneConfig(name="stable_diffusion"))
     pipe = tiny_pipeline()
     pipe.text_encoder = None
-    with pytest.raises(BackboneError, match="a pipeline without a text encoder"):
+    with pytest.raises(BackboneError, match="found a pipeline without a text_encoder, expected one with all"):
         backbones.around(pipe)
+    xl = tiny_sdxl()
+    with pytest.raises(BackboneError, match="found a StableDiffusionXLPipeline, expected a StableDiffusionPipeline"):
+        backbones.around(xl, BackboneConfig(name="stable_diffusion"))
+    with pytest.raises(BackboneError, match="found a StableDiffusionPipeline, expected a StableDiffusionXLPipeline"):
+        backbones.around(tiny_pipeline(), BackboneConfig(name="sdxl"))
+    xl.text_encoder_2 = None
+    with pytest.raises(BackboneError, match="found a pipeline without a text_encoder_2"):
+        backbones.around(xl)
 
 
 # --- the registry and the presets -----------------------------------------------------------------------------------
 
 
 def test_the_registry_knows_every_backbone_and_no_other() -> None:
-    assert set(FOLDERS) <= set(backbones.available())
+    assert {name for name, _ in KINDS.values()} == set(backbones.available())
     for name in backbones.available():
         assert issubclass(backbones.backbone_class(name), Backbone)
         assert backbones.default_config(name).name == name
-    for name in ("sd15", "base", "tokens"):
+    for name in ("sd15", "base", "tokens", "latent_diffusion", "single_file"):
         with pytest.raises(ConfigError, match=rf"backbone.name: no backbone '{name}'; there are: .*toyland"):
             backbones.backbone_class(name)
 
 
-@pytest.mark.parametrize("preset", ["sd15", "toyland"])
-def test_the_presets_are_the_defaults(preset: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "values"), [("sd15", {}), ("sd21", {"resolution": 768}), ("sdxl", {}), ("toyland", {})]
+)
+def test_the_presets_are_the_defaults(preset: str, values: dict[str, Any]) -> None:
     config = checked(BackboneConfig, OmegaConf.load(CONF / f"{preset}.yaml"), "backbone")
-    assert config == backbones.default_config(config.name)
+    assert config == dataclasses.replace(backbones.default_config(config.name), **values)
 
 
 # --- Toyland --------------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perfusion import provenance
+from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.layouts import meta_pipeline
-from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
 from perfusion.concept_format import ConceptFileError, read
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import ConfigError
 from perfusion.edit import EditError
 from perfusion.methods.base import Word, build
 from perfusion.methods.perfusion import Perfusion
@@ -110,29 +110,35 @@ def test_the_hash_is_that_of_the_files_tensors(concept: Concept, path: Path, tmp
     assert dataclasses.replace(loaded, tensors={**loaded.tensors, "values": values}).hash != loaded.hash
 
 
-def test_a_concept_in_the_layout_of_stable_diffusion_1_5_is_at_most_30_kb(concept: Concept, tmp_path: Path) -> None:
-    backbone = StableDiffusionBackbone(meta_pipeline("sd15"), BackboneConfig(name="stable_diffusion"))
+@pytest.mark.parametrize(
+    ("layout", "values", "others", "limit"),
+    [("sd15", 12_480, 3 * 768, 30_720), ("sd21", 12_480, 3 * 1024, 32_768), ("sdxl", 83_200, 3 * 2048, 180_000)],
+)
+def test_a_concept_in_a_public_layout_is_as_small_as_it_is_said_to_be(
+    layout: str, values: int, others: int, limit: int, concept: Concept, tmp_path: Path
+) -> None:
+    backbone = around(meta_pipeline(layout))
     method = build({"name": "perfusion", "sample_beta": 0.675}, WORD)
     shapes = method.state_shapes(backbone)
     numbers = sum(torch.Size(shape).numel() for shape in shapes.values())
-    assert shapes["values"] == (12_480,) and numbers == 12_480 + 3 * 768
+    assert shapes["values"] == (values,) and numbers == values + others
     realistic = dataclasses.replace(
         concept,
         tensors={name: torch.randn(shape) for name, shape in shapes.items()},
         superclass="stuffed animal",
         placeholder="<my-stuffed-animal*>",
+        fingerprint=dict.fromkeys((*backbone.text_encoders(), "projections"), "0123456789abcdef")
+        | {"family": backbone.family, "prompts": "imagenet"},
         settings=concept.settings | {"sample_beta": 0.675, "value_rate": 0.0125, "weight_decay": 0.0001, "steps": 1000},
         covariance="everyday:10000:0.01",
         seed=2**32 - 1,
         versions={"perfusion": "0.10.0", "torch": "2.15.0+cu130", "diffusers": "0.42.1", "transformers": "5.23.0"},
         commit="0123456789ab",
     )
-    assert all(
-        len(value) == 16 for part, value in realistic.fingerprint.items() if part in ("text_encoder", "projections")
-    )
-    save_concept(tmp_path / "sd15.safetensors", realistic)
-    assert 2 * numbers < (tmp_path / "sd15.safetensors").stat().st_size <= 30_720
-    assert Concept.load(tmp_path / "sd15.safetensors").versions == realistic.versions
+    assert all(len(v) == 16 for part, v in concept.fingerprint.items() if part in ("text_encoder", "projections"))
+    save_concept(tmp_path / "x.safetensors", realistic)
+    assert 2 * numbers < (tmp_path / "x.safetensors").stat().st_size <= limit
+    assert Concept.load(tmp_path / "x.safetensors").versions == realistic.versions
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

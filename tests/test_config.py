@@ -47,13 +47,13 @@ def test_every_experiment_composes_and_fits_every_schema(name: str) -> None:
     check_keywords(config.trainer)
 
 
-@pytest.mark.parametrize("turn", range(3))
+@pytest.mark.parametrize("turn", range(4))
 def test_every_option_of_every_group_composes(turn: int) -> None:
     groups = {
         group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         for group in ("backbone", "method", "concept", "trainer", "logger", "callbacks")
     }
-    assert max(map(len, groups.values())) <= 3, "one turn per option"
+    assert max(map(len, groups.values())) <= 4, "one turn per option"
     config = compose(*(f"{group}={options[turn % len(options)]}" for group, options in groups.items()), *GIVEN)
     checked(method_class(config.method["name"]).Options, config.method, "method")
     check_keywords(config.trainer)
@@ -103,7 +103,7 @@ def test_a_key_that_no_preset_names_can_be_set() -> None:
         (["sed=1"], ["sed", "'seed'"]),
         (["+sed=1"], ["sed", "'seed'"]),
         (["bckbone=sd15"], ["bckbone", "'backbone'"]),
-        (["backbone=sd51"], ["backbone=sd51", "'sd15'", "toyland"]),
+        (["backbone=sd_15"], ["backbone=sd_15", "'sd15'", "toyland"]),
         (["+experiment=cat_onshot"], ["experiment=cat_onshot", "'cat_oneshot'"]),
         (["experiment=cat_oneshot"], ["+experiment=cat_oneshot"]),
         (["seed=abc"], ["seed", "abc"]),

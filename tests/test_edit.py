@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from perfusion import rank_one
 from perfusion.backbones.base import EditSite
-from perfusion.backbones.stable_diffusion import edit_sites_of
+from perfusion.backbones.latent_diffusion import edit_sites_of
 from perfusion.edit import Edit, EditedProjection, EditError, PromptGate, attach_edit
 
 B, N, D = 2, 7, 24

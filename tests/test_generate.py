@@ -293,7 +293,7 @@ def test_slug() -> None:
         (["prompt=[1, 2]"], "prompt: found [1, 2], expected"),
         (["num=0"], "num: found 0, expected at least 1"),
         (["seeds=1"], "seeds: unknown key; did you mean 'seed'?"),
-        (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: sd15, stable_diffusion, toyland"),
+        (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: sd15, sd21, sdxl, stable_diffusion, toyland"),
         (["tau=0"], "tau: found 0"),
         (["steps=0"], "steps: found 0, expected 1 to 1000"),
         (["batch=0"], "batch size: found 0"),
@@ -322,9 +322,11 @@ def test_every_preset_of_a_backbone_can_be_named(monkeypatch) -> None:
     assert (sd15.name, sd15.path, sd15.dtype, sd15.device) == ("stable_diffusion", "folder", "float16", "cpu")
     assert (sd15.steps, sd15.guidance, sd15.resolution) == (50, 6.0, 512)
     assert backbone_config("toyland").resolution == 64
+    file = backbone_config("sd21", "model.safetensors", layout="sd21_base")
+    assert (file.name, file.resolution, file.layout) == ("stable_diffusion", 768, "sd21_base")
     monkeypatch.setattr("perfusion.presets.FOLDER", Path("nowhere"))
     assert backbone_config("stable_diffusion").prompts == "imagenet", "by its own name, where there are no presets"
-    with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: stable_diffusion, toyland"):
+    with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: sdxl, stable_diffusion, toyland"):
         backbone_config("sd15")
 
 

@@ -89,6 +89,20 @@ def test_the_layout_of_stable_diffusion_1_5(capsys) -> None:
     assert 2 * numbers < size <= 30_720
 
 
+@pytest.mark.parametrize(
+    ("layout", "sites", "outputs", "width", "limit"),
+    [("sd21", 32, "12,480", "1024", 32_768), ("sdxl", 140, "83,200", "2048", 180_000)],
+)
+def test_the_layouts_of_larger_models(layout: str, sites: int, outputs: str, width: str, limit: int, capsys) -> None:
+    lines = inspect(f"backbone={layout}", capsys=capsys)
+    rows = [line.split() for line in lines if re.search(r"attn2\.to_[kv] ", line)]
+    assert len(rows) == sites and {context for _, _, context, _ in rows} == {width}
+    assert fact(lines, "sites") == f"{sites}, with {outputs} outputs of K and {outputs} of V"
+    size = int(fact(lines, "file").split()[0].replace(",", ""))
+    assert 2 * int(fact(lines, "numbers").replace(",", "")) < size <= limit
+    assert ("embedding.text_encoder_2 1×1280" in fact(lines, "concept of perfusion")) == (layout == "sdxl")
+
+
 def test_a_folder_is_measured_without_its_weights(file: Path, pipeline: Path, tmp_path: Path, capsys) -> None:
     for path in pipeline.rglob("*.json"):
         target = tmp_path / path.relative_to(pipeline)
@@ -135,6 +149,10 @@ def test_similarity_and_gate_of_each_token(file: Path, pipeline: Path, backbone:
         (["nowhere.safetensors"], "nowhere.safetensors: found no such file"),
         (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: sd15, "),
         (["backbone=sd15", "path=nowhere"], "no folder nowhere"),
+        (
+            ["backbone=sdxl", "layout=sd14", "path=nowhere"],
+            "backbone.layout: found 'sd14' beside backbone.path=nowhere",
+        ),
         (["backbone=sd15", "path=owner/model"], "path: found 'owner/model', expected a folder"),
         (["backbone=sd15", "method=sorcery"], "no method 'sorcery'"),
     ],

@@ -22,8 +22,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config"}),
     frozenset({"cli"}),  # turns the mistakes that the schema finds into messages
     frozenset({"toyland"}),
-    frozenset({"rank_one", "covariance", "data", "concept_format"}),
-    frozenset({"backbones", "prompt_gate", "superclass_prompts"}),
+    frozenset({"rank_one", "covariance", "data", "concept_format", "superclass_prompts"}),
+    frozenset({"backbones", "prompt_gate"}),
     frozenset({"edit", "manifest", "presets", "sampling"}),
     frozenset({"methods"}),
     frozenset({"concept"}),

@@ -1,48 +1,82 @@
-"""The public layout of SD 1.5 on the meta device: the numbers that are known of it."""
+"""The public layouts on the meta device: the numbers that are known of the models."""
 
+import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perfusion.backbones import around
 from perfusion.backbones.base import BackboneError
-from perfusion.backbones.layouts import available_layouts, layout_config, meta_denoiser, meta_pipeline
-from perfusion.backbones.stable_diffusion import edit_sites_of
+from perfusion.backbones.latent_diffusion import edit_sites_of
+from perfusion.backbones.layouts import (
+    available_layouts,
+    layout_config,
+    layout_folder,
+    meta_denoiser,
+    meta_pipeline,
+)
+
+# Of each layout: parameters of the UNet, the text encoders and the autoencoder; cross-attentions; outputs of their V;
+# width of the context; pixels.
+KNOWN: dict[str, tuple[int, tuple[int, ...], int, int, int, int, int]] = {
+    "sd15": (859_520_964, (123_060_480,), 83_653_863, 16, 12_480, 768, 512),
+    "sd21": (865_910_724, (340_387_840,), 83_653_863, 16, 12_480, 1024, 768),
+    "sd21_base": (865_910_724, (340_387_840,), 83_653_863, 16, 12_480, 1024, 512),
+    "sdxl": (2_567_463_684, (123_060_480, 694_659_840), 83_653_863, 70, 83_200, 2048, 1024),
+}
+PREDICTIONS = {"sd15": "epsilon", "sd21": "v_prediction", "sd21_base": "epsilon", "sdxl": "epsilon"}
 
 
-def test_sd15_has_its_known_sizes() -> None:
-    started = time.process_time()
-    unet = meta_denoiser("sd15")
-    assert time.process_time() - started < 2
-    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    assert all(p.is_meta and not p.requires_grad for p in unet.parameters())
-    pipe = meta_pipeline("sd15")
-    assert sum(p.numel() for p in pipe.text_encoder.parameters()) == 123_060_480
-    assert sum(p.numel() for p in pipe.vae.parameters()) == 83_653_863
-    assert all(p.is_meta for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+def parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_sd15_has_its_known_edit_sites() -> None:
-    sites = edit_sites_of(meta_denoiser("sd15"))
-    assert len(sites) == 32 and len({site.name for site in sites}) == 32
-    assert [site.kind for site in sites] == ["k", "v"] * 16
-    assert sum(site.projection.out_features for site in sites if site.kind == "v") == 12_480  # type: ignore[arg-type]
-    assert {site.projection.in_features for site in sites} == {768}
+@pytest.mark.parametrize("layout", list(KNOWN))
+def test_layouts_have_their_known_sizes(layout: str) -> None:
+    unet, encoders, vae, attentions, outputs, width, pixels = KNOWN[layout]
+    backbone: Any = around(meta_pipeline(layout))
+    pipe = backbone.pipe
+    assert parameters(pipe.unet) == unet and parameters(pipe.vae) == vae
+    assert tuple(parameters(encoder) for encoder in backbone.text_encoders().values()) == encoders
+    parts = (pipe.unet, pipe.vae, *backbone.text_encoders().values())
+    assert all(p.is_meta and not p.requires_grad for part in parts for p in part.parameters())
+    sites = backbone.edit_sites()
+    assert [site.kind for site in sites] == ["k", "v"] * attentions
+    assert len({site.name for site in sites}) == 2 * attentions
+    assert sum(site.projection.out_features for site in sites if site.kind == "v") == outputs
+    assert {site.projection.in_features for site in sites} == {width}
     assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_v" in {site.name for site in sites}
-
-
-def test_a_backbone_around_a_layout_can_be_measured() -> None:
-    backbone = around(meta_pipeline("sd15"))
-    assert (backbone.family, backbone.config.resolution, backbone.latent_shape()) == (
-        "stable_diffusion",
-        512,
-        (4, 64, 64),
+    assert sum(encoder.config.hidden_size for encoder in backbone.text_encoders().values()) == width
+    assert backbone.config.resolution == pixels and backbone.latent_shape() == (4, pixels // 8, pixels // 8)
+    assert (backbone.train_timesteps, backbone.device.type) == (1000, "meta")
+    assert (backbone.family, backbone.prediction) == (
+        "sdxl" if layout == "sdxl" else "stable_diffusion",
+        PREDICTIONS[layout],
     )
-    assert backbone.train_timesteps == 1000 and backbone.device.type == "meta"
-    assert len(backbone.edit_sites()) == 32
+
+
+def test_a_denoiser_alone_takes_no_time() -> None:
+    started = time.process_time()
+    sites = edit_sites_of(meta_denoiser("sd15"))
+    assert time.process_time() - started < 2
+    assert len(sites) == 32
+
+
+def test_a_folder_of_configs_is_a_layout(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(layout_folder("sd15"), folder)
+    unet = folder / "unet" / "config.json"
+    unet.write_text(unet.read_text().replace('"cross_attention_dim": 768', '"cross_attention_dim": 640'))
+    assert layout_config(str(folder), "unet")["cross_attention_dim"] == 640
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('["diffusers", "AutoencoderKL"]', '["os", "system"]'))
+    with pytest.raises(BackboneError, match=r"found vae of os.system, expected a class of diffusers, transformers"):
+        meta_pipeline(str(folder))
 
 
 def test_a_layout_that_is_not_known_is_refused() -> None:
-    assert available_layouts() == ["sd15"]
-    with pytest.raises(BackboneError, match="no layout 'sd14'; there are: sd15"):
+    assert available_layouts() == sorted(KNOWN)
+    with pytest.raises(BackboneError, match="no layout 'sd14'; there are: sd15, sd21, sd21_base, sdxl, or a diffusers"):
         layout_config("sd14", "unet")

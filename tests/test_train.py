@@ -223,7 +223,7 @@ def no_images(folder: Path) -> None:
         (None, "trainer.max_steps=3", ["trainer.max_steps", "method.steps"]),
         (None, "backbone.path=no/such", ["backbone.path", "no/such"]),
         (None, "backbone.name=sd", ["backbone.name", "stable_diffusion"]),
-        (None, "backbone=sd51", ["backbone=sd51", "'sd15'"]),
+        (None, "backbone=sd_15", ["backbone=sd_15", "'sd15'"]),
     ],
 )
 def test_mistakes_are_answered_before_a_model_is_loaded(
@@ -258,7 +258,8 @@ def test_help_says_what_there_is(here: Path, capfd: pytest.CaptureFixture[str]) 
         run("--help")
     assert stopped.value.code == 0
     shown = capfd.readouterr().out
-    for part in ("usage: python -m perfusion.train", "backbone: sd15, toyland", "experiment: cat_fewshot, cat_oneshot"):
+    groups = ("backbone: sd15, sd21, sdxl, toyland", "experiment: cat_fewshot, cat_oneshot")
+    for part in ("usage: python -m perfusion.train", *groups):
         assert part in shown
     assert all(len(line) <= 120 for line in shown.splitlines())
     assert not os.listdir(here)

@@ -16,10 +16,23 @@ from perfusion.backbones.base import Backbone, BackboneError
 from perfusion.config import BackboneConfig, ConfigError
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 # What backbones are made of, and no backbones themselves.
-_PARTS = frozenset({"base", "captions", "everyday", "fingerprint", "layouts", "loading", "moments", "tokens"})
+_PARTS = frozenset(
+    {
+        "base",
+        "captions",
+        "everyday",
+        "fingerprint",
+        "latent_diffusion",
+        "layouts",
+        "loading",
+        "moments",
+        "single_file",
+        "tokens",
+    }
+)
 
 # How a pipeline was loaded, for as long as it lives: wrapped again, it is the same backbone.
 _configs: weakref.WeakKeyDictionary[DiffusionPipeline, BackboneConfig] = weakref.WeakKeyDictionary()
@@ -67,21 +80,27 @@ def check_covariance(config: BackboneConfig) -> None:
 
 
 def load(
-    backbone: str = "toyland", path: str | None = None, dtype: str = "float32", device: str = "auto"
-) -> StableDiffusionPipeline:
+    backbone: str = "toyland",
+    path: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    layout: str | None = None,
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """A frozen, stock diffusers pipeline, ready for `Concept.attach`.
 
     Args:
-        backbone: `toyland`, or `stable_diffusion` with a `path`.
-        path: diffusers folder or hub id; None: the weights that the backbone ships.
+        backbone: `toyland`, or `stable_diffusion` (1.x and 2.x) or `sdxl` with a `path`.
+        path: diffusers folder, .safetensors file or hub id; None: the weights that the backbone ships.
         dtype: float32, float16 or bfloat16.
         device: auto (cuda, then mps, then cpu), or a torch device.
+        layout: of a .safetensors file: the known layout, or the diffusers folder, that has its configs; None: as the
+            file looks.
 
     Raises:
         ConfigError: no such backbone.
         BackboneError: it cannot be loaded; the message says why.
     """
-    config = dataclasses.replace(default_config(backbone), path=path, dtype=dtype, device=device)
+    config = dataclasses.replace(default_config(backbone), path=path, layout=layout, dtype=dtype, device=device)
     loaded = _backbone(backbone).load(config)
     _configs[loaded.pipe] = config
     return loaded.pipe

@@ -115,6 +115,10 @@ class Backbone(ABC):
         """Every cross-attention K and V projection, in the denoiser's module order, K before V."""
 
     @abstractmethod
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Name -> text encoder, in the order in which their outputs stand side by side in the denoiser's context."""
+
+    @abstractmethod
     def encode(self, prompts: Sequence[str], word: str) -> Encoding:
         """Encode prompts; gradients reach the embeddings of added tokens.
 

@@ -1,21 +1,26 @@
-"""Architectures without weights: the public configs of known models, built on the meta device to count and measure.
+"""Architectures without weights: the public configs of known models, and how a folder of configs becomes a pipeline on
+the meta device, to count and measure.
 
-`layouts/<name>/{unet,text_encoder,vae,scheduler}.json` are the configs as their publishers ship them.
+`layouts/<name>/` is a folder in diffusers' format with the configs as their publishers ship them, but without
+weights and vocabulary (see `single_file.clip_tokenizer`).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from perfusion.backbones.base import BackboneError
 
 _FOLDER = Path(__file__).with_name("layouts")
+_LIBRARIES = ("diffusers", "transformers")  # whose classes a model_index.json may name
+_CONFIGS = {"scheduler": "scheduler_config.json"}  # else config.json
 
 
 def available_layouts() -> list[str]:
@@ -23,15 +28,33 @@ def available_layouts() -> list[str]:
     return sorted(path.name for path in _FOLDER.iterdir() if path.is_dir())
 
 
+def layout_folder(layout: str) -> Path:
+    """The folder of a known layout, or the folder in diffusers' format that `layout` names itself.
+
+    Raises:
+        BackboneError: neither.
+    """
+    if layout in available_layouts():
+        return _FOLDER / layout
+    folder = Path(layout).expanduser()
+    if (folder / "model_index.json").is_file():
+        return folder
+    raise BackboneError(f"no layout {layout!r}; there are: {', '.join(available_layouts())}, or a diffusers folder")
+
+
 def layout_config(layout: str, part: str) -> dict[str, Any]:
-    """The config of `part` (`unet`, `text_encoder`, `vae` or `scheduler`) in `layout`.
+    """The config of `part` (`unet`, `text_encoder`, `vae`, `scheduler`, ...) in `layout`.
 
     Raises:
         BackboneError: no such layout.
     """
-    if layout not in available_layouts():
-        raise BackboneError(f"no layout {layout!r}; there are: {', '.join(available_layouts())}")
-    return json.loads((_FOLDER / layout / f"{part}.json").read_text(encoding="utf-8"))
+    file = layout_folder(layout) / part / _CONFIGS.get(part, "config.json")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def pipeline_class(folder: Path) -> str:
+    """The name of the pipeline's class that a folder's model_index.json gives."""
+    return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
 
 
 def meta_denoiser(layout: str) -> UNet2DConditionModel:
@@ -42,18 +65,39 @@ def meta_denoiser(layout: str) -> UNet2DConditionModel:
     return unet.requires_grad_(False).eval()
 
 
-def meta_pipeline(layout: str) -> StableDiffusionPipeline:
-    """The whole pipeline of `layout` on the meta device, without a tokenizer: a backbone around it can be measured."""
+def meta_pipeline(layout: str) -> DiffusionPipeline:
+    """The whole pipeline of a layout, or of a diffusers folder's configs, on the meta device.
+
+    It has neither tokenizers nor a safety checker; a backbone around it can be measured.
+
+    Raises:
+        BackboneError: no such layout, or a part of a class that is not diffusers' or transformers'.
+        OSError, ValueError: a config that is not there or cannot be read.
+    """
+    folder = layout_folder(layout)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    cls: Any = getattr(diffusers, pipeline_class(folder), None)
+    if cls is None:
+        raise BackboneError(f"{folder}: found a pipeline {pipeline_class(folder)!r}, which diffusers does not have")
+    expected, optional = DiffusionPipeline._get_signature_keys(cls)
+    parts: dict[str, Any] = dict.fromkeys(expected)
+    for name in expected:
+        library, kind = index.get(name) or ("", "")
+        if kind and name.startswith(("scheduler", "vae", "unet", "text_encoder")):
+            parts[name] = _meta_part(folder, name, library, kind)
+    settings = {key: value for key, value in index.items() if key in optional}
+    if "requires_safety_checker" in optional:
+        settings["requires_safety_checker"] = False
+    return cls(**parts, **settings)
+
+
+def _meta_part(folder: Path, name: str, library: str, kind: str) -> Any:
+    cls: Any = getattr(importlib.import_module(library), kind, None) if library in _LIBRARIES else None
+    if cls is None:
+        raise BackboneError(f"{folder}: found {name} of {library}.{kind}, expected a class of {', '.join(_LIBRARIES)}")
+    if name == "scheduler":  # it computes with what it holds, which the meta device has not
+        return cls.from_config(cls.load_config(folder, subfolder=name))
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(layout_config(layout, "vae"))
-        text_encoder = CLIPTextModel(CLIPTextConfig(**layout_config(layout, "text_encoder")))
-    components: dict[str, Any] = {
-        "unet": meta_denoiser(layout),
-        "vae": vae,
-        "text_encoder": text_encoder.eval(),
-        "scheduler": DDIMScheduler.from_config(layout_config(layout, "scheduler")),
-        "tokenizer": None,
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-    return StableDiffusionPipeline(**components, requires_safety_checker=False)
+        if hasattr(cls, "config_class"):  # transformers
+            return cls(cls.config_class.from_pretrained(folder, subfolder=name)).eval()
+        return cls.from_config(cls.load_config(folder, subfolder=name))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from perfusion.backbones.base import BackboneError
+from perfusion.backbones.layouts import layout_folder, pipeline_class
+from perfusion.backbones.single_file import folder_tokenizer, layout_of, read_single_file
 from perfusion.config import BackboneConfig
+
+P = TypeVar("P", bound=DiffusionPipeline)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -22,49 +28,117 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """What `from_pretrained` takes: a folder on this machine, or the id of a repository on the hub."""
+    """A folder or a checkpoint in one file on this machine, or the id of a repository on the hub."""
 
     name: str
     local: bool
+    layout: Path | None = None  # of a checkpoint in one file: the folder with its configs
 
 
-def source(config: BackboneConfig, pipeline_class: str) -> Source:
-    """The source that `backbone.path` names; a folder must hold a diffusers pipeline of class `pipeline_class`.
+def source(config: BackboneConfig, expected: str) -> Source:
+    """The source that `backbone.path` names; it must hold a diffusers pipeline of class `expected`.
 
     Raises:
-        BackboneError: no path, no such folder, or another kind of folder or file.
+        BackboneError: no path, no such folder or file, or another kind of either.
     """
     if not config.path:
         raise BackboneError(
-            f"backbone.path: {config.name} ships no weights; give backbone.path=<folder or hub id> of a diffusers "
-            f"{pipeline_class}"
+            f"backbone.path: {config.name} ships no weights; give backbone.path=<folder, .safetensors file or hub id> "
+            f"of a diffusers {expected}"
         )
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        _check_folder(folder, pipeline_class)
-        return Source(str(folder), local=True)
-    if folder.exists():
+    path = Path(config.path).expanduser()
+    if path.is_file():
+        return Source(str(path), local=True, layout=_layout(path, config.layout, expected))
+    if config.layout:
         raise BackboneError(
-            f"backbone.path: {config.path} is a file, expected a folder in diffusers' format (model_index.json and one "
-            "folder for each part); diffusers' from_single_file and save_pretrained make one from a checkpoint"
+            f"backbone.layout: found {config.layout!r} beside backbone.path={config.path}, expected it only with a "
+            "checkpoint in one file; a folder has its own configs"
         )
+    if path.is_dir():
+        _check_folder(path, expected)
+        return Source(str(path), local=True)
     if _HUB_ID.fullmatch(config.path):
         return Source(config.path, local=False)
-    raise BackboneError(f"backbone.path: no folder {config.path}; expected a diffusers folder or a hub id 'owner/name'")
+    raise BackboneError(
+        f"backbone.path: no folder {config.path}; expected a diffusers folder, a .safetensors file or a hub id "
+        "'owner/name'"
+    )
 
 
-def _check_folder(folder: Path, pipeline_class: str) -> None:
+def _layout(checkpoint: Path, layout: str | None, expected: str) -> Path:
+    """The folder with the configs of a checkpoint in one file."""
+    if checkpoint.suffix != ".safetensors":
+        raise BackboneError(
+            f"backbone.path: {checkpoint} is a file of type {checkpoint.suffix or 'unknown'!r}, expected .safetensors "
+            "or a diffusers folder: .ckpt, .pt and .bin files are pickles, which can run code when they are read; a "
+            "tool of your choice can convert one, where you trust it"
+        )
+    if layout is None:
+        with reading(Source(str(checkpoint), local=True)):
+            layout = layout_of(checkpoint)
+    try:
+        folder = layout_folder(layout)
+        found = pipeline_class(folder)
+    except (BackboneError, OSError, ValueError, AttributeError) as error:
+        raise BackboneError(f"backbone.layout: {error}") from error
+    if found != expected:
+        raise BackboneError(
+            f"backbone.path: {checkpoint} is, by its layout {layout}, a {found}, expected a {expected}; another "
+            "backbone= may take it"
+        )
+    return folder
+
+
+def read_pipeline(cls: type[P], origin: Source, dtype: torch.dtype, tokenizers: list[str], **parts: Any) -> P:
+    """The pipeline of class `cls` at `origin`, in `dtype`; of safetensors only. `parts` are the pipeline's arguments.
+
+    Raises:
+        BackboneError: it cannot be read; the message says why.
+    """
+    with reading(origin):
+        if origin.layout:
+            pipe = read_single_file(cls, Path(origin.name), origin.layout, dtype, tokenizers, **parts)
+        else:
+            pipe = cls.from_pretrained(
+                origin.name, dtype=dtype, use_safetensors=True, local_files_only=origin.local, **parts
+            )
+        for name in tokenizers:
+            check_tokenizer(getattr(pipe, name))
+    return pipe
+
+
+def read_tokenizer(origin: Source, name: str) -> CLIPTokenizer:
+    """The tokenizer `name` of the pipeline at `origin`, without its models. Raises BackboneError."""
+    with reading(origin):
+        if origin.layout:
+            tokenizer = folder_tokenizer(origin.layout, name)
+        else:
+            tokenizer = CLIPTokenizer.from_pretrained(origin.name, subfolder=name, local_files_only=origin.local)
+        check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def read_unet_config(origin: Source) -> Mapping[str, Any]:
+    """The config of the UNet of the pipeline at `origin`, without weights. Raises BackboneError."""
+    name, local = (str(origin.layout), True) if origin.layout else (origin.name, origin.local)
+    with reading(origin):
+        found = UNet2DConditionModel.load_config(name, subfolder="unet", local_files_only=local)
+    assert isinstance(found, dict)
+    return found
+
+
+def _check_folder(folder: Path, expected: str) -> None:
     index = folder / "model_index.json"
     try:
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        found = pipeline_class(folder)
     except FileNotFoundError:
         raise BackboneError(
             f"backbone.path: {folder} is not a diffusers pipeline: it holds no model_index.json"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise BackboneError(f"backbone.path: cannot read {index}: {error}") from error
-    if found != pipeline_class:
-        raise BackboneError(f"backbone.path: {folder} holds a {found}, expected a {pipeline_class}")
+    if found != expected:
+        raise BackboneError(f"backbone.path: {folder} holds a {found}, expected a {expected}")
 
 
 @contextmanager
@@ -72,7 +146,9 @@ def reading(origin: Source) -> Iterator[None]:
     """Turn what diffusers, transformers and the hub raise into one BackboneError that names the source."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except BackboneError:  # says it already
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if origin.local:
             raise BackboneError(f"backbone.path: cannot load {origin.name}: {reason}") from error

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 POSITIONS = ("all", "words")
 CAPTION_BATCH = 64
-_ENCODER = ("text_encoder", "tokenizer")  # key inputs that say whose encodings they are
+_ENCODERS = ("text_encoder", "tokenizer")  # what key inputs begin with that say whose encodings they are
 _KEY = "backbone.covariance"
 
 _log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def imported(settings: CovarianceConfig, encoder: Mapping[str, object] | None = 
         matrix = load_matrix(Path(settings.matrix).expanduser())
     origin = matrix.origin
     if encoder is not None and origin:
-        differing = [part for part in _ENCODER if origin.get(part) != encoder[part]]
+        differing = [part for part in encoder if part.startswith(_ENCODERS) and origin.get(part) != encoder[part]]
         if differing:
             part = differing[0]
             _log.warning(

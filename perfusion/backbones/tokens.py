@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from tokenizers import Regex, normalizers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perfusion.backbones.base import AddedToken, TokenError
@@ -32,9 +33,9 @@ class WordVectors(nn.Module):
     A module of its own, without submodules, so that offloading hooks can move it.
     """
 
-    def __init__(self, word: str, initial: Tensor) -> None:
+    def __init__(self, word: str, superclass: str, initial: Tensor) -> None:
         super().__init__()
-        self.word = word
+        self.word, self.superclass = word, superclass
         self.weight = nn.Parameter(initial.detach().float().clone())
 
     def forward(self) -> Tensor:
@@ -55,6 +56,7 @@ class ExtendedEmbedding(nn.Module):
         self.words = nn.ModuleList()
         self.stock_tokenizer = tokenizer
         self.first = len(tokenizer)  # id of the first added token
+        self.watchers: list[RemovableHandle] = []  # hooks of the text encoder that go when the last word goes
 
     @property
     def weight(self) -> Tensor:
@@ -76,6 +78,20 @@ class ExtendedEmbedding(nn.Module):
         vectors = torch.cat([word() for word in self.words]).to(stock.dtype)
         own = F.embedding((ids - self.first).clamp_min(0), vectors)
         return torch.where(added[..., None], own, stock)
+
+    def replacements(self) -> list[tuple[list[int], list[int]]]:
+        """For each added word its ids, and those of its superclass."""
+        ids: dict[str, list[int]] = {}
+        pairs: list[tuple[list[int], list[int]]] = []
+        first = self.first
+        for word in self.words:
+            assert isinstance(word, WordVectors)
+            own = [*range(first, first + len(word.weight))]
+            # A superclass may be a word that was added before.
+            pairs.append((own, ids.get(word.superclass) or token_ids(self.stock_tokenizer, word.superclass)))
+            ids[word.word] = own
+            first += len(own)
+        return pairs
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors."""
@@ -125,16 +141,24 @@ class AddedWord(AddedToken):
             else:
                 _put(getattr(self._pipe, encoder), table.base)
                 setattr(self._pipe, self._towers[encoder], table.stock_tokenizer)
+                for watcher in table.watchers:
+                    watcher.remove()
 
 
 def add_word(
-    pipe: DiffusionPipeline, towers: Mapping[str, str], placeholder: str, superclass: str, vectors: int = 1
+    pipe: DiffusionPipeline,
+    towers: Mapping[str, str],
+    placeholder: str,
+    superclass: str,
+    vectors: int = 1,
+    watchers: Mapping[str, Callable[..., Any]] | None = None,
 ) -> AddedWord:
     """Add `placeholder` to tokenizers and text encoders of `pipe`, starting at the mean embedding of `superclass`.
 
     Args:
         towers: attribute of the text encoder in the pipeline -> attribute of its tokenizer.
         vectors: how many; all start alike, and their positions tell them apart.
+        watchers: of text encoders, forward hooks (with keywords) that stay as long as there are words in them.
 
     Raises:
         TokenError: see `check_word`; nothing is changed then.
@@ -153,7 +177,9 @@ def add_word(
         if not isinstance(table, ExtendedEmbedding):
             table = ExtendedEmbedding(table, tokenizer)
             _put(encoder, table)
-        words[encoder_name] = WordVectors(placeholder, initial)
+            if watchers and encoder_name in watchers:
+                table.watchers.append(encoder.register_forward_hook(watchers[encoder_name], with_kwargs=True))
+        words[encoder_name] = WordVectors(placeholder, superclass, initial)
         table.words.append(words[encoder_name])
         setattr(pipe, tokenizer_name, table.tokenizer())
     return AddedWord(pipe, towers, placeholder, superclass, words)

@@ -229,9 +229,9 @@ class Perfusion(Method):
         (d,) = {d for _, _, d in sites}
         size = {kind: sum(h for k, h, _ in sites if k == kind) for kind in ("k", "v")}
         shapes: dict[str, tuple[int, ...]] = {"target_input": (d,), "direction": (d,), "values": (size["v"],)}
-        for name, part in backbone.pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                shapes[f"embedding.{name}"] = (self.options.vectors, part.get_input_embeddings().embedding_dim)
+        for name, encoder in backbone.text_encoders().items():
+            table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+            shapes[f"embedding.{name}"] = (self.options.vectors, table.embedding_dim)
         if self.options.key_lock is KeyLock.none:
             shapes["keys"] = (size["k"],)
         return shapes

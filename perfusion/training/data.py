@@ -26,7 +26,7 @@ from perfusion.toyland.world import SUPERCLASSES, concept_scene, sample_instance
 
 # Where the pictures that Toyland draws are set: none of the places that the validation prompts ask for.
 PLACES = ("plain", "meadow", "kitchen", "forest", "desert")
-_ENCODED_AT_ONCE = 8  # pictures in one call of the autoencoder
+_ENCODED_AT_ONCE = 8 * 512 * 512  # pixels in one call of the autoencoder; at least one picture
 
 
 def examples_of(concept: ConceptConfig, resolution: int) -> Examples:
@@ -106,7 +106,8 @@ class ConceptData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         with torch.no_grad():
-            parts = self.examples.pixels.split(_ENCODED_AT_ONCE)
+            pixels = self.examples.pixels  # (n, 3, R, R)
+            parts = pixels.split(max(1, _ENCODED_AT_ONCE // pixels.shape[-1] ** 2))
             encoded = [self.backbone.latents(p.to(self.backbone.device, self.backbone.dtype)) for p in parts]
             self.latents = torch.cat(encoded)  # (n, c, h, w)
         masks = self.examples.masks

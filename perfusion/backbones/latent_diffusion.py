@@ -1,0 +1,384 @@
+"""What the backbones of the Stable Diffusion family have in common: CLIP text encoders side by side, a UNet with
+cross-attention, an autoencoder, noise or velocity prediction.
+
+A family says which pipeline it wraps, what its text encoders are, and how its denoiser is given what they read.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from perfusion.backbones import fingerprint, loading, moments
+from perfusion.backbones.base import Backbone, BackboneError, EditSite, Encoding, TokenError
+from perfusion.backbones.captions import Captions, caption_stream, captions_digest
+from perfusion.backbones.tokens import (
+    AddedWord,
+    ExtendedEmbedding,
+    TokenMemory,
+    add_word,
+    check_word,
+    last_tokens,
+    token_ids,
+)
+from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.covariance import Factorised
+from perfusion.covariance.matrix import Matrix
+
+CONTEXT = "text"  # the one text-context space: what the text encoder gives, read by every cross-attention
+BUILT_IN_SAMPLE = 256  # captions of a built-in set that tell its version from others
+_KINDS: tuple[Literal["k"], Literal["v"]] = ("k", "v")
+
+
+def edit_sites_of(denoiser: nn.Module, context: str = CONTEXT) -> list[EditSite]:
+    """Every K and V projection of a diffusers UNet that reads the text, in module order, K before V.
+
+    Needs no weights: a UNet on the meta device will do.
+
+    Raises:
+        BackboneError: the projections are fused, so that an edit would change nothing.
+    """
+    sites: list[EditSite] = []
+    for name, module in fingerprint.base_module(denoiser).named_modules():
+        if not (isinstance(module, Attention) and module.is_cross_attention):
+            continue
+        if isinstance(module.processor, FusedAttnProcessor2_0):  # `fused_projections` stays true after unfusing
+            raise BackboneError(
+                f"{name}: its K and V projections are fused, and an edit of them would do nothing; call "
+                "unfuse_qkv_projections() first"
+            )
+        sites += [EditSite(f"{name}.to_{kind}", kind, context, module, f"to_{kind}") for kind in _KINDS]
+    return sites
+
+
+class LatentDiffusionBackbone(Backbone):
+    """A pipeline of class `Pipeline`, frozen.
+
+    A family gives the class variables, `defaults` and `_read`; and whatever else it does in its own way.
+    """
+
+    Pipeline: ClassVar[Any]  # class of diffusers
+    family: ClassVar[str]
+    towers: ClassVar[Mapping[str, str]]  # text encoder -> its tokenizer, in the order of the denoiser's context
+    parts: ClassVar[Mapping[str, Any]]  # arguments of the pipeline's class that loading fixes
+    pipe: Any
+
+    def __init__(self, pipe: DiffusionPipeline, config: BackboneConfig) -> None:
+        self.pipe, self.config = pipe, config
+        # Of the training's noise only: samples are drawn with whatever scheduler the pipeline has.
+        self._schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+        self._fingerprint: dict[str, str] | None = None
+        self._rows = {encoder: TokenMemory() for encoder in self.towers}
+        self._words = {encoder: TokenMemory() for encoder in self.towers}
+
+    @classmethod
+    @abstractmethod
+    def defaults(cls) -> BackboneConfig:
+        """The config of a pipeline that comes without one."""
+
+    @abstractmethod
+    def _read(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """Ids and masks (B, N) for each text encoder to the context (B, N, d), as the stock pipeline makes it, and what
+        else the denoiser takes of the prompts."""
+
+    @classmethod
+    def fits(cls, pipe: DiffusionPipeline) -> bool:
+        """Whether this class can wrap `pipe`."""
+        return isinstance(pipe, cls.Pipeline)
+
+    @classmethod
+    def source(cls, config: BackboneConfig) -> loading.Source:
+        """Where the weights are. Raises BackboneError."""
+        return loading.source(config, cls.Pipeline.__name__)
+
+    @classmethod
+    def load(cls, config: BackboneConfig) -> Self:
+        """Load the pipeline: safetensors only, DDIM, frozen, on the config's device and dtype.
+
+        Raises:
+            BackboneError: no path, another kind of pipeline, or what diffusers could not load and why.
+        """
+        device, dtype = loading.resolve_device(config.device), loading.resolve_dtype(config.dtype)
+        pipe: Any = loading.read_pipeline(cls.Pipeline, cls.source(config), dtype, [*cls.towers.values()], **cls.parts)
+        # Latents have no bounds to be clipped to, and the schedule ends with the first step's noise; schedulers of
+        # other kinds do not always say so, and DDIM's own defaults are those of pixels.
+        latent = {"clip_sample": False, "set_alpha_to_one": False}
+        pipe.scheduler = DDIMScheduler.from_config({**latent, **pipe.scheduler.config})
+        backbone = cls.around(pipe.to(device), config)
+        for part in backbone._frozen():
+            part.eval()
+        return backbone
+
+    @classmethod
+    def around(cls, pipe: DiffusionPipeline, config: BackboneConfig) -> Self:
+        """Wrap a pipeline that the user loaded; nothing in it is changed but `requires_grad`.
+
+        Raises:
+            BackboneError: another kind of pipeline or one without a text encoder, a resolution that its autoencoder
+                cannot take, or a prediction that is neither noise nor velocity.
+        """
+        name = cls.Pipeline.__name__
+        if not isinstance(pipe, cls.Pipeline):
+            raise BackboneError(
+                f"found a {type(pipe).__name__}, expected a {name}; where the parts are the same, "
+                f"{name}(**pipe.components) makes one"
+            )
+        stock: Any = pipe
+        if config.resolution < 1 or config.resolution % stock.vae_scale_factor:
+            raise BackboneError(
+                f"backbone.resolution: found {config.resolution}, expected a multiple of {stock.vae_scale_factor} "
+                "pixels"
+            )
+        if absent := [encoder for encoder in cls.towers if getattr(pipe, encoder) is None]:
+            raise BackboneError(f"found a pipeline without a {absent[0]}, expected one with all its parts")
+        backbone = cls(pipe, config)
+        if backbone.prediction not in ("epsilon", "v_prediction"):
+            raise BackboneError(
+                f"the pipeline's scheduler: found prediction_type {backbone.prediction!r}, expected 'epsilon' or "
+                "'v_prediction'"
+            )
+        for part in backbone._frozen():
+            part.requires_grad_(False)
+        return backbone
+
+    @classmethod
+    def check_words(cls, config: BackboneConfig, placeholder: str, superclass: str) -> None:
+        """`check_token` before any model is loaded: reads the tokenizers only.
+
+        Raises:
+            BackboneError: a tokenizer cannot be loaded.
+            TokenError: see `check_token`.
+        """
+        origin = cls.source(config)
+        for name in cls.towers.values():
+            check_word(loading.read_tokenizer(origin, name), placeholder, superclass)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.pipe.unet
+
+    def edit_sites(self) -> list[EditSite]:
+        return edit_sites_of(self.denoiser)
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {encoder: getattr(self.pipe, encoder) for encoder in self.towers}
+
+    def encode(self, prompts: Sequence[str], word: str) -> Encoding:
+        ids, masks, marks = [], [], []
+        for encoder, tokenizer in self._tokenizers().items():
+            rows = self._rows[encoder].read(tokenizer, prompts, lambda text, t=tokenizer: self._row(t, text))
+            ids.append(torch.stack([row for row, _ in rows]))
+            masks.append(torch.stack([mask for _, mask in rows]))
+            (wanted,) = self._words[encoder].read(tokenizer, [word], lambda text, t=tokenizer: token_ids(t, text))
+            marks.append(last_tokens(ids[-1], wanted))
+        for k, (prompt, found) in enumerate(zip(prompts, marks[0].any(1).tolist(), strict=True)):
+            if not found:
+                raise TokenError(f"prompt {prompt!r}: expected the word {word!r} in it")
+            if any(not torch.equal(others[k], marks[0][k]) for others in marks[1:]):
+                raise TokenError(
+                    f"prompt {prompt!r}: found {word!r} at other positions for one text encoder than for the other, "
+                    "expected the same: is there a textual inversion in it that they know with different numbers of "
+                    "vectors?"
+                )
+        context, extra = self._read(ids, masks)
+        return Encoding(context, marks[0].to(self.device), extra)
+
+    def check_token(self, placeholder: str, superclass: str) -> None:
+        for name in self.towers.values():
+            check_word(getattr(self.pipe, name), placeholder, superclass)
+
+    def add_token(self, placeholder: str, superclass: str, vectors: int = 1) -> AddedWord:
+        return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self._watchers())
+
+    def _watchers(self) -> dict[str, Callable[..., Any]]:
+        """Text encoder -> forward hook that it has as long as there are added words in it."""
+        return {}
+
+    def moment(self, progress: bool = True) -> Matrix:
+        """See the seam. Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
+
+        Raises:
+            CovarianceError: the matrix cannot be read, or nothing can be measured.
+            ConfigError: the captions cannot be read.
+        """
+        settings = self.config.covariance
+        moments.check_settings(settings)
+        encoders = self.text_encoders()
+        dtypes = dict.fromkeys(str(next(encoder.parameters()).dtype) for encoder in encoders.values())
+        key: dict[str, object] = {
+            **{encoder: self.fingerprint()[encoder] for encoder in encoders},
+            **{
+                name: fingerprint.vocabulary_digest(self._stock_tokenizer(encoder))
+                for encoder, name in self.towers.items()
+            },
+            "dtype": ", ".join(dtypes).replace("torch.", ""),
+        }
+        if settings.matrix is not None:
+            matrix = moments.imported(settings, key)
+        else:
+            key |= {"captions": self._captions_digest(), "count": settings.count, "positions": settings.positions}
+            adapted = any(fingerprint.has_adapters(encoder) for encoder in encoders.values())
+            cached = None if adapted else key
+            matrix = moments.measured(settings, self.captions(), self._encode_captions, cached, progress)
+        self.covariance_origin = matrix.origin
+        return matrix
+
+    def second_moment(self, progress: bool = True) -> Factorised:
+        """See the seam.
+
+        Raises:
+            CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
+            ConfigError: the captions cannot be read.
+        """
+        projection: Any = fingerprint.base_module(self.edit_sites()[0].projection)
+        return moments.factorised(self.config.covariance, self.moment(progress), projection.in_features)
+
+    def captions(self) -> Captions:
+        """The captions that `C` is made of. Raises ConfigError."""
+        return self.captions_of(self.config.covariance)
+
+    @classmethod
+    def captions_of(cls, settings: CovarianceConfig) -> Captions:
+        """The captions that these settings name. Raises ConfigError."""
+        return caption_stream(settings.captions, settings.count)
+
+    @classmethod
+    def check_covariance(cls, config: BackboneConfig) -> None:
+        """Hold, before any model is loaded, that the captions can be read, or the matrix used.
+
+        Raises:
+            ConfigError: no such captions or selection of positions.
+            CovarianceError: a matrix that cannot be read, or not be used with this model; see `moments.factorised`.
+            BackboneError: the UNet's config cannot be read.
+        """
+        settings = config.covariance
+        moments.check_settings(settings)
+        if settings.matrix is None:
+            cls.captions_of(settings)
+            return
+        matrix = moments.imported(settings)
+        width = loading.read_unet_config(cls.source(config)).get("cross_attention_dim")
+        moments.factorised(settings, matrix, width if isinstance(width, int) else None)
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """See the seam. An autoencoder that float16 would overflow (SDXL's `force_upcast`) computes in float32."""
+        vae: Any = self.pipe.vae
+        own = vae.dtype
+        upcast = own == torch.float16 and vae.config.get("force_upcast", False)
+        if upcast:
+            vae.to(torch.float32)
+        try:
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        finally:
+            if upcast:
+                vae.to(own)
+        latents = posterior.mode()
+        mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+        if mean is not None and std is not None:  # per channel; the stock pipelines undo the same
+            mean, std = (torch.tensor(value).to(latents).view(1, -1, 1, 1) for value in (mean, std))
+            latents = (latents - mean) / std
+        return (latents * vae.config.scaling_factor).to(self.device, self.dtype)
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.config.resolution // self.pipe.vae_scale_factor
+        return int(self.pipe.unet.config.in_channels), side, side
+
+    @property
+    def prediction(self) -> str:
+        """`epsilon` or `v_prediction`."""
+        return self._schedule.config.prediction_type
+
+    @property
+    def train_timesteps(self) -> int:
+        return self._schedule.config.num_train_timesteps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self._schedule.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return noise
+        return self._schedule.get_velocity(latents, noise, timesteps)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
+        context = encoding.context.to(self.dtype)
+        return self.denoiser(noisy.to(self.dtype), timesteps, encoder_hidden_states=context, **encoding.extra).sample
+
+    def fingerprint(self) -> dict[str, str]:
+        """See the seam: of the base weights, whatever is attached; loads in float32 and float16 agree, bfloat16 not."""
+        if self._fingerprint is None:
+            projections = (
+                (f"{site.name}.{name}", value)
+                for site in self.edit_sites()
+                for name, value in fingerprint.base_parameters(site.projection)
+            )
+            self._fingerprint = {
+                "family": self.family,
+                **{
+                    name: fingerprint.digest(fingerprint.base_parameters(encoder))
+                    for name, encoder in self.text_encoders().items()
+                },
+                "projections": fingerprint.digest(projections),
+            }
+        return dict(self._fingerprint)
+
+    def _frozen(self) -> list[nn.Module]:
+        return [self.pipe.unet, self.pipe.vae, *self.text_encoders().values()]
+
+    def _tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Text encoder -> its tokenizer now."""
+        return {encoder: getattr(self.pipe, name) for encoder, name in self.towers.items()}
+
+    def _row(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tensor, Tensor]:
+        """Ids (N,), padded, and mask (N,); a user's textual inversions written out as in diffusers.
+
+        Raises:
+            TokenError: the prompt is too long.
+        """
+        limit = tokenizer.model_max_length
+        ids = tokenizer(self.pipe.maybe_convert_prompt(prompt, tokenizer), verbose=False).input_ids
+        if len(ids) > limit:
+            raise TokenError(
+                f"prompt {prompt!r}: {len(ids)} tokens with beginning and end, but the text encoder reads {limit}: it "
+                "would be cut off; shorten it"
+            )
+        padded = tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=limit, return_tensors="pt")
+        return padded.input_ids, padded.attention_mask
+
+    def _encode_captions(self, captions: list[str]) -> Tensor:
+        """(B, N, d), or (M, d) where words alone count; too long captions are cut off, as prompts are in use."""
+        tokenizers = [*self._tokenizers().values()]
+        inputs = [
+            tokenizer(
+                captions,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            for tokenizer in tokenizers
+        ]
+        context = self._read([i.input_ids for i in inputs], [i.attention_mask for i in inputs])[0]
+        if self.config.covariance.positions == "words":
+            return context[moments.word_positions(tokenizers[0], inputs[0]).to(context.device)]
+        return context
+
+    def _captions_digest(self) -> str:
+        """Of every caption of a file; of the first ones of a built-in set, since the others follow the same rules."""
+        is_file = Path(self.config.covariance.captions).expanduser().is_file()
+        captions = islice(self.captions(), None if is_file else BUILT_IN_SAMPLE)
+        return captions_digest(captions)[: fingerprint.DIGITS]
+
+    def _stock_tokenizer(self, encoder: str) -> PreTrainedTokenizerBase:
+        table = self.text_encoders()[encoder].get_input_embeddings()  # type: ignore[operator]
+        return table.stock_tokenizer if isinstance(table, ExtendedEmbedding) else self._tokenizers()[encoder]

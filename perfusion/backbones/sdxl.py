@@ -1,0 +1,89 @@
+"""Stable Diffusion XL: two CLIP text encoders side by side (768 + 1280 wide), and more that the UNet is told.
+
+**The pooled text.** Besides the context that K and V read, SDXL's UNet takes one vector for the whole prompt: the
+second text encoder's pooled output, added to the embedding of the diffusion step. It passes by the keys and values, so
+neither the lock nor the gate would hold what a concept's word puts into it: the loss would find that way around the
+lock, the picture as a whole would carry the concept, and β could no longer weaken it. So **the pooled text is that of
+the prompt with the superclass in the concept's place**, and a concept acts through K and V alone. It is also what the
+encoder can do well: its published config finds the end of the text as the largest id, which an added word's would be.
+
+The same hook on the second text encoder does this in training and in stock calls of the pipeline, for all concepts that
+are attached, and goes with the last of them. Only `pooled_prompt_embeds` that were made elsewhere stay as they are.
+
+**Sizes.** The UNet is also told a picture's original size, the corner it was cropped at and its size. Training says
+`(R, R), (0, 0), (R, R)` with R = `backbone.resolution`, as diffusers' DreamBooth script for SDXL did by default, and as
+the stock call does at that resolution: the concept's pictures are square and whole when they come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
+from perfusion.backbones.tokens import ExtendedEmbedding
+from perfusion.config import BackboneConfig
+from perfusion.superclass_prompts import replace_words
+
+_POOLING = "text_encoder_2"  # whose pooled output the UNet takes
+
+
+class StableDiffusionXLBackbone(LatentDiffusionBackbone):
+    """A `StableDiffusionXLPipeline` with both of its text encoders, frozen."""
+
+    Pipeline: ClassVar[Any] = StableDiffusionXLPipeline
+    family: ClassVar[str] = "sdxl"
+    towers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", _POOLING: "tokenizer_2"}
+    # A watermark, if the package for it happens to be there, would make pictures differ between machines.
+    parts: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
+    pipe: StableDiffusionXLPipeline
+
+    @classmethod
+    def defaults(cls) -> BackboneConfig:
+        return BackboneConfig(name="sdxl", resolution=1024)
+
+    def _read(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """As `StableDiffusionXLPipeline.encode_prompt`: the last states but one of both encoders, side by side."""
+        outputs = [
+            encoder(tokens.to(self.device), output_hidden_states=True)
+            for encoder, tokens in zip(self.text_encoders().values(), ids, strict=True)
+        ]
+        context = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        side = self.config.resolution
+        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=self.dtype, device=self.device)
+        conditions = {
+            "text_embeds": outputs[-1][0].detach().to(self.dtype),  # (B, d_pooled)
+            "time_ids": sizes.expand(len(context), -1),  # (B, 6)
+        }
+        return context.to(self.pipe.text_encoder_2.dtype), {"added_cond_kwargs": conditions}
+
+    def _watchers(self) -> dict[str, Callable[..., Any]]:
+        return {_POOLING: pool_superclasses}
+
+
+def pool_superclasses(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook for a text encoder with added words in it: pools as though their superclasses stood there.
+
+    The states that the encoder gives stay those of the prompt; only its first output, the pooled one, is replaced.
+    """
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
+    table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(ids, Tensor) or not isinstance(table, ExtendedEmbedding):
+        return None
+    if not bool((ids >= table.first).any()):  # so the call below does not come here again
+        return None
+    pairs = table.replacements()
+    plain = ids.new_tensor([replace_words(row, pairs)[0] for row in ids.tolist()])
+    with torch.no_grad():
+        pooled = encoder(plain)[0]
+    if isinstance(output, tuple):
+        return pooled, *output[1:]
+    output["text_embeds"] = pooled
+    return output
+
+
+BACKBONE = StableDiffusionXLBackbone

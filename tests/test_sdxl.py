@@ -1,0 +1,303 @@
+"""What is Stable Diffusion XL's own: two text encoders, the pooled text, sizes, an autoencoder that overflows; and the
+whole job, from pictures to pictures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from perfusion import backbones, generate, train
+from perfusion.backbones.base import TokenError
+from perfusion.backbones.sdxl import StableDiffusionXLBackbone
+from perfusion.cli import run_cli
+from perfusion.concept import Concept
+from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.inspect import main as inspect_main
+from perfusion.methods.base import Word
+from tests.concepts import untrained_concept
+from tests.pipelines import sdxl_folder, tiny_sdxl
+
+BEAR = "a photo of <bear*> on the beach"
+PLAIN = "a photo of teddy bear on the beach"
+BOTH = "<cat*> and a red <bear*> in the snow"
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionXLBackbone:
+    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
+    config = BackboneConfig(name="sdxl", resolution=64, device="cpu", covariance=covariance)
+    return StableDiffusionXLBackbone.around(tiny_sdxl(), config)
+
+
+@pytest.fixture(scope="module")
+def bear(backbone: StableDiffusionXLBackbone) -> Concept:
+    return untrained_concept(backbone, Word("<bear*>", "teddy bear"), 0)
+
+
+@pytest.fixture(scope="module")
+def cat(backbone: StableDiffusionXLBackbone) -> Concept:
+    return untrained_concept(backbone, Word("<cat*>", "cat"), 1)
+
+
+@pytest.fixture(autouse=True)
+def untouched(backbone: StableDiffusionXLBackbone) -> Iterator[None]:
+    """Nothing is left in the pipeline, hooks included."""
+    before = things(backbone.pipe)
+    yield
+    assert things(backbone.pipe) == before
+
+
+def things(pipe: Any) -> list[object]:
+    modules = [m for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2) for m in part.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+    return [id(pipe.tokenizer), id(pipe.tokenizer_2), *map(id, modules), *hooks]
+
+
+def encoded(pipe: Any, *prompts: str, **settings: Any) -> tuple[Tensor, Tensor]:
+    """Contexts and pooled texts of the stock pipeline."""
+    with torch.no_grad():
+        context, _, pooled, _ = pipe.encode_prompt(
+            [*prompts], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False, **settings
+        )
+    return context, pooled
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Equal but for the rounding of batches of other sizes."""
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@contextmanager
+def conditions(pipe: Any) -> Iterator[list[dict[str, Tensor]]]:
+    """What the UNet is given besides the context, call by call."""
+    seen: list[dict[str, Tensor]] = []
+
+    def look(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["added_cond_kwargs"])
+
+    hook = pipe.unet.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def pictures(pipe: Any, *prompts: str, **settings: Any) -> Tensor:
+    generators = [torch.Generator().manual_seed(7) for _ in prompts]
+    given: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"} | settings
+    return pipe([*prompts], generator=generators, **given).images
+
+
+# --- the pooled text ------------------------------------------------------------------------------------------------
+
+
+def test_the_pooled_text_is_that_of_the_superclass(
+    backbone: StableDiffusionXLBackbone, bear: Concept, cat: Concept
+) -> None:
+    pipe = backbone.pipe
+    plain_context, plain = encoded(pipe, PLAIN, "cat and a red teddy bear in the snow")
+    with bear.attach(backbone):
+        context, pooled = encoded(pipe, BEAR, "a dog")
+        close(pooled[0], plain[0])
+        close(pooled[1], encoded(pipe, "a dog")[1][0])
+        assert not torch.allclose(context[0], plain_context[0], atol=0.1), "K and V still read the word itself"
+        with cat.attach(backbone):
+            close(encoded(pipe, BOTH)[1][0], plain[1])
+        close(encoded(pipe, BEAR)[1][0], plain[0])
+        # Of the prompt that the second encoder reads, where it is another one; and of negative prompts.
+        close(encoded(pipe, "a dog", prompt_2=BEAR)[1][0], plain[0])
+        with conditions(pipe) as seen:
+            pictures(pipe, "a dog", negative_prompt=[BEAR], guidance_scale=3.0)
+        close(seen[0]["text_embeds"][0], plain[0])
+    assert not torch.allclose(plain[0], plain[1], atol=0.1)
+
+
+def test_words_of_several_vectors_pool_as_their_superclass(backbone: StableDiffusionXLBackbone) -> None:
+    _, plain = encoded(backbone.pipe, "a photo of cat on the beach")
+    token = backbone.add_token("<cat*>", "cat", vectors=3)
+    try:
+        for vectors in token.embeddings().values():
+            vectors.data.add_(5 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0)))
+        _, pooled = encoded(backbone.pipe, "a photo of <cat*> on the beach")
+        close(pooled, plain)
+        # Whoever wants a tuple gets the same, and so does a copy of the encoder.
+        inputs = backbone.pipe.tokenizer_2(
+            ["a photo of <cat*> on the beach"], padding="max_length", return_tensors="pt"
+        )
+        for encoder in (backbone.pipe.text_encoder_2, copy.deepcopy(backbone.pipe.text_encoder_2)):
+            with torch.no_grad():
+                close(encoder(inputs.input_ids, return_dict=False)[0], plain)
+    finally:
+        token.remove()
+
+
+def test_training_tells_the_denoiser_what_the_stock_call_does(
+    backbone: StableDiffusionXLBackbone, bear: Concept
+) -> None:
+    with bear.attach(backbone), conditions(backbone.pipe) as seen:
+        pictures(backbone.pipe, BEAR, PLAIN, guidance_scale=1.0)
+        encoding = backbone.encode([BEAR, PLAIN.replace("teddy bear", "<bear*>")], "<bear*>")
+        backbone.predict(torch.zeros(2, *backbone.latent_shape()), torch.tensor([10, 900]), encoding)
+    stock, training = seen[0], seen[-1]
+    assert stock.keys() == training.keys() == {"text_embeds", "time_ids"}
+    close(stock["text_embeds"], training["text_embeds"])
+    assert torch.equal(stock["time_ids"], training["time_ids"].float())
+    assert training["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+
+
+def test_no_gradient_reaches_the_word_through_the_pooled_text(backbone: StableDiffusionXLBackbone) -> None:
+    token = backbone.add_token("<cat*>", "cat")
+    try:
+        encoding = backbone.encode(["a <cat*>"], "<cat*>")
+        assert encoding.context.requires_grad
+        assert not encoding.extra["added_cond_kwargs"]["text_embeds"].requires_grad
+    finally:
+        token.remove()
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def test_global_locking_takes_the_keys_of_both_encoders_from_the_superclass(
+    backbone: StableDiffusionXLBackbone, bear: Concept
+) -> None:
+    pipe = backbone.pipe
+    prompt, plain = "<bear*>", encoded(pipe, "teddy bear")[0]
+    read: list[Tensor] = []
+    with bear.attach(backbone, key_lock="global"):
+        site = next(site for site in backbone.edit_sites() if site.kind == "k")
+        layer: Any = site.projection
+        hook = layer.base_layer.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+        pictures(pipe, prompt, guidance_scale=1.0)
+        twice = pipe(prompt, num_images_per_prompt=2, num_inference_steps=1, output_type="pt").images
+        hook.remove()
+    assert len(twice) == 2 and torch.equal(read[-1][2], read[-1][3])
+    # The word is one token, its superclass two: position 1 is "bear", and what follows is one further on.
+    torch.testing.assert_close(read[0][0, :2], plain[0, [0, 2]])
+    torch.testing.assert_close(read[0][0, 2:10], plain[0, 3:11])
+
+
+def test_encoders_that_read_a_word_at_other_positions_are_refused(backbone: StableDiffusionXLBackbone) -> None:
+    tokenizer = backbone.pipe.tokenizer_2
+    prompt = "a photo of cat"
+    original = backbone.pipe.maybe_convert_prompt
+
+    def written_out(text: str, which: Any) -> str:
+        return text.replace("photo", "photo photo") if which is tokenizer else original(text, which)
+
+    other = StableDiffusionXLBackbone(backbone.pipe, backbone.config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone.pipe, "maybe_convert_prompt", written_out)
+        with pytest.raises(TokenError, match="at other positions for one text encoder than for"):
+            other.encode([prompt], "cat")
+
+
+# --- latents --------------------------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_is_read_in_single(backbone: StableDiffusionXLBackbone) -> None:
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    single = tiny_sdxl()
+    single.vae.encoder.conv_in.weight.data.mul_(2e5)
+    half = tiny_sdxl()
+    half.vae.encoder.conv_in.weight.data.mul_(2e5)
+    half.to(torch.float16)
+    expected = StableDiffusionXLBackbone.around(single, backbone.config).latents(pixels)
+    before = {name: value.clone() for name, value in half.vae.state_dict().items()}
+    with torch.no_grad():
+        assert half.vae.encode(pixels.half()).latent_dist.mode().isnan().any(), "no overflow to be tested"
+    found = StableDiffusionXLBackbone.around(half, backbone.config).latents(pixels)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    after = half.vae.state_dict()
+    assert all(value.dtype == torch.float16 and torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_latents_are_shifted_where_the_autoencoder_says_so(backbone: StableDiffusionXLBackbone) -> None:
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shifted = tiny_sdxl(vae={"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [1.0, 2.0, 4.0, 8.0]})
+    plain = backbone.latents(pixels) / backbone.pipe.vae.config.scaling_factor
+    mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in ([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 8.0]))
+    found = StableDiffusionXLBackbone.around(shifted, backbone.config).latents(pixels)
+    torch.testing.assert_close(found, (plain - mean) / std * backbone.pipe.vae.config.scaling_factor)
+
+
+def test_a_schedule_for_latents_does_not_clip_them(tmp_path: Path) -> None:
+    """DDIM clips by default, and the schedulers that SDXL is published with need not speak of it."""
+    pipe = tiny_sdxl()
+    config = {k: v for k, v in pipe.scheduler.config.items() if k not in ("clip_sample", "set_alpha_to_one")}
+    pipe.scheduler = type(pipe.scheduler).from_config(config)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = backbones.load("sdxl", str(tmp_path / "pipeline"), device="cpu")
+    assert loaded.scheduler.config.clip_sample is False and loaded.scheduler.config.set_alpha_to_one is False
+    assert loaded.scheduler.config.steps_offset == 1 and loaded.watermark is None  # type: ignore[union-attr]
+
+
+# --- the whole job --------------------------------------------------------------------------------------------------
+
+
+def run(main: Any, *words: str) -> int:
+    return run_cli(main, shlex.split(" ".join(words)))
+
+
+def test_from_pictures_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train"])
+    folder = sdxl_folder(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for k in range(2):
+        noise = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(k), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).resize((90, 70)).save(tmp_path / "photos" / f"{k}.png")
+    words = [
+        f"backbone=sdxl backbone.path={folder} backbone.device=cpu backbone.resolution=64 backbone.steps=1",
+        f"backbone.covariance.count=60 backbone.covariance.cache={tmp_path}/cache callbacks=none",
+        "method=perfusion method.steps=3 method.batch_size=2 trainer.enable_progress_bar=false run.dir=run",
+        "concept=photos concept.images=photos concept.superclass='teddy bear' concept.placeholder='<bear*>'",
+    ]
+    assert run(train.main, *words) == 0, capsys.readouterr().err
+    file = tmp_path / "run" / "concept.safetensors"
+    concept = Concept.load(file)
+    assert concept.fingerprint.keys() == {"family", "text_encoder", "text_encoder_2", "projections", "prompts"}
+    assert concept.fingerprint["family"] == "sdxl"
+    pipe: Any = backbones.load("sdxl", str(folder), device="cpu")
+    with torch.no_grad():
+        for name, width in (("text_encoder", 32), ("text_encoder_2", 48)):
+            tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
+            ids = torch.tensor(tokenizer("teddy bear", add_special_tokens=False).input_ids)
+            start = getattr(pipe, name).get_input_embeddings()(ids).mean(0, keepdim=True)
+            learned = concept.tensors[f"embedding.{name}"].float()
+            assert learned.shape == (1, width) and not torch.allclose(learned, start, atol=1e-3), name
+    untouched = pictures(pipe, PLAIN)
+    before = things(pipe)  # transformers hooks its own layers at the first call
+    states = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with concept.attach(pipe) as attached:
+        drawn = pictures(pipe, BEAR, "a dog")
+        assert drawn.isfinite().all() and not torch.equal(drawn[:1], untouched)
+        attached.beta = 0.4
+        assert not torch.equal(pictures(pipe, BEAR, "a dog"), drawn)
+    assert things(pipe) == before and torch.equal(pictures(pipe, PLAIN), untouched)
+    assert all(torch.equal(value, states[name]) for name, value in pipe.unet.state_dict().items())
+
+    out = "num=1 steps=1 device=cpu out=drawn"
+    assert run(generate.main, f"concept={file} path={folder} prompt='{BEAR}' {out}") == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "drawn").glob("*-0000.png"))) == 1
+    capsys.readouterr()
+    assert run(inspect_main, f"{file} path={folder} device=cpu prompt='{BEAR}'") == 0, capsys.readouterr().err
+    assert "<bear*>" in capsys.readouterr().out
+
+
+def test_concepts_of_another_family_are_refused(backbone: StableDiffusionXLBackbone, bear: Concept) -> None:
+    other = dataclasses.replace(bear, fingerprint={**bear.fingerprint, "family": "stable_diffusion"})
+    with pytest.raises(ValueError, match="found family sdxl, expected stable_diffusion"):
+        other.attach(backbone)
