@@ -67,6 +67,7 @@ class LatentDiffusionBackbone(Backbone):
     """
 
     Pipeline: ClassVar[Any]  # class of diffusers
+    kin: ClassVar[tuple[Any, ...]] = ()  # further classes, of pipelines with the same parts, that draw otherwise
     family: ClassVar[str]
     towers: ClassVar[Mapping[str, str]]  # text encoder -> its tokenizer, in the order of the denoiser's context
     parts: ClassVar[Mapping[str, Any]]  # arguments of the pipeline's class that loading fixes
@@ -93,7 +94,7 @@ class LatentDiffusionBackbone(Backbone):
     @classmethod
     def fits(cls, pipe: DiffusionPipeline) -> bool:
         """Whether this class can wrap `pipe`."""
-        return isinstance(pipe, cls.Pipeline)
+        return isinstance(pipe, (cls.Pipeline, *cls.kin))
 
     @classmethod
     def source(cls, config: BackboneConfig) -> loading.Source:
@@ -127,7 +128,7 @@ class LatentDiffusionBackbone(Backbone):
                 cannot take, or a prediction that is neither noise nor velocity.
         """
         name = cls.Pipeline.__name__
-        if not isinstance(pipe, cls.Pipeline):
+        if not isinstance(pipe, (cls.Pipeline, *cls.kin)):
             raise BackboneError(
                 f"found a {type(pipe).__name__}, expected a {name}; where the parts are the same, "
                 f"{name}(**pipe.components) makes one"

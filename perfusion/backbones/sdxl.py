@@ -21,7 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor, nn
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
@@ -36,6 +43,13 @@ class StableDiffusionXLBackbone(LatentDiffusionBackbone):
     """A `StableDiffusionXLPipeline` with both of its text encoders, frozen."""
 
     Pipeline: ClassVar[Any] = StableDiffusionXLPipeline
+    kin: ClassVar[tuple[Any, ...]] = (
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLControlNetPipeline,
+        StableDiffusionXLControlNetImg2ImgPipeline,
+        StableDiffusionXLControlNetInpaintPipeline,
+    )
     family: ClassVar[str] = "sdxl"
     towers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", _POOLING: "tokenizer_2"}
     # A watermark, if the package for it happens to be there, would make pictures differ between machines.

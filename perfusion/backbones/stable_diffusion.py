@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
@@ -16,6 +23,13 @@ class StableDiffusionBackbone(LatentDiffusionBackbone):
     """A `StableDiffusionPipeline`, frozen."""
 
     Pipeline: ClassVar[Any] = StableDiffusionPipeline
+    kin: ClassVar[tuple[Any, ...]] = (
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionControlNetPipeline,
+        StableDiffusionControlNetImg2ImgPipeline,
+        StableDiffusionControlNetInpaintPipeline,
+    )
     family: ClassVar[str] = "stable_diffusion"
     towers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     parts: ClassVar[Mapping[str, Any]] = {

@@ -30,12 +30,13 @@ T = TypeVar("T")
 class WordVectors(nn.Module):
     """The vectors of one added word, `weight` (vectors, d_e): float32, whatever the encoder's dtype.
 
-    A module of its own, without submodules, so that offloading hooks can move it.
+    A module of its own, without submodules, so that offloading hooks can move it. `spelled` holds the ids that the
+    stock tokenizer makes of the word.
     """
 
-    def __init__(self, word: str, superclass: str, initial: Tensor) -> None:
+    def __init__(self, word: str, superclass: str, initial: Tensor, spelled: Sequence[int]) -> None:
         super().__init__()
-        self.word, self.superclass = word, superclass
+        self.word, self.superclass, self.spelled = word, superclass, [*spelled]
         self.weight = nn.Parameter(initial.detach().float().clone())
 
     def forward(self) -> Tensor:
@@ -72,12 +73,28 @@ class ExtendedEmbedding(nn.Module):
         return self.base.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(B, N) int64 to (B, N, d_e)."""
+        """(B, N) int64 to (B, N, d_e).
+
+        Raises:
+            TokenError: an added word is spelled out, by a tokenizer that does not know it.
+        """
+        if not torch.compiler.is_compiling():
+            self._check_spelling(ids)
         added = ids >= self.first
         stock = self.base(ids.masked_fill(added, 0))
         vectors = torch.cat([word() for word in self.words]).to(stock.dtype)
         own = F.embedding((ids - self.first).clamp_min(0), vectors)
         return torch.where(added[..., None], own, stock)
+
+    def _check_spelling(self, ids: Tensor) -> None:
+        for word in self.words:
+            assert isinstance(word, WordVectors)
+            if word.spelled and bool(last_tokens(ids.view(-1, ids.shape[-1]), word.spelled).any()):
+                raise TokenError(
+                    f"found {word.word!r} spelled out, expected it as a token: this pipeline shares its text encoder "
+                    "with one that has the concept, but took its tokenizer before; attach the concept to this one, or "
+                    "make it from the other's components after attaching"
+                )
 
     def replacements(self) -> list[tuple[list[int], list[int]]]:
         """For each added word its ids, and those of its superclass."""
@@ -179,7 +196,9 @@ def add_word(
             _put(encoder, table)
             if watchers and encoder_name in watchers:
                 table.watchers.append(encoder.register_forward_hook(watchers[encoder_name], with_kwargs=True))
-        words[encoder_name] = WordVectors(placeholder, superclass, initial)
+        spelled = table.stock_tokenizer(placeholder, add_special_tokens=False).input_ids
+        spelled = [] if table.stock_tokenizer.unk_token_id in spelled else spelled
+        words[encoder_name] = WordVectors(placeholder, superclass, initial, spelled)
         table.words.append(words[encoder_name])
         setattr(pipe, tokenizer_name, table.tokenizer())
     return AddedWord(pipe, towers, placeholder, superclass, words)

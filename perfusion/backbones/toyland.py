@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from perfusion import toyland
 from perfusion.backbones import loading
@@ -41,9 +40,9 @@ class ToylandBackbone(StableDiffusionBackbone):
         )
 
     @classmethod
-    def fits(cls, pipe: DiffusionPipeline) -> bool:
+    def fits(cls, pipe: Any) -> bool:
         """Whether `pipe` is of Toyland's kind: its number of latent channels and of text positions, and its words."""
-        if not isinstance(pipe, StableDiffusionPipeline) or pipe.tokenizer is None:
+        if not super().fits(pipe) or pipe.tokenizer is None:
             return False
         shape = (pipe.unet.config.in_channels, pipe.tokenizer.model_max_length)
         known = pipe.tokenizer.get_vocab()

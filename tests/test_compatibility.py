@@ -1,0 +1,238 @@
+"""A concept beside what diffusers offers: other pipelines on the same weights, offloading, LoRA, schedulers, ...
+
+Every way of drawing is held to the same: the concept is to be seen in it, and after `detach` it draws what it drew
+before, bit by bit. docs/compatibility.md names the tests of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DPMSolverMultistepScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from peft import LoraConfig
+from torch import Tensor
+
+from perfusion.backbones import around
+from perfusion.backbones.base import Backbone, TokenError
+from perfusion.concept import Concept
+from perfusion.methods.base import Word
+from tests.concepts import tiny_backbone, untrained_concept
+from tests.pipelines import RESOLUTION, tiny_pipeline
+
+PROMPT, PLAIN = "a photo of a <cat*> on the beach", "a photo of a cat on the beach"
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
+
+
+@pytest.fixture(scope="module")
+def concept(backbone: Backbone) -> Concept:
+    return untrained_concept(backbone, Word("<cat*>", "cat"), 0)
+
+
+Draw = Callable[[Any, str], Tensor]
+
+
+def call(pipe: Any, prompt: str | None = None, **more: Any) -> Tensor:
+    """Latents of one stock call."""
+    generator = torch.Generator().manual_seed(0)
+    given = {} if prompt is None else {"prompt": prompt}
+    return pipe(num_inference_steps=STEPS, generator=generator, output_type="latent", **given, **more).images
+
+
+def picture() -> Tensor:
+    return torch.rand(1, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(1))
+
+
+def with_embeddings(pipe: Any, prompt: str) -> Tensor:
+    """What prompt-weighting libraries do: encode first, scale, then draw."""
+    encoded, negative = pipe.encode_prompt(prompt, pipe.device, 1, True)
+    return call(pipe, prompt_embeds=encoded * 1.01, negative_prompt_embeds=negative)
+
+
+def offloaded(pipe: Any, prompt: str) -> Tensor:
+    pipe.enable_model_cpu_offload(device="cpu")
+    try:
+        return call(pipe, prompt)
+    finally:
+        pipe.remove_all_hooks()
+
+
+def sliced(pipe: Any, prompt: str) -> Tensor:
+    pipe.enable_attention_slicing()
+    try:
+        return call(pipe, prompt)
+    finally:
+        pipe.disable_attention_slicing()
+
+
+def with_another_scheduler(pipe: Any, prompt: str) -> Tensor:
+    own = pipe.scheduler
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config)
+    try:
+        return call(pipe, prompt)
+    finally:
+        pipe.scheduler = own
+
+
+def with_free_u(pipe: Any, prompt: str) -> Tensor:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    try:
+        return call(pipe, prompt)
+    finally:
+        pipe.disable_freeu()
+
+
+WAYS: dict[str, Draw] = {
+    "plain": call,
+    "without guidance": lambda pipe, prompt: call(pipe, prompt, guidance_scale=1.0),
+    "negative prompt": lambda pipe, prompt: call(pipe, prompt, negative_prompt="a dog"),
+    "the concept in the negative prompt": lambda pipe, prompt: call(
+        pipe, "a photo of the beach", negative_prompt=prompt
+    ),
+    "several pictures": lambda pipe, prompt: call(pipe, prompt, num_images_per_prompt=2),
+    "a list of prompts": lambda pipe, prompt: call(pipe, ["a dog", prompt]),  # type: ignore[arg-type]
+    "prompt_embeds": with_embeddings,
+    "another scheduler": with_another_scheduler,
+    "attention slicing": sliced,
+    "FreeU": with_free_u,
+    "model offload": offloaded,
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_ways_to_draw(backbone: Backbone, concept: Concept, way: str) -> None:
+    draw, pipe = WAYS[way], backbone.pipe
+    before = draw(pipe, PLAIN)
+    with concept.attach(backbone):
+        found = draw(pipe, PROMPT)
+        assert torch.equal(draw(pipe, PROMPT), found)
+        assert (found - before).abs().amax() > 1e-3, "the concept is to be seen"
+    assert torch.equal(draw(pipe, PLAIN), before)
+
+
+@pytest.mark.gpu  # accelerate cannot offload to the CPU what it computes there
+def test_sequential_offload(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path)
+    concept = untrained_concept(backbone, Word("<cat*>", "cat"), 0)
+    with concept.attach(backbone):
+        expected = call(backbone.pipe, PROMPT)
+        backbone.pipe.enable_sequential_cpu_offload(device="cuda")
+        torch.testing.assert_close(call(backbone.pipe, PROMPT).cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+PIPELINES: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
+    "image to image": lambda parts: (
+        StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False),
+        {"image": picture(), "strength": 1.0},
+    ),
+    "inpainting": lambda parts: (
+        StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False),
+        {
+            "image": picture(),
+            "mask_image": torch.ones(1, 1, RESOLUTION, RESOLUTION),
+            "strength": 1.0,
+            "height": RESOLUTION,
+            "width": RESOLUTION,
+        },
+    ),
+    "ControlNet": lambda parts: (
+        StableDiffusionControlNetPipeline(
+            **parts, controlnet=ControlNetModel.from_unet(tiny_pipeline().unet), requires_safety_checker=False
+        ),
+        {"image": picture()},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(PIPELINES))
+def test_pipelines_on_the_same_weights(backbone: Backbone, concept: Concept, kind: str) -> None:
+    """The concept is attached to the pipeline itself, or to the one that it is made of afterwards."""
+    pipe, given = PIPELINES[kind](backbone.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    before = call(pipe, PLAIN, **given)
+    with concept.attach(around(pipe, backbone.config)):
+        found = call(pipe, PROMPT, **given)
+        assert (found - before).abs().amax() > 1e-3
+    assert torch.equal(call(pipe, PLAIN, **given), before)
+    with concept.attach(backbone):
+        later, given = PIPELINES[kind](backbone.pipe.components)
+        later.set_progress_bar_config(disable=True)
+        assert torch.equal(call(later, PROMPT, **given), found)
+
+
+@pytest.mark.parametrize("first", ["lora", "concept"])
+def test_a_lora_on_the_same_projections_is_visible_beside_the_concept(
+    backbone: Backbone, concept: Concept, first: str
+) -> None:
+    pipe = backbone.pipe
+    before = call(pipe, PLAIN)
+    with concept.attach(backbone):
+        alone = call(pipe, PROMPT)
+    settings = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    torch.manual_seed(0)
+    if first == "lora":
+        pipe.unet.add_adapter(settings, "style")
+        attached = concept.attach(around(pipe, backbone.config))
+    else:
+        attached = concept.attach(backbone)
+        pipe.unet.add_adapter(settings, "style")
+    both = call(pipe, PROMPT)
+    pipe.unet.disable_lora()
+    without = call(pipe, PROMPT)
+    pipe.unet.enable_lora()
+    attached.detach()
+    style = call(pipe, PLAIN)
+    pipe.unet.unload_lora()
+    torch.testing.assert_close(without, alone)
+    assert (both - alone).abs().amax() > 1e-3, "the LoRA is to be seen"
+    assert (both - style).abs().amax() > 1e-3, "the concept is to be seen"
+    assert torch.equal(call(pipe, PLAIN), before)
+
+
+def test_a_copy_of_the_pipeline_has_the_concept_too_or_says_that_it_has_not(
+    backbone: Backbone, concept: Concept
+) -> None:
+    before = copied(backbone.pipe)
+    with concept.attach(backbone):
+        assert torch.equal(call(copied(backbone.pipe), PROMPT), call(backbone.pipe, PROMPT))
+        with pytest.raises(TokenError, match="found '<cat\\*>' spelled out, expected it as a token"):
+            call(before, PROMPT)
+        assert call(before, PLAIN).isfinite().all()
+
+
+def copied(pipe: Any) -> Any:
+    copy = type(pipe)(**pipe.components, requires_safety_checker=False)
+    copy.set_progress_bar_config(disable=True)
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key_lock", ["local", "global"])
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_a_compiled_unet_draws_the_same(tmp_path: Path, key_lock: str, concepts: int) -> None:
+    backbone = tiny_backbone(tmp_path)
+    words = [Word("<cat*>", "cat"), Word("<dog*>", "dog")][:concepts]
+    made = [untrained_concept(backbone, word, seed) for seed, word in enumerate(words)]
+    prompt = " and ".join(word.placeholder for word in words)
+    pipe: Any = backbone.pipe
+    attached = [concept.attach(backbone, key_lock=key_lock) for concept in made]
+    expected = call(pipe, prompt)
+    pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(call(pipe, prompt), expected)
+    attached[0].beta = 0.9
+    weaker = call(pipe, prompt)
+    assert (weaker - expected).abs().amax() > 1e-3, "a change of strength is seen by the compiled graph"
