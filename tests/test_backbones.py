@@ -16,7 +16,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
 )
 from omegaconf import OmegaConf
@@ -449,8 +449,8 @@ def test_folders_that_cannot_be_loaded_are_refused(damage: Callable, message: st
 
 
 def test_other_pipelines_are_refused() -> None:
-    other = StableDiffusionImg2ImgPipeline(**tiny_pipeline().components, requires_safety_checker=False)
-    with pytest.raises(BackboneError, match="no backbone fits a StableDiffusionImg2ImgPipeline"):
+    other = StableDiffusionInstructPix2PixPipeline(**tiny_pipeline().components, requires_safety_checker=False)
+    with pytest.raises(BackboneError, match="no backbone fits a StableDiffusionInstructPix2PixPipeline"):
         backbones.around(other)
     with pytest.raises(BackboneError, match=r"expected a StableDiffusionPipeline; .*\*\*pipe.components"):
         backbones.around(other, BackboneConfig(name="stable_diffusion"))

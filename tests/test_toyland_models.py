@@ -152,7 +152,7 @@ def test_the_parts_make_a_pipeline_that_stock_diffusers_loads_and_runs(tokenizer
     image = pipe("a photo of a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (64, 64)
     assert np.asarray(image).std() > 0
-    assert sum(f.stat().st_size for f in (tmp_path / "out" / "pipeline").rglob("*.safetensors")) < 13e6
+    assert sum(f.stat().st_size for f in (tmp_path / "out" / "pipeline").rglob("*.safetensors")) < 18e6
 
 
 def test_latents_of_scenes_can_be_saved_and_have_the_model_s_shape(tmp_path: Path) -> None:
