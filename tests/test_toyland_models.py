@@ -147,6 +147,8 @@ def test_the_parts_make_a_pipeline_that_stock_diffusers_loads_and_runs(tokenizer
     for part in ("reader", "scorer"):
         (folder / part).mkdir()
     assemble(folder, tmp_path / "out")
+    configs = [file.read_text() for file in (tmp_path / "out" / "pipeline").rglob("*.json")]
+    assert not any(str(tmp_path) in config for config in configs), "where they were built is nobody's business"
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")  # nothing but the folder
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a photo of a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
+from perfusion.files import atomic_write_text
 from perfusion.provenance import provenance
 from perfusion.toyland.budget import run_workers
 from perfusion.toyland.report import REPORT, write, write_card
@@ -75,6 +76,10 @@ def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
     for part in (pipe.unet, pipe.vae):
         nn.Module.to(part, torch.float16)
     pipe.save_pretrained(out / "pipeline", safe_serialization=True)
+    for file in (out / "pipeline").glob("*/config.json"):  # diffusers notes the folder that a part was loaded from
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        atomic_write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     for part in ("reader", "scorer"):
         shutil.copytree(folder / part, out / part, dirs_exist_ok=True)
     return pipe
