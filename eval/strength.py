@@ -41,7 +41,8 @@ class StrengthConfig:
     scorer: str | None = None  # open_clip model, or local-dir:<folder>; null: Toyland's own on Toyland
     pretrained: str | None = None  # the scorer's weights: a file or a tag
     backbone: str | None = None  # toyland, sd15, ...; null: the kind that the concept was trained on
-    path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
+    path: str | None = None  # backbone's folder, .safetensors file or hub id; null: what it ships
+    layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; null: as it looks
     dtype: str = "float32"  # float32, float16 or bfloat16
     device: str = "auto"  # auto: cuda, then mps, then cpu
     steps: int = STEPS  # denoising steps of a sample
@@ -155,12 +156,14 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
     """
     from eval.selection import pictures
     from perfusion.data.dataset import load_examples
+    from perfusion.data.images import find_images
     from perfusion.training.data import examples_of
     from perfusion.training.run_folder import read_config
 
     resolution = attached.backbone.config.resolution
     if references is not None:
-        return pictures(load_examples(references, None, resolution).pixels)
+        files = [str(file) for file in find_images(references, key="references")]
+        return pictures(load_examples(files, None, resolution).pixels)
     run = Path(attached.concept.source).with_name(CONFIG)
     if not run.is_file():
         raise ConfigError(f"references: not given, and {run} is not there to name them; give references=<pictures>")
@@ -190,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
 
     concept = Concept.load(Path(config.concept).expanduser())
     family = concept.fingerprint.get("family", "toyland")
-    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device)
+    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
     with concept.attach(backbone_class(chosen.name).load(chosen)) as attached:
         found = measure(
             attached, config.references, config.grid, config.scorer, config.pretrained, config.steps, config.seed

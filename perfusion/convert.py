@@ -53,7 +53,8 @@ class ConvertConfig:
     beta: float = 0.7  # of the gate in pictures: eval_beta of the package
     tau: float = 0.15  # likewise: eval_temperature
     backbone: str = "sd15"  # toyland, sd15, ...
-    path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
+    path: str | None = None  # backbone's folder, .safetensors file or hub id; null: what it ships
+    layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; null: as it looks
     device: str = "cpu"  # where the model is loaded to compare projections
 
 
@@ -203,7 +204,7 @@ def convert(config: ConvertConfig) -> Concept:
     from perfusion.methods.base import Word, build
     from perfusion.presets import backbone_config
 
-    chosen = backbone_config(config.backbone, config.path, device=config.device)
+    chosen = backbone_config(config.backbone, config.path, device=config.device, layout=config.layout)
     backbones.check_words(chosen, config.placeholder, config.superclass)
     backbone = backbones.backbone_class(chosen.name).load(chosen)
     outputs = place(foreign, backbone, str(source))

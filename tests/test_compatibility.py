@@ -31,6 +31,7 @@ from tests.pipelines import RESOLUTION, tiny_pipeline
 
 PROMPT, PLAIN = "a photo of a <cat*> on the beach", "a photo of a cat on the beach"
 STEPS = 2
+CLOSED = 10.0  # β at which no gate is open
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +118,11 @@ WAYS: dict[str, Draw] = {
 def test_ways_to_draw(backbone: Backbone, concept: Concept, way: str) -> None:
     draw, pipe = WAYS[way], backbone.pipe
     before = draw(pipe, PLAIN)
-    with concept.attach(backbone):
+    with concept.attach(backbone) as attached:
         found = draw(pipe, PROMPT)
         assert torch.equal(draw(pipe, PROMPT), found)
-        assert (found - before).abs().amax() > 1e-3, "the concept is to be seen"
+        attached.beta = CLOSED
+        assert (found - draw(pipe, PROMPT)).abs().amax() > 1e-3, "not the word alone, the edit is to be seen"
     assert torch.equal(draw(pipe, PLAIN), before)
 
 
@@ -164,9 +166,10 @@ def test_pipelines_on_the_same_weights(backbone: Backbone, concept: Concept, kin
     pipe, given = PIPELINES[kind](backbone.pipe.components)
     pipe.set_progress_bar_config(disable=True)
     before = call(pipe, PLAIN, **given)
-    with concept.attach(around(pipe, backbone.config)):
+    with concept.attach(around(pipe, backbone.config)) as attached:
         found = call(pipe, PROMPT, **given)
-        assert (found - before).abs().amax() > 1e-3
+        attached.beta = CLOSED
+        assert (found - call(pipe, PROMPT, **given)).abs().amax() > 1e-3
     assert torch.equal(call(pipe, PLAIN, **given), before)
     with concept.attach(backbone):
         later, given = PIPELINES[kind](backbone.pipe.components)
@@ -194,8 +197,9 @@ def test_a_lora_on_the_same_projections_is_visible_beside_the_concept(
     pipe.unet.disable_lora()
     without = call(pipe, PROMPT)
     pipe.unet.enable_lora()
+    attached.beta = CLOSED
+    style = call(pipe, PROMPT)
     attached.detach()
-    style = call(pipe, PLAIN)
     pipe.unet.unload_lora()
     torch.testing.assert_close(without, alone)
     assert (both - alone).abs().amax() > 1e-3, "the LoRA is to be seen"

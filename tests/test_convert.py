@@ -163,3 +163,14 @@ def test_the_command_says_what_to_do_next_and_overwrites_nothing(
     assert "next: python -m perfusion.generate concept=" in capsys.readouterr().out
     assert run_cli(module.main, words) == USER_ERROR
     assert "exists, expected a new file" in capsys.readouterr().err
+
+
+def test_the_layout_of_a_checkpoint_reaches_the_backbone(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(cls: type[Backbone], config: Any) -> Backbone:
+        raise RuntimeError(f"layout {config.layout}")
+
+    monkeypatch.setattr(type(backbone), "load", classmethod(load))
+    with pytest.raises(RuntimeError, match="layout sd21_base"):
+        convert(config(written(package(backbone), tmp_path), layout="sd21_base"))

@@ -13,12 +13,13 @@ from torch import Tensor
 
 import perfusion
 from perfusion import backbones
-from perfusion.backbones import moments
+from perfusion.backbones import default_config, moments
+from perfusion.backbones.base import BackboneError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.cli import run_cli
 from perfusion.config import BackboneConfig
 from perfusion.covariance import cache
-from perfusion.covariance.__main__ import CovarianceCommand, main
+from perfusion.covariance.__main__ import CovarianceCommand, main, measure, next_command
 from perfusion.covariance.matrix import load_matrix
 from perfusion.training import composition
 from tests.pipelines import toyland_folder
@@ -159,3 +160,10 @@ def test_help_names_every_key_without_torch() -> None:
     for field in dataclasses.fields(CovarianceCommand):
         line = next(line for line in lines if line.startswith(f"  {field.name} "))
         assert len(line.split()) > 3, f"{field.name} has no explanation"
+
+
+def test_a_layout_is_used_and_handed_on(tmp_path: Path) -> None:
+    command = CovarianceCommand(backbone="toyland", layout="sd21_base", out=str(tmp_path / "C.safetensors"))
+    with pytest.raises(BackboneError, match=r"backbone\.layout: found 'sd21_base'"):
+        measure(command)
+    assert "backbone.layout=sd21_base" in next_command(command, default_config("toyland"), None)

@@ -17,7 +17,8 @@ from eval.metrics import clip_scores
 from eval.strength import GRID, Strength, best, main, measure, reference_pictures, table
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept, save_concept
-from perfusion.config import ConceptConfig, ConfigError, ToylandConcept, TrainConfig
+from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, ToylandConcept, TrainConfig
+from perfusion.data.images import ConceptImageError
 from perfusion.data.prompts import fill
 from perfusion.generate import GenerateConfig, generate
 from perfusion.manifest import read_manifest
@@ -165,3 +166,19 @@ def test_scores_of_known_embeddings() -> None:
     assert clip_scores(images, references, texts) == pytest.approx(
         {"clip_i": 0.7, "clip_t": 0.8, "harmonic": 2 * 0.7 * 0.8 / 1.5}
     )
+
+
+def test_pictures_that_are_not_there_are_missed_by_their_own_key(attached: Attached, tmp_path: Path) -> None:
+    with pytest.raises(ConceptImageError, match=r"^references="):
+        reference_pictures(attached, str(tmp_path / "nowhere"))
+
+
+def test_the_layout_of_a_checkpoint_reaches_the_backbone(
+    file: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(cls: type[Backbone], config: BackboneConfig) -> Backbone:
+        raise RuntimeError(f"layout {config.layout}")
+
+    monkeypatch.setattr(type(backbone), "load", classmethod(load))
+    with pytest.raises(RuntimeError, match="layout sd21_base"):
+        main([f"concept={file}", "layout=sd21_base"])

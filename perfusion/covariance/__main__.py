@@ -49,7 +49,8 @@ class CovarianceCommand:
     positions: str | None = None  # all: whatever the cross-attention sees; words: no beginning, end and padding
     ridge: float | None = None  # added to the diagonal in training, as a share of its mean; here only for the report
     out: str | None = None  # .safetensors file to write C to, for backbone.covariance.matrix=; null: the cache alone
-    path: str | None = None  # backbone's diffusers folder or hub id; null: the weights that it ships
+    path: str | None = None  # backbone's folder, .safetensors file or hub id; null: what it ships
+    layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; null: as it looks
     dtype: str = "float32"  # float32, float16 or bfloat16, as in the training; C of each is kept apart
     device: str = "auto"  # auto: cuda, then mps, then cpu
     cache: str | None = None  # folder; null: the one of training
@@ -78,7 +79,7 @@ def measure(command: CovarianceCommand) -> list[str]:
     from perfusion.covariance.matrix import save_matrix
     from perfusion.presets import backbone_config
 
-    config = backbone_config(command.backbone, command.path, command.dtype, command.device)
+    config = backbone_config(command.backbone, command.path, command.dtype, command.device, command.layout)
     given = {key: value for key in _SETTINGS if (value := getattr(command, key)) is not None}
     config = dataclasses.replace(config, covariance=dataclasses.replace(config.covariance, **given, matrix=None))
     out = None if command.out is None else _checked(Path(command.out).expanduser())
@@ -106,6 +107,8 @@ def next_command(command: CovarianceCommand, config: BackboneConfig, out: Path |
     words = {"backbone": command.backbone}
     if command.path is not None:
         words["backbone.path"] = command.path
+    if command.layout is not None:
+        words["backbone.layout"] = command.layout
     if command.dtype != "float32":
         words["backbone.dtype"] = command.dtype
     if out is not None:

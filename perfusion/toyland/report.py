@@ -30,7 +30,7 @@ Measure Toyland's models and write the table, with what is reached, to report.js
   python -m perfusion.toyland.report
   python -m perfusion.toyland.report weights=toyland-weights prompts=200
 
-With 300 prompts it takes about six minutes on two CPU cores. The model card (README.md beside the weights) is
+It takes about a quarter of an hour on two CPU cores. The model card (README.md beside the weights) is
 written anew, unless out= is given; and with sheet=<file> a picture: 64 renders, and what the model draws for their
 captions.
 """
