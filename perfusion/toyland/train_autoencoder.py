@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.draw import render
 from perfusion.toyland.models import autoencoder
-from perfusion.toyland.world import sample_scene
+from perfusion.toyland.world import Scene, sample_scene
 
 RATE = 0.025
 KL_WEIGHT = 1e-4
@@ -26,8 +27,13 @@ def batch_size() -> int:
 
 
 def draw_batch(seeds: list[int], held_out: bool = False) -> tuple[Tensor, Tensor]:
-    """Scenes of `seeds`: pixels (B, 3, 64, 64) float32 in [-1, 1] and object masks (B, 1, 64, 64) in [0, 1]."""
-    drawn = [render(sample_scene(seed, held_out=held_out)) for seed in seeds]
+    """`draw_scenes` of the scenes of `seeds`."""
+    return draw_scenes([sample_scene(seed, held_out=held_out) for seed in seeds])
+
+
+def draw_scenes(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """Pixels (B, 3, 64, 64) float32 in [-1, 1] and object masks (B, 1, 64, 64) in [0, 1]."""
+    drawn = [render(scene) for scene in scenes]
     pixels = torch.from_numpy(np.stack([d.image for d in drawn])).permute(0, 3, 1, 2).float() / 127.5 - 1
     masks = torch.from_numpy(np.stack([d.masks.max(0) for d in drawn]))[:, None].float() / 255
     return pixels, masks
@@ -40,16 +46,15 @@ def autoencoder_hash(folder: Path) -> str:
 
 
 def reconstruction_loss(model: Any, pixels: Tensor, masks: Tensor) -> Tensor:
-    """Absolute plus squared error of an `AutoencoderKL`, objects counting more, and a small KL term.
-
-    The KL term keeps the latents smooth.
-    """
+    """`weighted_error` of an `AutoencoderKL`, and a small KL term, which keeps the latents smooth."""
     posterior = model.encode(pixels).latent_dist
-    error = model.decode(posterior.sample()).sample - pixels
-    weight = 1 + (OBJECT_WEIGHT - 1) * masks
-    return ((error.abs() + error.square()) * weight).mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[
-        0
-    ].numel()
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    return weighted_error(model.decode(posterior.sample()).sample - pixels, masks) + KL_WEIGHT * kl
+
+
+def weighted_error(error: Tensor, masks: Tensor) -> Tensor:
+    """Mean of absolute plus squared error (B, 3, 64, 64), objects counting more; masks (B, 1, 64, 64)."""
+    return ((error.abs() + error.square()) * (1 + (OBJECT_WEIGHT - 1) * masks)).mean()
 
 
 def train_autoencoder(folder: Path, seconds: float, seed: int = 0) -> None:
