@@ -160,7 +160,9 @@ def test_the_parts_make_a_pipeline_that_stock_diffusers_loads_and_runs(tokenizer
 def test_latents_of_scenes_can_be_saved_and_have_the_model_s_shape(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = autoencoder().to(memory_format=torch.channels_last).eval()
-    latents = train_diffusion.scene_latents(vae, 7, 3)
+    latents = train_diffusion.scene_latents(vae, [sample_scene(seed) for seed in (7, 8, 9)])
     assert latents.shape == (3, LATENT_CHANNELS, 8, 8) and latents.dtype == torch.float16
     save_file({"latents": latents}, tmp_path / "latents.safetensors")
-    torch.testing.assert_close(latents[1:2], train_diffusion.scene_latents(vae, 8, 1))  # batches round differently
+    torch.testing.assert_close(
+        latents[1:2], train_diffusion.scene_latents(vae, [sample_scene(8)])
+    )  # batches round differently

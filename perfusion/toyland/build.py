@@ -23,15 +23,18 @@ from perfusion.provenance import provenance
 from perfusion.toyland.budget import run_workers
 from perfusion.toyland.report import REPORT, write, write_card
 from perfusion.toyland.train_autoencoder import train_autoencoder
+from perfusion.toyland.train_decoder import train_decoder
 from perfusion.toyland.train_diffusion import train_diffusion
 from perfusion.toyland.train_reader import train_reader
 from perfusion.toyland.train_scorer import train_scorer
 
-SHARES = {"autoencoder": 0.28, "scorer": 0.08, "reader": 0.08, "diffusion": 0.56}  # of the minutes
+# Of the minutes.
+SHARES = {"autoencoder": 0.21, "decoder": 0.06, "scorer": 0.07, "reader": 0.13, "diffusion": 0.53}
 STAGES = (*SHARES, "assemble")
 
 USAGE = """
-Train Toyland from nothing: autoencoder, scorer, attribute reader, then text encoder and UNet together.
+Train Toyland from nothing: autoencoder, its decoder once more, scorer, attribute reader, then text encoder and UNet
+together. only= takes one of these stages: autoencoder, decoder, scorer, reader, diffusion, assemble.
 
   python -m perfusion.toyland.build minutes=90 folder=toyland-build out=toyland-weights
 
@@ -54,7 +57,7 @@ class BuildConfig:
     scenes: int = 40_000  # training scenes of the UNet
     processes: int | None = None  # null: one per core, or one with a GPU
     seed: int = 0
-    only: str | None = None  # autoencoder, scorer, reader, diffusion or assemble; null: all, in this order
+    only: str | None = None  # one stage alone; null: all, in this order
 
 
 def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
@@ -104,6 +107,8 @@ def build(config: BuildConfig) -> None:
     seconds = {stage: 60 * config.minutes * share for stage, share in SHARES.items()}
     if "autoencoder" in wanted:
         run_workers(train_autoencoder, folder, seconds["autoencoder"], config.seed, processes=config.processes)
+    if "decoder" in wanted:
+        run_workers(train_decoder, folder, seconds["decoder"], config.seed, processes=config.processes)
     if "scorer" in wanted:
         run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, processes=config.processes)
     if "reader" in wanted:

@@ -1,9 +1,16 @@
-"""Trains the scorer, a tiny open_clip model, contrastively on fresh renders and their captions."""
+"""Trains the scorer, a tiny open_clip model, contrastively on renders, reconstructions and captions.
+
+The other captions of a batch differ in so much that place and superclass tell them apart. So each picture also has one
+caption of its own that is wrong in one thing (hard negatives, as in NegCLIP, Yuksekgonul et al. 2023).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -16,13 +23,29 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.captions import caption, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
+from perfusion.toyland.reconstructions import Pool
 from perfusion.toyland.tokenizer import build_tokenizer
-from perfusion.toyland.train_autoencoder import draw_batch
-from perfusion.toyland.world import sample_scene
+from perfusion.toyland.train_autoencoder import draw_batch, draw_scenes
+from perfusion.toyland.world import (
+    COLOURS,
+    DETAILS,
+    LIVING,
+    PATTERNS,
+    PLACED_FIELDS,
+    PLACES,
+    SCENE_FIELDS,
+    STYLES,
+    SUPERCLASSES,
+    SUPPORTS,
+    WORN,
+    Scene,
+    pick,
+    sample_scene,
+)
 
 RATE = 0.02
 FIRST_SCENE = 3_000_000_000
-BLUR = (0.3, 1.0)  # generated images are softer than renders; the scorer should not care
+BLUR = (0.1, 0.8)  # generated images are a little softer than both renders and reconstructions
 
 
 def batch_size() -> int:
@@ -30,12 +53,58 @@ def batch_size() -> int:
     return 512 if device().type == "cuda" else 96
 
 
-def contrastive_loss(model: open_clip.CLIP, pixels: Tensor, tokens: Tensor) -> Tensor:
-    """Symmetric cross-entropy over the batch (Radford et al. 2021)."""
+def contrastive_loss(model: open_clip.CLIP, pixels: Tensor, tokens: Tensor, wrong: Tensor) -> Tensor:
+    """Symmetric cross-entropy over the batch (Radford et al. 2021); each picture has one wrong caption more.
+
+    Args:
+        tokens, wrong: (B, N) captions, and those wrong in one thing; a row that is the same in both does not count.
+    """
     images, texts, scale = model(pixels, tokens)
     logits = scale * images @ texts.T
+    nearly = scale * (images * model.encode_text(wrong, normalize=True)).sum(1)
+    nearly = nearly.masked_fill((tokens == wrong).all(1), -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    of_images = F.cross_entropy(torch.cat([logits, nearly[:, None]], 1), labels)
+    return (of_images + F.cross_entropy(logits.T, labels)) / 2
+
+
+def altered(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with one attribute changed, of those that it has."""
+    index = int(rng.integers(len(scene.objects)))
+    placed = scene.objects[index]
+    instance = placed.instance
+    there = [p.instance.superclass for p in scene.objects]
+    options: dict[str, Iterable[str]] = {
+        "place": PLACES,
+        "style": STYLES,
+        "superclass": [s for s in SUPERCLASSES if s not in there],
+        "body": [c for c in COLOURS if c != instance.second],
+    }
+    if instance.pattern != "plain":
+        options |= {"pattern": PATTERNS[1:], "second": [c for c in COLOURS if c != instance.body]}
+    if instance.superclass in LIVING:
+        options |= {"detail": DETAILS}
+    if placed.worn != "none":
+        options |= {"worn": WORN[1:]}
+    if placed.support != "none":
+        options |= {"support": SUPPORTS[1:]}
+    name = pick(rng, tuple(options))
+    part = scene if name in SCENE_FIELDS else placed if name in PLACED_FIELDS else instance
+    change: dict[str, Any] = {name: pick(rng, [o for o in options[name] if o != getattr(part, name)])}
+    if part is scene:
+        return replace(scene, **change)
+    changed = replace(placed, **(change if part is placed else {"instance": replace(instance, **change)}))
+    return replace(scene, objects=tuple(changed if i == index else p for i, p in enumerate(scene.objects)))
+
+
+def captions(scenes: Sequence[Scene], seed: Sequence[int]) -> tuple[list[str], list[str]]:
+    """A caption of each scene, and the same of the scene `altered`: as far as it can be, in the same words."""
+    right, wrong = [], []
+    for i, scene in enumerate(scenes):
+        of_change = np.random.default_rng([*seed, i, 0])
+        right.append(caption(scene, np.random.default_rng([*seed, i, 1])).text)
+        wrong.append(caption(altered(scene, of_change), np.random.default_rng([*seed, i, 1])).text)
+    return right, wrong
 
 
 @torch.no_grad()
@@ -63,16 +132,23 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1) -> None:
     shape = config["model_cfg"]
     model = open_clip.CLIP(shape["embed_dim"], shape["vision_cfg"], shape["text_cfg"]).to(device())
     tokenizer = build_tokenizer(vocabulary(), TEXT_POSITIONS)
+    pool = Pool.of(folder)
     size = batch_size()
+    half = size // 2
     run = BudgetedTraining("scorer", {"clip": model}, folder, seconds, RATE, size, ema=0.99)
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
-        first = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * size
-        pixels, _ = draw_batch(list(range(first, first + size)))
-        texts = [caption(sample_scene(first + i), rng).text for i in range(size)]
-        tokens = tokenizer(texts, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
+        first = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * half
+        chosen = rng.choice(len(pool.scenes), size - half, replace=False).tolist()
+        scenes = [sample_scene(first + i) for i in range(half)]
+        pixels = torch.cat([draw_scenes(scenes)[0], pool.take(chosen)])
+        texts = captions([*scenes, *(pool.scenes[i] for i in chosen)], [seed, step, rank()])
+        tokens, wrong = (
+            tokenizer(part, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
+            for part in texts
+        )
         soft = gaussian_blur(pixels.to(device()), [5, 5], [float(rng.uniform(*BLUR))])
-        run.update(contrastive_loss(model, soft, tokens.to(device())))
+        run.update(contrastive_loss(model, soft, tokens.to(device()), wrong.to(device())))
     run.copy_ema()
     if rank() == 0:
         settle_statistics(model, FIRST_SCENE + (seed + 1) * 100_000_000 - 1)
