@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from perfusion.backbones import Backbone, around, default_config, load
+import perfusion
+from perfusion.backbones import Backbone, around, default_config
 from perfusion.backbones.toyland import WEIGHTS
 from perfusion.config import CovarianceConfig
 from perfusion.methods.base import Method, Word, build
@@ -27,7 +28,7 @@ CAPTIONS = 256  # of C
 def pipeline(device: torch.device) -> StableDiffusionPipeline:
     """A pipeline of its own at each call, with the same weights: float32, frozen, without a progress bar."""
     if (WEIGHTS / "model_index.json").is_file():
-        pipe = load("toyland", device=str(device))
+        pipe = perfusion.load("toyland", device=str(device))
         assert isinstance(pipe, StableDiffusionPipeline)
     else:
         pipe = _untrained().to(device)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
 from perfusion import backbones
 from perfusion.config import CONF, BackboneConfig, ConfigError, checked
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 FOLDER = CONF / "backbone"
 
@@ -29,3 +33,27 @@ def backbone_config(
         known = ", ".join(sorted({*presets, *backbones.available()}))
         raise ConfigError(f"backbone: no backbone {name!r}; there are: {known}")
     return dataclasses.replace(config, path=path or config.path, layout=layout, dtype=dtype, device=device)
+
+
+def load(
+    backbone: str = "toyland",
+    path: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    layout: str | None = None,
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A frozen, stock diffusers pipeline, ready for `Concept.attach`.
+
+    Args:
+        backbone: `toyland`; or `sd15`, `sd21`, `sdxl` with a `path`: a preset, or a backbone by its own name.
+        path: diffusers folder, .safetensors file or hub id; None: the weights that the backbone ships.
+        dtype: float32, float16 or bfloat16.
+        device: auto (cuda, then mps, then cpu), or a torch device.
+        layout: of a .safetensors file: the known layout, or the diffusers folder, that has its configs; None: as the
+            file looks.
+
+    Raises:
+        ConfigError: neither a backbone nor a preset.
+        BackboneError: it cannot be loaded; the message says why.
+    """
+    return backbones.load(backbone_config(backbone, path, dtype, device, layout))

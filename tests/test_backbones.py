@@ -24,7 +24,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import perfusion
-from perfusion import backbones
+from perfusion import backbones, presets
 from perfusion.backbones import toyland
 from perfusion.backbones.base import AddedToken, Backbone, BackboneError, Encoding, TokenError
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
@@ -508,7 +508,7 @@ def test_toyland_captions_are_of_its_world() -> None:
 
 
 def test_the_public_face_is_lazy() -> None:
-    assert perfusion.load is backbones.load and "Concept" in dir(perfusion)
+    assert perfusion.load is presets.load and "Concept" in dir(perfusion)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         perfusion.lode  # noqa: B018
     with warnings.catch_warnings():

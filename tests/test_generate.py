@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+import perfusion
 from perfusion import generate as module
 from perfusion import manifest, sampling
-from perfusion.backbones.base import Backbone
+from perfusion.backbones.base import Backbone, BackboneError
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
 from perfusion.config import ConfigError
@@ -324,6 +325,8 @@ def test_every_preset_of_a_backbone_can_be_named(monkeypatch) -> None:
     assert backbone_config("toyland").resolution == 64
     file = backbone_config("sd21", "model.safetensors", layout="sd21_base")
     assert (file.name, file.resolution, file.layout) == ("stable_diffusion", 768, "sd21_base")
+    with pytest.raises(BackboneError, match="nowhere"):
+        perfusion.load("sd15", "nowhere")
     monkeypatch.setattr("perfusion.presets.FOLDER", Path("nowhere"))
     assert backbone_config("stable_diffusion").prompts == "imagenet", "by its own name, where there are no presets"
     with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: sdxl, stable_diffusion, toyland"):

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from perfusion import backbones, generate, train
+import perfusion
+from perfusion import generate, train
 from perfusion.backbones.base import TokenError
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.cli import run_cli
@@ -239,7 +240,7 @@ def test_a_schedule_for_latents_does_not_clip_them(tmp_path: Path) -> None:
     config = {k: v for k, v in pipe.scheduler.config.items() if k not in ("clip_sample", "set_alpha_to_one")}
     pipe.scheduler = type(pipe.scheduler).from_config(config)
     pipe.save_pretrained(tmp_path / "pipeline")
-    loaded = backbones.load("sdxl", str(tmp_path / "pipeline"), device="cpu")
+    loaded = perfusion.load("sdxl", str(tmp_path / "pipeline"), device="cpu")
     assert loaded.scheduler.config.clip_sample is False and loaded.scheduler.config.set_alpha_to_one is False
     assert loaded.scheduler.config.steps_offset == 1 and loaded.watermark is None  # type: ignore[union-attr]
 
@@ -270,7 +271,7 @@ def test_from_pictures_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     concept = Concept.load(file)
     assert concept.fingerprint.keys() == {"family", "text_encoder", "text_encoder_2", "projections", "prompts"}
     assert concept.fingerprint["family"] == "sdxl"
-    pipe: Any = backbones.load("sdxl", str(folder), device="cpu")
+    pipe: Any = perfusion.load("sdxl", str(folder), device="cpu")
     with torch.no_grad():
         for name, width in (("text_encoder", 32), ("text_encoder_2", 48)):
             tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))

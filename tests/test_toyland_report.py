@@ -168,7 +168,8 @@ def test_the_command_measures_and_keeps_the_training_record(
         monkeypatch.setattr(measure, name, lambda *args, full=full, less=less: full(*args, **less))
     out = weights / "report.json"
     training = {"reader": {"step": 3, "elapsed": 120.0, "loss": 0.5}}
-    out.write_text(json.dumps({"training": training, "settings": {"scenes": 7}}))
+    history = [{"samples": 1000, "minutes": 1.2, "worn": 0.5}, {"samples": 20000, "minutes": 24.0, "pairs": 0.25}]
+    out.write_text(json.dumps({"training": training, "settings": {"scenes": 7}, "history": history}))
     sheet = tmp_path / "sheet.png"
     assert run_cli(report.main, [f"weights={weights}", "prompts=30", f"sheet={sheet}"]) == 0
     with measure.Image.open(sheet) as picture:
@@ -187,6 +188,8 @@ def test_the_command_measures_and_keeps_the_training_record(
     card = (weights / "README.md").read_text()
     assert "| reader on renders: place | " in card and "| 0.99 | **not reached** |" in card
     assert "; scenes 7.\n" in card and "| reader | 3 | 2.0 | 0.5000 |" in card
+    table = card[card.index("| what | 1,000 samples, 1 min | 20,000 samples, 24 min |") :].splitlines()
+    assert table[1:4] == ["| --- | --- | --- |", "| worn | 0.5 |  |", "| pairs |  | 0.25 |"]
     elsewhere = tmp_path / "report.json"
     before = (weights / "README.md").stat().st_mtime_ns
     assert run_cli(report.main, [f"weights={weights}", "prompts=2", f"out={elsewhere}"]) == 0

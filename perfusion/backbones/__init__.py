@@ -79,29 +79,14 @@ def check_covariance(config: BackboneConfig) -> None:
     _backbone(config.name).check_covariance(config)
 
 
-def load(
-    backbone: str = "toyland",
-    path: str | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    layout: str | None = None,
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """A frozen, stock diffusers pipeline, ready for `Concept.attach`.
-
-    Args:
-        backbone: `toyland`, or `stable_diffusion` (1.x and 2.x) or `sdxl` with a `path`.
-        path: diffusers folder, .safetensors file or hub id; None: the weights that the backbone ships.
-        dtype: float32, float16 or bfloat16.
-        device: auto (cuda, then mps, then cpu), or a torch device.
-        layout: of a .safetensors file: the known layout, or the diffusers folder, that has its configs; None: as the
-            file looks.
+def load(config: BackboneConfig) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """The frozen, stock diffusers pipeline that `config` describes; wrapped later, it has this config again.
 
     Raises:
         ConfigError: no such backbone.
         BackboneError: it cannot be loaded; the message says why.
     """
-    config = dataclasses.replace(default_config(backbone), path=path, layout=layout, dtype=dtype, device=device)
-    loaded = _backbone(backbone).load(config)
+    loaded = _backbone(config.name).load(config)
     _configs[loaded.pipe] = config
     return loaded.pipe
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 FILE_NAME = "README.md"
@@ -40,8 +40,8 @@ def number(value: float | None) -> str:
 
 
 def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
-    """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `details`, and a `note` on how the weights
-    came about, written by hand; parts may be missing.
+    """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `details`, a `history` of what earlier
+    stages of the training reached, and a `note` on how the weights came about, written by hand; parts may be missing.
 
     Args:
         words: size of the world's vocabulary.
@@ -64,9 +64,23 @@ def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
         for row in bars:
             mark = {True: "reached", False: "**not reached**", None: ""}[row["reached"]]
             text += f"| {row['name']} | {number(row['value'])} | {number(row['bar'])} | {mark} |\n"
+    if history := report.get("history"):
+        text += _history(history)
     if curve := report.get("details", {}).get("fine_tuning"):
         text += "\nNaive full fine-tuning of the UNet on one picture, judged by the reader:\n"
         text += "\n| steps | identity | prompts followed |\n|---|---|---|\n"
         for point in curve:
             text += f"| {point['steps']:.0f} | {point['identity']:.3f} | {point['prompts']:.3f} |\n"
     return text + _LIMITS.format(words=words)
+
+
+def _history(stages: Sequence[Mapping[str, Any]]) -> str:
+    """A table with a column for each stage: its `samples` (of the UNet), its `minutes`, and what its report said."""
+    names = list(dict.fromkeys(name for stage in stages for name in stage if name not in ("samples", "minutes")))
+    lines = [
+        ["what"] + [f"{stage['samples']:,} samples, {stage['minutes']:.0f} min" for stage in stages],
+        ["---"] * (len(stages) + 1),
+        *([name] + [number(stage.get(name)) for stage in stages] for name in names),
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"\nWhat more training of the UNet brought:\n\n{table}\n"
