@@ -11,18 +11,21 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks import page, projection, projection_sampling, report, sampling, timing, train_step
+from benchmarks import attach, memory, page, projection, projection_sampling, report, sampling, timing, train_step
 from perfusion.backbones.loading import resolve_device
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 
-BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair]]] = {
+BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair | timing.Amounts]]] = {
     "projection": projection.pairs,
     "projection_sampling": projection_sampling.pairs,
     "train_step": train_step.pairs,
     "sampling_1": sampling.sampling_1,
     "sampling_8": sampling.sampling_8,
     "sampling_16_betas": sampling.sampling_16_betas,
+    "attach": attach.pairs,
+    "train_memory": memory.amounts,
+    "train_memory_checkpointing": memory.checkpointing,
 }
 
 USAGE = f"""
@@ -68,8 +71,11 @@ def main(argv: Sequence[str]) -> None:
     results = []
     for name in names or BENCHMARKS:
         for pair in BENCHMARKS[name](device):
-            found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
-            results.append(report.result(pair, found, clock, where))
+            if isinstance(pair, timing.Amounts):
+                results.append(report.result(pair, pair.comparison(), "bytes", where))
+            else:
+                found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
+                results.append(report.result(pair, found, clock, where))
             print(report.line(results[-1]), flush=True)
     rows = report.write(Path(config.out), results)
     print(f"Written to {config.out}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import Result
+from benchmarks.report import Result, amount
 from perfusion.files import atomic_write_text
 
 HEAD = """# Performance
@@ -27,6 +27,9 @@ ABOUT: dict[str, tuple[str, float | None]] = {
     "sampling_1": ("a whole call of the pipeline: one concept against none", 1.00),
     "sampling_8": ("the same with eight concepts attached, two of them in the prompt", 1.00),
     "sampling_16_betas": ("the same with 16 pictures in a batch, each with a strength of its own", 1.00),
+    "attach": ("attaching a concept and detaching it against encoding its superclass alone; goal: 0.2 s", None),
+    "train_memory": ("what a training step keeps for the backward pass against what it has to keep", 1.05),
+    "train_memory_checkpointing": ("the same with gradient checkpointing", 1.05),
 }
 
 
@@ -42,20 +45,16 @@ def write(path: Path, rows: Sequence[Result]) -> None:
 def _line(row: Result) -> str:
     _, goal = ABOUT.get(row["name"], ("", None))
     said = "" if goal is None else f"{goal:.2f}" + (", not reached" if row["ratio"] > goal else ", reached")
-    subject, baseline = (_duration(row["median"][side]) for side in ("subject", "baseline"))
+    subject, baseline = amount(row, "subject"), amount(row, "baseline")
     return (
         f"| `{row['name']}` | {row['model']} | {row['ratio']:.3f} | {row['spread']:.3f} | {said} | {subject} | "
         f"{baseline} | {row['rounds']} |"
     )
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
-
-
 def _place(row: Result) -> str:
     machine = row["machine"]
     return (
         f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['device']}, torch "
-        f"{machine['torch']}, {row['clock']} time"
+        f"{machine['torch']}, {'counted' if row['clock'] == 'bytes' else row['clock'] + ' time'}"
     )

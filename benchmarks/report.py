@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 
-from benchmarks.timing import Clock, Comparison, Pair
+from benchmarks.timing import Amounts, Clock, Comparison, Pair
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
 from perfusion.provenance import provenance
 
 
 class Median(TypedDict):
-    """Seconds of one call."""
+    """Seconds of one call; bytes where the clock says so."""
 
     subject: float
     baseline: float
@@ -53,8 +53,8 @@ def machine(device: torch.device) -> Machine:
     )
 
 
-def result(pair: Pair, found: Comparison, clock: Clock, where: Machine) -> Result:
-    """The row of a measured pair."""
+def result(pair: Pair | Amounts, found: Comparison, clock: Clock, where: Machine) -> Result:
+    """The row of what was measured."""
     return Result(
         name=pair.name,
         model=pair.model,
@@ -91,13 +91,21 @@ def _read(path: Path) -> list[Result]:
     return rows
 
 
-HEADER = f"{'benchmark':<20} {'model':<8} {'ratio':>7} {'spread':>7} {'subject':>10} {'baseline':>10} {'rounds':>7}"
+def amount(row: Result, side: Literal["subject", "baseline"]) -> str:
+    """The median of a side, with its unit."""
+    value = row["median"][side]
+    if row["clock"] == "bytes":
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.2f} ms"
+
+
+HEADER = f"{'benchmark':<26} {'model':<8} {'ratio':>7} {'spread':>7} {'subject':>10} {'baseline':>10} {'rounds':>7}"
 
 
 def line(row: Result) -> str:
     """`row` under `HEADER`."""
-    subject, baseline = (f"{1000 * row['median'][side]:.2f} ms" for side in ("subject", "baseline"))
+    subject, baseline = (amount(row, side) for side in ("subject", "baseline"))
     return (
-        f"{row['name']:<20} {row['model']:<8} {row['ratio']:>7.3f} {row['spread']:>7.3f} {subject:>10} {baseline:>10} "
+        f"{row['name']:<26} {row['model']:<8} {row['ratio']:>7.3f} {row['spread']:>7.3f} {subject:>10} {baseline:>10} "
         f"{row['rounds']:>7}"
     )

@@ -1,6 +1,7 @@
-"""Whole calls of a pipeline, with concepts attached, against the same call of the stock pipeline, on Toyland.
+"""Whole calls of a pipeline, with concepts attached, against the same call of the stock pipeline.
 
-Both are what a user waits for: tokenizer, text encoder, 10 DDIM steps with guidance, autoencoder, PIL.
+Both are what a user waits for: tokenizer, text encoder, DDIM steps with guidance, autoencoder, PIL. On Toyland 10
+steps; on Stable Diffusion 1.5 with random weights 3 steps, at 128 x 128 pixels on a CPU, where 512 would take minutes.
 Subject: prompts hold the concepts' words and the edits are attached. Baseline: the superclasses in their place, nothing
 attached.
 
@@ -16,54 +17,66 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from benchmarks.pipelines import WORD, concept, pipeline
 from benchmarks.timing import Pair
-from benchmarks.toyland import WORD, concept, pipeline
 from perfusion.methods.base import Word
 from perfusion.toyland.world import SUPERCLASSES
 
-STEPS = 10
+STEPS = {"toyland": 10, "sd15": 3}
+ROUNDS = {"toyland": None, "sd15": 3}
+SIDE = {"toyland": 64, "sd15": 128}  # pixels
 CONCEPTS, BETAS = 8, 16
 PROMPT = "a photo of a {} on the beach"
 PROMPT_OF_TWO = "a photo of a {} and a {} on the beach"
 
 
 def sampling_1(device: torch.device) -> Iterator[Pair]:
-    """One pair, whose sides return the pictures."""
-    plain, edited = pipeline(device), pipeline(device)
-    with concept(edited, training=False):
-        prompts = [[PROMPT.format(word)] for word in (WORD.placeholder, WORD.superclass)]
-        yield Pair("sampling_1", "toyland", _sampling(edited, prompts[0]), _sampling(plain, prompts[1]))
+    """A pair for each model, whose sides return the pictures."""
+    prompts = [[PROMPT.format(word)] for word in (WORD.placeholder, WORD.superclass)]
+    for model in STEPS:
+        plain, edited = pipeline(model, device), pipeline(model, device)
+        with concept(model, edited, training=False):
+            yield _pair("sampling_1", model, edited, plain, prompts)
 
 
 def sampling_8(device: torch.device) -> Iterator[Pair]:
-    """One pair, whose sides return the pictures."""
-    plain, edited = pipeline(device), pipeline(device)
+    """A pair for each model, whose sides return the pictures."""
     words = [Word(f"<{superclass}*>", superclass) for superclass in SUPERCLASSES[:CONCEPTS]]
-    with ExitStack() as stack:
-        for word in words:
-            stack.enter_context(concept(edited, training=False, word=word))
-        prompts = [
-            [PROMPT_OF_TWO.format(words[0].placeholder, words[1].placeholder)],
-            [PROMPT_OF_TWO.format(words[0].superclass, words[1].superclass)],
-        ]
-        yield Pair("sampling_8", "toyland", _sampling(edited, prompts[0]), _sampling(plain, prompts[1]))
+    prompts = [
+        [PROMPT_OF_TWO.format(words[0].placeholder, words[1].placeholder)],
+        [PROMPT_OF_TWO.format(words[0].superclass, words[1].superclass)],
+    ]
+    for model in STEPS:
+        plain, edited = pipeline(model, device), pipeline(model, device)
+        with ExitStack() as stack:
+            for word in words:
+                stack.enter_context(concept(model, edited, training=False, word=word))
+            yield _pair("sampling_8", model, edited, plain, prompts)
 
 
 def sampling_16_betas(device: torch.device) -> Iterator[Pair]:
-    """One pair, whose sides return the pictures."""
-    plain, edited = pipeline(device), pipeline(device)
-    with concept(edited, training=False) as (_, method):
-        method.beta = torch.linspace(0.2, 0.95, BETAS)  # type: ignore[attr-defined]
-        prompts = [[PROMPT.format(word)] * BETAS for word in (WORD.placeholder, WORD.superclass)]
-        yield Pair("sampling_16_betas", "toyland", _sampling(edited, prompts[0]), _sampling(plain, prompts[1]))
+    """A pair for each model, whose sides return the pictures."""
+    prompts = [[PROMPT.format(word)] * BETAS for word in (WORD.placeholder, WORD.superclass)]
+    for model in STEPS:
+        plain, edited = pipeline(model, device), pipeline(model, device)
+        with concept(model, edited, training=False) as (_, method):
+            method.beta = torch.linspace(0.2, 0.95, BETAS)  # type: ignore[attr-defined]
+            yield _pair("sampling_16_betas", model, edited, plain, prompts)
 
 
-def _sampling(pipe: StableDiffusionPipeline, prompts: Sequence[str]) -> Callable[[], list[Image.Image]]:
+def _pair(name: str, model: str, edited: Any, plain: Any, prompts: Sequence[Sequence[str]]) -> Pair:
+    subject, baseline = _sampling(edited, model, prompts[0]), _sampling(plain, model, prompts[1])
+    return Pair(name, model, subject, baseline, ROUNDS[model])
+
+
+def _sampling(pipe: Any, model: str, prompts: Sequence[str]) -> Callable[[], list[Image.Image]]:
+    side = SIDE[model] if pipe.device.type == "cpu" else None
+
     def sample() -> list[Image.Image]:
-        said: Any = pipe(list(prompts), num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        said = pipe(list(prompts), side, side, num_inference_steps=STEPS[model], generator=generator)
         return said.images
 
     return sample

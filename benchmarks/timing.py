@@ -14,8 +14,8 @@ WINDOW = 0.05  # seconds that one measurement lasts at least: above that, timers
 WARM_UPS = 2  # calls of each side before the first that counts: allocators, lazily made kernels, caches
 
 
-Clock = Literal["process", "wall"]
-CLOCKS: dict[Clock, Callable[[], float]] = {"process": time.process_time, "wall": time.perf_counter}
+Clock = Literal["process", "wall", "bytes"]  # bytes: counted, not timed
+CLOCKS = {"process": time.process_time, "wall": time.perf_counter}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,21 @@ class Pair:
     model: str  # whose sizes it has
     subject: Callable[[], object]
     baseline: Callable[[], object]
+    rounds: int | None = None  # at most so many, of what takes seconds
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What is counted instead of timed: bytes of either side."""
+
+    name: str
+    model: str
+    subject: int
+    baseline: int
+
+    def comparison(self) -> Comparison:
+        """As a result of one round."""
+        return Comparison(self.subject / self.baseline, 0.0, self.subject, self.baseline, 1)
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Comparison:
 
     ratio: float
     spread: float
-    subject: float  # median seconds of one call
+    subject: float  # median seconds of one call, or bytes
     baseline: float
     rounds: int
 
@@ -68,8 +83,9 @@ def compare(
         calls.append(max(1, round(WINDOW / max(seconds(side, 1), 1e-9))))
     subject: list[float] = []
     baseline: list[float] = []
+    rounds = rounds if pair.rounds is None else min(rounds, pair.rounds)
     begin = clock()
-    while len(subject) < rounds or clock() - begin < least:
+    while len(subject) < rounds or (pair.rounds is None and clock() - begin < least):
         subject.append(seconds(pair.subject, calls[0]))
         baseline.append(seconds(pair.baseline, calls[1]))
     ratios = [a / b for a, b in zip(subject, baseline, strict=True)]

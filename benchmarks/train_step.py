@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from benchmarks.pipelines import WORD, concept, pipeline
 from benchmarks.timing import Pair
-from benchmarks.toyland import WORD, concept, pipeline
 from perfusion.backbones import Backbone, around, default_config
 from perfusion.data.prompts import fill, templates
 from perfusion.methods.base import Batch, Method
@@ -30,8 +31,8 @@ from perfusion.methods.base import Batch, Method
 def pairs(device: torch.device) -> Iterator[Pair]:
     """One pair: the subject returns the loss, the baseline the gradient at the token embeddings (B, N, d)."""
     torch.manual_seed(0)
-    plain = around(pipeline(device), default_config("toyland"))
-    with concept(pipeline(device), training=True) as (backbone, method):
+    plain = around(pipeline("toyland", device), default_config("toyland"))
+    with concept("toyland", pipeline("toyland", device), training=True) as (backbone, method):
         content = batch(backbone, method.options.batch_size, WORD.placeholder)
         yield Pair("train_step", "toyland", whole_step(backbone, method, content), lower_bound(plain, content))
 
@@ -62,20 +63,30 @@ def whole_step(backbone: Backbone, method: Method, content: Batch) -> Callable[[
 
 def lower_bound(backbone: Backbone, content: Batch) -> Callable[[], Tensor]:
     """Frozen forward and activation gradients, with the superclass in the place of the word."""
+    cotangent = torch.randn_like(content.latents) / content.latents.numel()
+    run, _, found = forward(backbone, content)
+
+    def step() -> Tensor:
+        predicted = run()
+        return torch.autograd.grad(predicted, found, cotangent)[0]
+
+    return step
+
+
+def forward(backbone: Backbone, content: Batch) -> tuple[Callable[[], Tensor], RemovableHandle, list[Tensor]]:
+    """The bound's forward, the hook that it works with, and the token embeddings of its last run, (B, N, d)."""
     pipe: Any = backbone.pipe
     prompts = [prompt.replace(WORD.placeholder, WORD.superclass) for prompt in content.prompts]
     ids = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids.to(backbone.device)
     noisy = backbone.add_noise(content.latents, content.noise, content.timesteps)
-    cotangent = torch.randn_like(content.latents) / content.latents.numel()
     found: list[Tensor] = []
-    pipe.text_encoder.get_input_embeddings().register_forward_hook(
+    hook = pipe.text_encoder.get_input_embeddings().register_forward_hook(
         lambda module, args, output: found.append(output.requires_grad_())
     )
 
-    def step() -> Tensor:
+    def run() -> Tensor:
         found.clear()
         encoded = pipe.text_encoder(ids)[0]
-        predicted = backbone.denoiser(noisy, content.timesteps, encoder_hidden_states=encoded).sample
-        return torch.autograd.grad(predicted, found, cotangent)[0]
+        return backbone.denoiser(noisy, content.timesteps, encoder_hidden_states=encoded).sample
 
-    return step
+    return run, hook, found

@@ -12,9 +12,21 @@ import torch
 from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import page, projection, projection_sampling, report, sampling, timing, toyland, train_step
+from benchmarks import (
+    attach,
+    memory,
+    page,
+    pipelines,
+    projection,
+    projection_sampling,
+    report,
+    sampling,
+    timing,
+    train_step,
+)
 from benchmarks.timing import Pair, compare
 from perfusion.cli import run_cli
+from tests.pipelines import tiny_pipeline
 
 CPU = torch.device("cpu")
 
@@ -224,10 +236,14 @@ def test_mistakes_are_answered_before_anything_runs(
 
 def test_every_file_of_a_benchmark_is_in_the_command() -> None:
     folder = Path(command.__file__).parent
+    names = {
+        f"{function.__module__.split('.')[-1]}.{function.__name__}": name
+        for name, function in command.BENCHMARKS.items()
+    }
     found = set()
     for path in folder.glob("*.py"):
-        made = re.findall(r"\ndef (\w+)\([^)]*\) -> Iterator\[Pair\]:", path.read_text(encoding="utf-8"))
-        found |= {path.stem if name == "pairs" else name for name in made}
+        made = re.findall(r"\ndef (\w+)\([^)]*\) -> Iterator\[(?:Pair|Amounts)\]:", path.read_text(encoding="utf-8"))
+        found |= {names.get(f"{path.stem}.{name}", name) for name in made}
     assert found == set(command.BENCHMARKS)
 
 
@@ -279,9 +295,9 @@ def test_the_steps_of_a_sampling_share_what_the_first_computed(monkeypatch: pyte
 
 
 def test_a_step_trains_the_concept_alone_and_its_bound_reaches_the_token_embeddings() -> None:
-    plain = train_step.around(toyland.pipeline(CPU), train_step.default_config("toyland"))
-    with toyland.concept(toyland.pipeline(CPU), training=True) as (backbone, method):
-        content = train_step.batch(backbone, 2, toyland.WORD.placeholder)
+    plain = train_step.around(pipelines.pipeline("toyland", CPU), train_step.default_config("toyland"))
+    with pipelines.concept("toyland", pipelines.pipeline("toyland", CPU), training=True) as (backbone, method):
+        content = train_step.batch(backbone, 2, pipelines.WORD.placeholder)
         before = method.state()
         loss = train_step.whole_step(backbone, method, content)()
         after = method.state()
@@ -300,7 +316,7 @@ def test_a_step_trains_the_concept_alone_and_its_bound_reaches_the_token_embeddi
 
 @pytest.mark.parametrize(("name", "pictures"), [("sampling_1", 1), ("sampling_8", 1), ("sampling_16_betas", 16)])
 def test_a_sampling_gives_pictures_on_either_side(name: str, pictures: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "STEPS", 1)
+    monkeypatch.setattr(sampling, "STEPS", {"toyland": 1})
     (pair,) = command.BENCHMARKS[name](CPU)
     assert pair.name == name
     for edited, plain in zip(pair.subject(), pair.baseline(), strict=True):
@@ -309,6 +325,48 @@ def test_a_sampling_gives_pictures_on_either_side(name: str, pictures: int, monk
         assert edited.tobytes() != plain.tobytes()
         pictures -= 1
     assert pictures == 0
+
+
+def test_a_concept_is_attached_and_taken_out_again() -> None:
+    pair = next(attach.pairs(CPU))
+    assert (pair.name, pair.model) == ("attach", "toyland")
+    encoding = pair.baseline()
+    pair.subject()
+    again = pair.baseline()
+    assert isinstance(encoding, torch.Tensor) and isinstance(again, torch.Tensor)
+    assert encoding.shape == (128,) and torch.equal(encoding, again), "nothing is left behind"
+
+
+def test_kept_bytes_are_those_of_distinct_saved_storages_without_the_weights() -> None:
+    weight = torch.ones(50, 100, requires_grad=True)
+    x = torch.ones(10, 50, requires_grad=True)
+    assert memory.kept_bytes(lambda: (x @ weight).sum(), [weight]) == 4 * 10 * 50
+    assert memory.kept_bytes(lambda: (x @ weight).sum(), []) == 4 * (10 * 50 + 50 * 100)
+    assert memory.kept_bytes(lambda: (x * x).sum() + x.square().sum(), [weight]) == 4 * 10 * 50, "x is kept once"
+    assert memory.kept_bytes(lambda: x.exp().exp().sum(), []) == 4 * 2 * 10 * 50, "each result is kept"
+
+
+def test_a_training_step_keeps_what_it_has_to_and_little_more() -> None:
+    found = next(memory.amounts(CPU))
+    assert (found.name, found.model) == ("train_memory", "toyland")
+    assert 16 * 10_000 < found.baseline < found.subject < 1.2 * found.baseline
+    line = report.line(report.result(found, found.comparison(), "bytes", report.machine(CPU)))
+    assert re.fullmatch(r"train_memory +toyland +1\.\d{3} +0\.000 +[\d.]+ MB +[\d.]+ MB +1", line)
+
+
+def test_stable_diffusion_is_measured_like_toyland(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small model in its place."""
+    monkeypatch.setattr(pipelines, "_stable_diffusion", lambda device: tiny_pipeline())
+    pipe = pipelines.pipeline("sd15", CPU)
+    with pipelines.concept("sd15", pipe, training=False) as (backbone, method):
+        assert backbone.config.name == "stable_diffusion" and method.state()["direction"].isfinite().all()
+    monkeypatch.setattr(sampling, "STEPS", {"sd15": 1})
+    monkeypatch.setattr(sampling, "SIDE", {"sd15": 16})
+    (pair,) = sampling.sampling_8(CPU)
+    pictures: Any = pair.subject()
+    assert pair.rounds == 3 and [image.size for image in pictures] == [(16, 16)]
+    (found,) = memory.checkpointing(CPU)
+    assert found.subject > found.baseline > 0
 
 
 def test_the_page_says_what_was_measured_and_what_was_reached(tmp_path: Path) -> None:

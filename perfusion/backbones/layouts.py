@@ -66,9 +66,14 @@ def meta_denoiser(layout: str) -> UNet2DConditionModel:
 
 
 def meta_pipeline(layout: str) -> DiffusionPipeline:
-    """The whole pipeline of a layout, or of a diffusers folder's configs, on the meta device.
+    """`untrained_pipeline` on the meta device: every shape, no memory; a backbone around it can be measured."""
+    return untrained_pipeline(layout, torch.device("meta"))
 
-    It has neither tokenizers nor a safety checker; a backbone around it can be measured.
+
+def untrained_pipeline(layout: str, device: torch.device) -> DiffusionPipeline:
+    """The whole pipeline of a layout, or of a diffusers folder's configs, on `device` with random weights, float32.
+
+    It has neither tokenizers nor a safety checker.
 
     Raises:
         BackboneError: no such layout, or a part of a class that is not diffusers' or transformers'.
@@ -84,20 +89,20 @@ def meta_pipeline(layout: str) -> DiffusionPipeline:
     for name in expected:
         library, kind = index.get(name) or ("", "")
         if kind and name.startswith(("scheduler", "vae", "unet", "text_encoder")):
-            parts[name] = _meta_part(folder, name, library, kind)
+            parts[name] = _part(folder, name, library, kind, device)
     settings = {key: value for key, value in index.items() if key in optional}
     if "requires_safety_checker" in optional:
         settings["requires_safety_checker"] = False
     return cls(**parts, **settings)
 
 
-def _meta_part(folder: Path, name: str, library: str, kind: str) -> Any:
+def _part(folder: Path, name: str, library: str, kind: str, device: torch.device) -> Any:
     cls: Any = getattr(importlib.import_module(library), kind, None) if library in _LIBRARIES else None
     if cls is None:
         raise BackboneError(f"{folder}: found {name} of {library}.{kind}, expected a class of {', '.join(_LIBRARIES)}")
     if name == "scheduler":  # it computes with what it holds, which the meta device has not
         return cls.from_config(cls.load_config(folder, subfolder=name))
-    with torch.device("meta"):
+    with device:
         if hasattr(cls, "config_class"):  # transformers
             return cls(cls.config_class.from_pretrained(folder, subfolder=name)).eval()
         return cls.from_config(cls.load_config(folder, subfolder=name))
