@@ -82,7 +82,9 @@ def _stable_diffusion(device: torch.device) -> StableDiffusionPipeline:
         pipe: Any = untrained_pipeline("sd15", device)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
-    pipe.register_modules(tokenizer=clip_tokenizer("<|endoftext|>"), scheduler=DDIMScheduler(**pipe.scheduler.config))
+    pipe.register_modules(
+        tokenizer=clip_tokenizer("<|endoftext|>"), scheduler=DDIMScheduler.from_config(pipe.scheduler.config)
+    )
     return pipe
 
 

@@ -265,15 +265,44 @@ def test_the_fingerprint_sees_weights_and_not_what_is_attached(backbone: Backbon
         assert fresh() == plain
         backbone.pipe.unet.unload_lora()
     assert fresh() == plain
-    for part, weight in (
-        ("projections", backbone.edit_sites()[-1].projection.weight),
-        *((name, encoder.get_input_embeddings().weight) for name, encoder in backbone.text_encoders().items()),
-    ):
+    tables: Any = [encoder.get_input_embeddings() for encoder in backbone.text_encoders().values()]
+    weights: list[tuple[str, Any]] = [("projections", backbone.edit_sites()[-1].projection.weight)]
+    weights += [(name, table.weight) for name, table in zip(backbone.text_encoders(), tables, strict=True)]
+    for part, weight in weights:
         kept = weight.detach().clone()
-        weight.data[1, 1] += 1
-        assert {key for key, value in fresh().items() if value != plain[key]} == {part}
-        weight.data.copy_(kept)
+        with torch.no_grad():
+            weight[1, 1] += 1
+            assert {key for key, value in fresh().items() if value != plain[key]} == {part}
+            weight.copy_(kept)
+            assert fresh() == plain
+            weight.data += 0.01  # as in merging LoRA: torch does not count it as a change
+            assert {key for key, value in fresh().items() if value != plain[key]} == {part}
+            weight.copy_(kept)
     assert fresh() == plain
+
+
+def test_weights_that_did_not_change_are_not_hashed_again(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = backbones.around(backbone.pipe, backbone.config).fingerprint()
+    monkeypatch.setattr("perfusion.backbones.fingerprint.digest", lambda tensors: "anew")
+    assert backbones.around(backbone.pipe, backbone.config).fingerprint() == plain
+    encoder: Any = next(iter(backbone.text_encoders().values()))
+    table = encoder.get_input_embeddings()
+    kept = table.weight.detach().clone()
+    with torch.no_grad():
+        table.weight.mul_(2)
+        assert "anew" in backbones.around(backbone.pipe, backbone.config).fingerprint().values()
+        table.weight.copy_(kept)
+    monkeypatch.undo()
+    assert backbones.around(backbone.pipe, backbone.config).fingerprint() == plain
+
+
+def test_short_encodings_are_the_beginning_of_padded_ones(backbone: Backbone) -> None:
+    prompts = ["a photo of a cat", "a cat"]
+    whole, short = (backbone.encode(prompts, "cat", padded=padded) for padded in (True, False))
+    length = short.context.shape[1]
+    assert length < whole.context.shape[1] and short.concept.shape == (2, length)
+    torch.testing.assert_close(short.context, whole.context[:, :length], rtol=1e-4, atol=1e-5)
+    assert torch.equal(short.concept, whole.concept[:, :length]) and not whole.concept[:, length:].any()
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DIGITS = 16  # of the sha256, in hexadecimal
+_SAMPLE = 64  # values of each tensor that are looked at before a digest is taken for granted
+
+# Module -> part of it -> how its weights looked, and their digest.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bytes, str]]] = weakref.WeakKeyDictionary()
 
 
 def base_module(module: nn.Module) -> nn.Module:
@@ -51,6 +56,31 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         total.update(f"{name} {tuple(value.shape)}\n".encode())
         total.update(value.to(torch.float16).contiguous().cpu().numpy().data)
     return total.hexdigest()[:DIGITS]
+
+
+def remembered_digest(owner: nn.Module, part: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`digest` of the weights of a `part` of `owner`, reckoned only if they may be others than the last time.
+
+    They are the same if each lies where it lay, was not written to since, and its sampled values are what they were.
+    Writing past autograd (`.data`, as in merging LoRA) is not counted by torch, therefore the samples; only a change of
+    single values in that way would go unseen.
+    """
+    listed = list(tensors)
+    looks = _looks(listed)
+    parts = _known.setdefault(owner, {})
+    if part not in parts or parts[part][0] != looks:
+        parts[part] = looks, digest(listed)
+    return parts[part][1]
+
+
+def _looks(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
+    total = hashlib.sha256()
+    for name, value in tensors:
+        written = 0 if value.is_inference() else value._version
+        total.update(f"{name} {tuple(value.shape)} {value.dtype} {value.data_ptr()} {written}\n".encode())
+    samples = [value.flatten()[:: max(1, value.numel() // _SAMPLE)].float() for _, value in tensors]
+    total.update(torch.cat(samples).cpu().numpy().data)
+    return total.digest()
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -173,7 +173,7 @@ class LatentDiffusionBackbone(Backbone):
     def text_encoders(self) -> dict[str, nn.Module]:
         return {encoder: getattr(self.pipe, encoder) for encoder in self.towers}
 
-    def encode(self, prompts: Sequence[str], word: str) -> Encoding:
+    def encode(self, prompts: Sequence[str], word: str, *, padded: bool = True) -> Encoding:
         ids, masks, marks = [], [], []
         for encoder, tokenizer in self._tokenizers().items():
             rows = self._rows[encoder].read(tokenizer, prompts, lambda text, t=tokenizer: self._row(t, text))
@@ -190,6 +190,9 @@ class LatentDiffusionBackbone(Backbone):
                     "expected the same: is there a textual inversion in it that they know with different numbers of "
                     "vectors?"
                 )
+        if not padded:
+            length = max(int(mask.sum(1).max()) for mask in masks)
+            ids, masks, marks = ([part[:, :length] for part in parts] for parts in (ids, masks, marks))
         context, extra = self._read(ids, masks)
         return Encoding(context, marks[0].to(self.device), extra)
 
@@ -326,10 +329,10 @@ class LatentDiffusionBackbone(Backbone):
             self._fingerprint = {
                 "family": self.family,
                 **{
-                    name: fingerprint.digest(fingerprint.base_parameters(encoder))
+                    name: fingerprint.remembered_digest(encoder, "all", fingerprint.base_parameters(encoder))
                     for name, encoder in self.text_encoders().items()
                 },
-                "projections": fingerprint.digest(projections),
+                "projections": fingerprint.remembered_digest(self.denoiser, "projections", projections),
             }
         return dict(self._fingerprint)
 

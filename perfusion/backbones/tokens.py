@@ -26,6 +26,8 @@ from perfusion.backbones.base import AddedToken, TokenError
 
 T = TypeVar("T")
 
+_LARGE = 1000  # entries
+
 
 class WordVectors(nn.Module):
     """The vectors of one added word, `weight` (vectors, d_e): float32, whatever the encoder's dtype.
@@ -112,7 +114,9 @@ class ExtendedEmbedding(nn.Module):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors."""
-        extended = copy.deepcopy(self.stock_tokenizer)
+        # Its lists of merges and words are only read, and copying their tens of thousands of entries takes longest.
+        tables = [value for value in vars(self.stock_tokenizer).values() if isinstance(value, (dict, list))]
+        extended = copy.deepcopy(self.stock_tokenizer, {id(table): table for table in tables if len(table) > _LARGE})
         for word in self.words:
             assert isinstance(word, WordVectors)
             _teach(extended, word.word, len(word.weight))

@@ -265,7 +265,7 @@ def superclass_encoding(backbone: Backbone, superclass: str) -> Tensor:
     """s (d,), float32: the mean encoding of the superclass, at its last token, in the backbone's prompt templates."""
     prompts = [fill(template, superclass) for template in templates(backbone.config.prompts)]
     with torch.no_grad():
-        return _mean_at_word(backbone.encode(prompts, superclass))
+        return _mean_at_word(backbone.encode(prompts, superclass, padded=False))
 
 
 def _weight(site: EditSite) -> Tensor:
