@@ -1,0 +1,155 @@
+"""`python -m experiments.pictures`: the pictures of the README, drawn with concepts that are trained for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError, TrainConfig
+
+# Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+if TYPE_CHECKING:
+    from perfusion.backbones.base import Backbone
+    from perfusion.concept import Concept
+
+USAGE = """
+Draw the README's pictures on Toyland. What is missing is trained first, half a minute for each concept.
+
+  python -m experiments.pictures                    all three, into docs/images
+  python -m experiments.pictures only=locks out=.   one of them: strengths, locks or two
+"""
+
+CAT = ["+experiment=cat_oneshot"]
+TRAINED_KEYS = [*CAT, "method.key_lock=none"]
+TEDDY = [
+    *CAT, "concept.name=teddy", "concept.superclass=teddy", "concept.placeholder=<teddy*>",
+    "concept.toyland.instance=3",
+]  # fmt: skip
+BETAS = (0.2, 0.5, 0.8, 1.1, 1.4)
+SCENES = (
+    "a photo of {}",
+    "a photo of {} on the beach",
+    "{} wearing a hat",
+    "{} on a skateboard in the city",
+    "a sketch of {}",
+    "{} in a boat at night",
+)
+PAIRS = (
+    "a photo of {} and {}",
+    "a photo of {} and {} on the beach",
+    "a photo of {} next to {} in the snow",
+    "{} and {} in the forest",
+    "{} and {} in the city",
+    "a sketch of {} and {}",
+)
+
+
+@dataclass
+class PicturesConfig:
+    """Command line."""
+
+    out: str = "docs/images"  # folder of the PNG files
+    only: str | None = None  # strengths, locks or two; null: all
+    root: str = "runs"  # where the concepts are trained
+    seed: int = 0  # of the first picture in each row
+
+
+@dataclass(frozen=True)
+class Studio:
+    """Where pictures are drawn, and with what."""
+
+    backbone: Backbone
+    root: str
+    seed: int
+
+    def concept(self, words: Sequence[str]) -> Concept:
+        """Trained as `words` say, unless it is there."""
+        from perfusion.concept import Concept
+        from perfusion.train import train
+        from perfusion.training import composition
+
+        configs: list[TrainConfig] = []
+        composition.run([*words, f"run.root={self.root}"], configs.append)
+        return Concept.load(train(configs[0]).concept)
+
+    def draw(self, templates: Sequence[str], *names: str) -> list[Any]:
+        """A picture of each template, filled with the names; the k-th has the same noise in every row."""
+        from perfusion.sampling import sample
+
+        prompts = [template.format(*names) for template in templates]
+        seeds = range(self.seed, self.seed + len(prompts))
+        config = self.backbone.config
+        return sample(
+            self.backbone.pipe, prompts, seeds, config.steps, config.guidance, progress=True, size=config.resolution
+        )
+
+
+def strengths(studio: Studio) -> list[tuple[str, list[Any]]]:
+    """One concept at several β, below what the base model draws."""
+    cat = studio.concept(CAT)
+    rows = [("the base model: cat", studio.draw(SCENES, cat.superclass))]
+    for beta in BETAS:
+        with cat.attach(studio.backbone, beta=beta):
+            rows.append((f"{cat.placeholder}, β = {beta}", studio.draw(SCENES, cat.placeholder)))
+    return rows
+
+
+def locks(studio: Studio) -> list[tuple[str, list[Any]]]:
+    """The three kinds of key-locking, with the same noise."""
+    cat, unlocked = studio.concept(CAT), studio.concept(TRAINED_KEYS)
+    rows = []
+    for name, concept, lock in (
+        ("local: the superclass's keys at the word", cat, "local"),
+        ("global: the keys of the whole prompt from its superclass", cat, "global"),
+        ("none: keys trained as well", unlocked, "none"),
+    ):
+        with concept.attach(studio.backbone, key_lock=lock):
+            rows.append((name, studio.draw(SCENES, concept.placeholder)))
+    return rows
+
+
+def two(studio: Studio) -> list[tuple[str, list[Any]]]:
+    """Two concepts that were trained apart, in one picture."""
+    cat, teddy = studio.concept(CAT), studio.concept(TEDDY)
+    rows = [("the base model: cat and teddy", studio.draw(PAIRS, cat.superclass, teddy.superclass))]
+    with cat.attach(studio.backbone), teddy.attach(studio.backbone):
+        rows.append((f"{cat.placeholder} alone", studio.draw(SCENES, cat.placeholder)))
+        rows.append((f"{teddy.placeholder} alone", studio.draw(SCENES, teddy.placeholder)))
+        both = studio.draw(PAIRS, cat.placeholder, teddy.placeholder)
+        rows.append((f"{cat.placeholder} and {teddy.placeholder}", both))
+    return rows
+
+
+PICTURES = {"strengths": strengths, "locks": locks, "two": two}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line entry point."""
+    config = parse_key_values(argv, PicturesConfig, USAGE)
+    if config.only is not None and config.only not in PICTURES:
+        raise ConfigError(f"only: found {config.only!r}, expected one of {', '.join(PICTURES)}")
+    from PIL import Image
+
+    from perfusion.backbones import backbone_class
+    from perfusion.contact_sheet import captioned_sheet
+    from perfusion.files import atomic_path
+    from perfusion.presets import backbone_config
+
+    chosen = backbone_config("toyland")
+    studio = Studio(backbone_class(chosen.name).load(chosen), config.root, config.seed)
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture in PICTURES.items():
+        if config.only in (None, name):
+            sheet = captioned_sheet(picture(studio))
+            with atomic_path(out / f"{name}.png") as temporary:
+                sheet.quantize(255, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
+            print(f"written to {out / f'{name}.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
