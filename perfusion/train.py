@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +77,14 @@ def train(config: TrainConfig) -> RunFolder:
         folder.begin(config)
         metrics = _fit(config, folder, method, backbone, examples)
         concept = save_concept(folder.concept, Concept.of(method, backbone, config.seed))
+        method.load_state({name: tensor.float() for name, tensor in concept.tensors.items()})  # rounded, as in the file
+        exported = method.export(folder.diffusers)
     finally:
         method.detach()
     _draw_samples(config, folder, concept, backbone, examples, metrics)
     seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
     folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **_made_with(examples)})
-    _say_where(config, folder)
+    _say_where(config, folder, exported)
     return folder
 
 
@@ -163,7 +166,7 @@ def _made_with(examples: Examples) -> dict[str, Any]:
     return {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
 
 
-def _say_where(config: TrainConfig, folder: RunFolder) -> None:
+def _say_where(config: TrainConfig, folder: RunFolder, exported: Sequence[Path]) -> None:
     from perfusion.training.samples import sample_templates
 
     prompt = sample_templates(config.backbone.prompts)[0].replace("{}", config.concept.placeholder)
@@ -174,6 +177,9 @@ def _say_where(config: TrainConfig, folder: RunFolder) -> None:
         words["backbone.layout"] = config.backbone.layout
     command = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in words.items())
     print(f"concept: {folder.concept} ({folder.concept.stat().st_size / 1000:.1f} kB)")
+    if exported:
+        size = sum(file.stat().st_size for file in exported)
+        print(f"for stock diffusers: {folder.diffusers} ({size / 1000:.1f} kB)")
     print(f"samples: {folder.samples}")
     print(f"next: python -m perfusion.generate {command}")
 

@@ -104,7 +104,9 @@ def test_clearing_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
     folder.begin(CONFIG)
     for name in ("concept.safetensors", "samples.png", "metrics.csv", "notes.txt"):
         (tmp_path / name).write_text("x")
-    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints", "diffusers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.safetensors").write_text("x")
     folder.finish({})
     folder.clear()
     assert os.listdir(tmp_path) == ["notes.txt"]

@@ -12,6 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -84,6 +85,14 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         """Names and shapes that `state()` has on this backbone, without attaching: a file is checked against it."""
+
+    def export(self, folder: Path) -> list[Path]:
+        """Write the attached concept into `folder`, made where it is missing, in the format that stock diffusers loads.
+
+        Returns:
+            The files, each written atomically; none, and no folder, for a method without a stock format.
+        """
+        return []
 
     def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Loss terms, summed by the training loop: here the masked denoising error.

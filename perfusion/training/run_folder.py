@@ -1,6 +1,7 @@
 """The folder of one run: named after its config, so that the same command finds it again and resumes.
 
 - concept.safetensors: the trained concept
+- diffusers/: the same in the format that stock diffusers loads, where the method has one
 - config.yaml: the whole config, resolved
 - metrics.csv: what was logged at every step
 - metrics.json: final scores, step kept, seconds, peak memory, what it was made with
@@ -63,6 +64,10 @@ class RunFolder:
         return self.path / "concept.safetensors"
 
     @property
+    def diffusers(self) -> Path:
+        return self.path / "diffusers"
+
+    @property
     def config(self) -> Path:
         return self.path / "config.yaml"
 
@@ -120,7 +125,7 @@ class RunFolder:
         (self.path / "DONE").unlink(missing_ok=True)
         for file in (self.metrics, self.concept, self.samples, self.metrics_csv, self.config):
             file.unlink(missing_ok=True)
-        for made in (self.checkpoints, self.path / "progress"):
+        for made in (self.checkpoints, self.diffusers, self.path / "progress"):
             shutil.rmtree(made, ignore_errors=True)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
