@@ -59,6 +59,19 @@ def set_vectors(word, value: Tensor | float) -> None:
             vectors.copy_(torch.as_tensor(value))
 
 
+@pytest.mark.parametrize("phrase", ["teddy bear", "cat", "sks teddy bear"])
+def test_a_word_with_the_vectors_of_a_phrase_reads_as_it(pipe: StableDiffusionPipeline, phrase: str) -> None:
+    prompts = ["a photo of {} on the beach", "{}", "a {}, sleeping"]
+    expected = context(pipe, *(prompt.format(phrase) for prompt in prompts))
+    word = add_word(pipe, TOWERS, "<toy*>", phrase, vectors=None)
+    (vectors,) = word.embeddings().values()
+    assert len(vectors) == len(token_ids(pipe.tokenizer, phrase))
+    assert torch.equal(context(pipe, *(prompt.format("<toy*>") for prompt in prompts)), expected)
+    set_vectors(word, 1.0)
+    assert not torch.equal(context(pipe, *(prompt.format("<toy*>") for prompt in prompts)), expected)
+    word.remove()
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["a photo of <cat*>", "<cat*>", "a <cat*>, sleeping", "my <CAT*>'s hat", "a photo (<Cat*>).", "a<cat*>in the snow"],

@@ -137,8 +137,12 @@ class Backbone(ABC):
         """Raise TokenError if the placeholder is already a word of the vocabulary or either is empty."""
 
     @abstractmethod
-    def add_token(self, placeholder: str, superclass: str, vectors: int = 1) -> AddedToken:
-        """Add `placeholder` to the vocabulary, its embedding the mean of the superclass's token embeddings at first."""
+    def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedToken:
+        """Add `placeholder` to the vocabulary, its embedding the mean of the superclass's token embeddings at first.
+
+        With `vectors=None` it gets a vector for each token of `superclass` instead, that token's own: at first a prompt
+        with the placeholder has the encoding of the same prompt with the superclass, to the bit.
+        """
 
     @abstractmethod
     def moment(self, progress: bool = True) -> Matrix:

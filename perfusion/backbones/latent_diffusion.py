@@ -200,7 +200,7 @@ class LatentDiffusionBackbone(Backbone):
         for name in self.towers.values():
             check_word(getattr(self.pipe, name), placeholder, superclass)
 
-    def add_token(self, placeholder: str, superclass: str, vectors: int = 1) -> AddedWord:
+    def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedWord:
         return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self._watchers())
 
     def _watchers(self) -> dict[str, Callable[..., Any]]:

@@ -171,20 +171,22 @@ def add_word(
     towers: Mapping[str, str],
     placeholder: str,
     superclass: str,
-    vectors: int = 1,
+    vectors: int | None = 1,
     watchers: Mapping[str, Callable[..., Any]] | None = None,
 ) -> AddedWord:
-    """Add `placeholder` to tokenizers and text encoders of `pipe`, starting at the mean embedding of `superclass`.
+    """Add `placeholder` to tokenizers and text encoders of `pipe`, starting at the embedding of `superclass`.
 
     Args:
         towers: attribute of the text encoder in the pipeline -> attribute of its tokenizer.
-        vectors: how many; all start alike, and their positions tell them apart.
+        vectors: how many; all start alike, at the mean over the superclass's tokens, and their positions tell them
+            apart. None: as many as the superclass has tokens, and each starts at its token, so that the placeholder
+            reads as the superclass does.
         watchers: of text encoders, forward hooks (with keywords) that stay as long as there are words in them.
 
     Raises:
         TokenError: see `check_word`; nothing is changed then.
     """
-    if vectors < 1:
+    if vectors is not None and vectors < 1:
         raise TokenError(f"vectors of {placeholder!r}: found {vectors}, expected at least 1")
     for tokenizer in towers.values():
         check_word(getattr(pipe, tokenizer), placeholder, superclass)
@@ -194,7 +196,9 @@ def add_word(
         table = encoder.get_input_embeddings()
         with torch.no_grad():
             ids = torch.tensor(token_ids(tokenizer, superclass), device=table.weight.device)
-            initial = table(ids).float().mean(0).expand(vectors, -1)
+            initial = table(ids).float()
+            if vectors is not None:
+                initial = initial.mean(0).expand(vectors, -1)
         if not isinstance(table, ExtendedEmbedding):
             table = ExtendedEmbedding(table, tokenizer)
             _put(encoder, table)
