@@ -29,7 +29,7 @@ from perfusion.concept_format import ConceptFileError, read, write
 from perfusion.config import ConfigError
 from perfusion.edit import PromptGate, gates_at
 from perfusion.files import PathLike
-from perfusion.methods.base import Method, Word, build
+from perfusion.methods.base import Method, Word, build, method_class
 from perfusion.provenance import provenance
 
 LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
@@ -47,7 +47,7 @@ class Concept:
     tensors: Mapping[str, Tensor]  # the method's state, in the dtype of the file
     settings: Mapping[str, Any]  # the method's options, without its name
     fingerprint: Mapping[str, str]  # what it needs of a backbone: Backbone.fingerprint and the set of prompt templates
-    covariance: str  # what the second moment was made of (Backbone.covariance), to tell which concepts share one
+    covariance: str  # what C was made of (Backbone.covariance), to tell which concepts share one; empty: none needed
     seed: int
     versions: Mapping[str, str]
     commit: str  # of this project; empty outside a checkout
@@ -68,7 +68,7 @@ class Concept:
             tensors=method.state(),
             settings=settings,
             fingerprint=_requirements(backbone),
-            covariance=backbone.covariance,
+            covariance=backbone.covariance if method.needs_covariance else "",
             seed=seed,
             versions={name: made["versions"][name] for name in LIBRARIES if name in made["versions"]},
             commit=(made["git_commit"] or "")[:_COMMIT_DIGITS],
@@ -106,6 +106,14 @@ class Concept:
             total.update(tensor.flatten().view(torch.uint8).numpy().data)
         return total.hexdigest()[:_HASH_DIGITS]
 
+    @property
+    def dials(self) -> tuple[str, ...]:
+        """What can be set while it draws, such as `beta`. Raises ConceptFileError for a method that is not known."""
+        try:
+            return method_class(self.method).dials
+        except ConfigError as error:
+            raise self._unusable(error) from error
+
     def rounded(self, dtype: torch.dtype) -> Concept:
         """The same with its tensors in `dtype`."""
         return dataclasses.replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
@@ -117,6 +125,7 @@ class Concept:
         beta: float | Tensor | None = None,
         tau: float | Tensor | None = None,
         key_lock: str | None = None,
+        scale: float | None = None,
     ) -> Attached:
         """Put the concept into a stock pipeline, for drawing: prompts may hold its placeholder until `detach()`.
 
@@ -124,10 +133,11 @@ class Concept:
         own; the order does not matter, and they may leave in any order.
 
         Everything is checked before the pipeline is touched. `beta` and `tau` are for methods with a gate, `key_lock`
-        (local or global) for those that lock keys; None is the value that the concept's settings name. They can be
-        changed later.
+        (local or global) for those that lock keys, `scale` for LoRA; None is the value that the concept's settings
+        name. They can be changed later.
 
         Raises:
+            ConfigError: one of the four is given, and the concept's method has no such thing.
             ConceptFileError: the concept is not made for this backbone, or with another covariance than one that is
                 attached; its tensors do not fit its method, or this version of perfusion does not know its method or
                 settings.
@@ -136,6 +146,10 @@ class Concept:
                 concept in training; or β or τ is impossible.
             BackboneError: no backbone fits the pipeline.
         """
+        dials = {"beta": beta, "tau": tau, "key_lock": key_lock, "scale": scale}
+        dials = {name: value for name, value in dials.items() if value is not None}
+        for name in dials:
+            self.check_dial(name)
         backbone = pipe if isinstance(pipe, Backbone) else around(pipe)
         self._check_backbone(backbone)
         self._check_company(backbone)
@@ -150,17 +164,27 @@ class Concept:
                 gate.covariance, gate.source = self.covariance, self.source
             method.requires_grad_(False)
             attached = Attached(self, method, backbone)
-            for name, value in (("beta", beta), ("tau", tau), ("key_lock", key_lock)):
-                if value is not None:
-                    setattr(attached, name, value)
+            for name, value in dials.items():
+                setattr(attached, name, value)
             undo.pop_all()
         return attached
+
+    def check_dial(self, name: str) -> None:
+        """Hold that `name` can be set while it draws. Raises ConfigError."""
+        if name not in self.dials:
+            others = f"it has {' and '.join(self.dials)}" if self.dials else "its strength cannot be set"
+            raise ConfigError(
+                f"{name}: found a concept of the method {self.method!r}, which has no {name}; {others} ({self.source})"
+            )
 
     def _build(self) -> Method:
         try:
             return build({"name": self.method, **self.settings}, Word(self.placeholder, self.superclass))
         except ConfigError as error:
-            raise ConceptFileError(f"{self.source}: this version of perfusion cannot use it: {error}") from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: ConfigError) -> ConceptFileError:
+        return ConceptFileError(f"{self.source}: this version of perfusion cannot use it: {error}")
 
     def _check_backbone(self, backbone: Backbone) -> None:
         found = _requirements(backbone)
@@ -172,7 +196,7 @@ class Concept:
                 )
 
     def _check_company(self, backbone: Backbone) -> None:
-        for other in gates_at(backbone.edit_sites()[0]):
+        for other in gates_at(backbone.edit_sites()[0]) if self.covariance else ():
             if other.covariance and other.covariance != self.covariance:
                 raise ConceptFileError(
                     f"{self.source}: found the covariance {self.covariance} (captions:count:ridge), expected "
@@ -252,6 +276,15 @@ class Attached:
     def key_lock(self, value: str) -> None:
         self._settable("key_lock").key_lock = value
 
+    @property
+    def scale(self) -> float:
+        """Strength of a LoRA: 0 is the base model, 1 what was trained. ConfigError for another method."""
+        return self._settable("scale").scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._settable("scale").scale = value
+
     def detach(self) -> None:
         """Leave the pipeline bit-identical to before `attach`; idempotent."""
         self.method.detach()
@@ -265,8 +298,7 @@ class Attached:
         self.detach()
 
     def _settable(self, name: str) -> Any:
-        if not hasattr(type(self.method), name):
-            raise ConfigError(f"{name}: found a concept of the method {self.concept.method!r}, which has no {name}")
+        self.concept.check_dial(name)
         return self.method
 
 

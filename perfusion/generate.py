@@ -50,6 +50,7 @@ class GenerateConfig:
     beta: Any = None  # gate's threshold, a list, or auto: lower looks more like the concept; null: as the concept says
     tau: float | None = None  # gate's softness; null: as the concept says
     key_lock: str | None = None  # local or global: where the prompt's keys come from; null: as the concept says
+    scale: float | None = None  # strength of a LoRA, 0 to 1 and beyond; null: as the concept says
     num: int = 4  # pictures of each prompt, and of each beta
     seed: int = 0  # of the first of these; the others follow on
     out: str | None = None  # folder; null: generated/<concept>-<prompt>
@@ -77,7 +78,7 @@ def generate(config: GenerateConfig) -> Path:
     What lies there from former runs stays, and stays in the manifest; a picture is replaced by the same picture only.
 
     Raises:
-        ConfigError: an option that cannot be used, or no such backbone.
+        ConfigError: an option that cannot be used, one that no concept's method has, or no such backbone.
         ConceptFileError: no concept file, or one for another backbone.
         BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
     """
@@ -89,6 +90,7 @@ def generate(config: GenerateConfig) -> Path:
     if config.num < 1:
         raise ConfigError(f"num: found {config.num}, expected at least 1")
     concepts = [Concept.load(Path(file).expanduser()) for file in files]
+    _check_dials(config, concepts, strengths)
     for prompt in prompts:
         if not any(contains(prompt, concept.placeholder) for concept in concepts):
             names = " or ".join(concept.placeholder for concept in concepts)
@@ -210,6 +212,25 @@ def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None
     return rows
 
 
+def _check_dials(
+    config: GenerateConfig, concepts: Sequence[Concept], strengths: Sequence[tuple[float | None, ...]]
+) -> None:
+    """Hold, before a model is loaded, that each β belongs to a concept with a gate, and each other setting to one of
+    the concepts. Raises ConfigError."""
+    for concept, betas in zip(concepts, zip(*strengths, strict=True), strict=True):
+        if config.beta == AUTO or any(beta is not None for beta in betas):
+            concept.check_dial("beta")
+    for name in _given(config):
+        if not any(name in concept.dials for concept in concepts):
+            concepts[0].check_dial(name)
+
+
+def _given(config: GenerateConfig) -> dict[str, Any]:
+    """What was asked for besides β."""
+    given = {"tau": config.tau, "key_lock": config.key_lock, "scale": config.scale}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _best(config: GenerateConfig, attached: Sequence[Attached]) -> float:
     """The strength that the scores speak for, said aloud."""
     from hydra.utils import get_method
@@ -220,15 +241,14 @@ def _best(config: GenerateConfig, attached: Sequence[Attached]) -> float:
 
 
 def _chosen(row: Sequence[float | None], attached: Sequence[Attached]) -> tuple[float | None, ...]:
-    """The same with the concepts' own β filled in; None for a method without a gate. ConfigError for a β of such."""
-    chosen: list[float | None] = []
-    for beta, concept in zip(row, attached, strict=True):
-        if beta is None and not hasattr(type(concept.method), "beta"):
-            chosen.append(None)
-        else:
-            own: Any = concept.beta
-            chosen.append(own if beta is None else beta)
-    return tuple(chosen)
+    """The same with the concepts' own β filled in; None for a method without a gate."""
+    own = _dial(attached, "beta")
+    return tuple(mine if beta is None else beta for beta, mine in zip(row, own, strict=True))
+
+
+def _dial(attached: Sequence[Attached], name: str) -> list[Any]:
+    """Each concept's setting of that name; None for a method that has none."""
+    return [getattr(a, name) if name in a.concept.dials else None for a in attached]
 
 
 def _listed(value: Any) -> list[Any]:
@@ -249,9 +269,11 @@ def _attached(config: GenerateConfig, concepts: Sequence[Concept], stack: ExitSt
     family = concepts[0].fingerprint.get("family", "toyland")
     chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
     backbone = backbone_class(chosen.name).load(chosen)
-    return [
-        stack.enter_context(concept.attach(backbone, tau=config.tau, key_lock=config.key_lock)) for concept in concepts
-    ]
+    attached: list[Attached] = []
+    for concept in concepts:
+        dials: Any = {name: value for name, value in _given(config).items() if name in concept.dials}
+        attached.append(stack.enter_context(concept.attach(backbone, **dials)))
+    return attached
 
 
 def _records(
@@ -267,7 +289,6 @@ def _records(
     from perfusion.manifest import ImageRecord
 
     concepts = [a.concept for a in attached]
-    gated, locking = (all(hasattr(type(a.method), name) for a in attached) for name in ("tau", "key_lock"))
     common: dict[str, Any] = {
         "file": "",
         "concept": _joined(names),
@@ -276,8 +297,9 @@ def _records(
         "superclass": _joined(concept.superclass for concept in concepts),
         "method": _joined(dict.fromkeys(concept.method for concept in concepts)),
         "backbone": concepts[0].fingerprint.get("family"),
-        "tau": _as_one([float(a.tau) for a in attached]) if gated else None,
-        "key_lock": attached[0].key_lock if locking else None,
+        "tau": _as_one(_dial(attached, "tau")),
+        "key_lock": next((lock for lock in _dial(attached, "key_lock") if lock is not None), None),
+        "scale": _as_one(_dial(attached, "scale")),
         "steps": steps,
         "guidance": guidance,
     }
@@ -294,7 +316,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _as_one(row: Sequence[float | None]) -> float | str | None:
-    """β of all concepts, in one number if they agree."""
+    """A setting of all concepts, in one number if they agree."""
     if len({*row}) == 1:
         return row[0]
     return _joined("none" if beta is None else f"{beta:g}" for beta in row)

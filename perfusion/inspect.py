@@ -29,6 +29,8 @@ Usage: python -m perfusion.inspect <concept file>                               
 
 Row = tuple[str, ...]
 
+_NAMED = 8  # tensors that are named one by one
+
 
 @dataclass
 class InspectConfig:
@@ -90,7 +92,7 @@ def describe_concept(concept: Concept, path: Path) -> list[str]:
         ("superclass", concept.superclass),
         ("settings", settings),
         ("seed", str(concept.seed)),
-        ("covariance", f"{concept.covariance} (captions:count:ridge)"),
+        ("covariance", f"{concept.covariance} (captions:count:ridge)" if concept.covariance else "none needed"),
         ("backbone", ", ".join(f"{part} {value}" for part, value in concept.fingerprint.items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in concept.versions.items())),
         ("commit", concept.commit or "none (not made in a checkout)"),
@@ -121,7 +123,8 @@ def describe_backbone(name: str, path: str | None, method_name: str, layout: str
         out[site.kind] += outputs
     method = build({"name": method_name}, Word("<new*>", "object"))
     shapes = method.state_shapes(backbone)
-    tensors = ", ".join(f"{key} {_shape(shape)}" for key, shape in shapes.items())
+    named = [f"{key} {_shape(shape)}" for key, shape in shapes.items()]
+    tensors = ", ".join(named) if len(named) <= _NAMED else f"{len(named)} tensors, from {named[0]} to {named[-1]}"
     facts = [
         ("sites", f"{len(sites)}, with {out['k']:,} outputs of K and {out['v']:,} of V"),
         (f"concept of {method_name}", tensors),
@@ -146,14 +149,14 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     from perfusion.presets import backbone_config
 
     assert config.prompt is not None
+    concept.check_dial("beta")
     family = concept.fingerprint.get("family", "toyland")
     chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
     backbone = backbone_class(chosen.name).load(chosen)
     pipe: Any = backbone.pipe
     with concept.attach(backbone, beta=config.beta, tau=config.tau) as attached, torch.no_grad():
         gate = getattr(attached.method, "gate", None)
-        if not isinstance(gate, PromptGate):
-            raise ConfigError(f"prompt: a concept of the method {concept.method!r} has no gate to look at")
+        assert isinstance(gate, PromptGate)
         settings = {"device": backbone.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         encoding = pipe.encode_prompt(config.prompt, **settings)[0]  # (1, N, d)
         r = gate.similarity(encoding)[0, 0].tolist()
@@ -214,7 +217,7 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], backbone: 
             **dict.fromkeys((*backbone.text_encoders(), "projections"), digest),
             "prompts": backbone.config.prompts,
         },
-        covariance="everyday:10000:0.01",
+        covariance="everyday:10000:0.01" if method.needs_covariance else "",
         seed=0,
         versions={name: version for name, version in provenance()["versions"].items() if name in LIBRARIES},
         commit="0" * 12,

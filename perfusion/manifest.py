@@ -47,8 +47,9 @@ class ImageRecord:
     method: str | None = None
     backbone: str | None = None
     beta: float | str | None = None  # text where concepts differ in it
-    tau: float | str | None = None
+    tau: float | str | None = None  # likewise
     key_lock: str | None = None
+    scale: float | str | None = None  # of a LoRA
     steps: int | None = None
     guidance: float | None = None
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from perfusion.cli import run_cli
-from perfusion.config import ConfigError, TrainConfig, checked
+from perfusion.config import ConfigError, TrainConfig
 from perfusion.training import composition
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
@@ -43,23 +43,25 @@ def train(config: TrainConfig) -> RunFolder:
         KeyboardInterrupt: stopped; its message says how to go on.
     """
     started = time.monotonic()
+    from lightning.pytorch import seed_everything
+
     from perfusion import backbones
     from perfusion.concept import Concept, save_concept
-    from perfusion.methods.base import MethodOptions, Word, build, method_class
+    from perfusion.methods.base import Word, build
     from perfusion.training.data import examples_of
     from perfusion.training.run_folder import RunFolder, peak_memory_bytes
     from perfusion.training.trainer import check_keywords, quieten
 
-    options: Any = checked(method_class(str(config.method.get("name"))).Options, config.method, "method")
-    assert isinstance(options, MethodOptions)
+    word = Word(config.concept.placeholder, config.concept.superclass)
+    method = build(config.method, word)
     for key in ("steps", "batch_size"):
-        if getattr(options, key) < 1:
-            raise ConfigError(f"method.{key}={getattr(options, key)}: expected at least 1")
+        if getattr(method.options, key) < 1:
+            raise ConfigError(f"method.{key}={getattr(method.options, key)}: expected at least 1")
     check_keywords(config.trainer)
     examples = examples_of(config.concept, config.backbone.resolution)
-    word = Word(config.concept.placeholder, config.concept.superclass)
     backbones.check_words(config.backbone, word.placeholder, word.superclass)
-    backbones.check_covariance(config.backbone)
+    if method.needs_covariance:
+        backbones.check_covariance(config.backbone)
 
     folder = RunFolder.of(config)
     if config.run.overwrite and (folder.finished or not folder.holds(config)):
@@ -71,7 +73,8 @@ def train(config: TrainConfig) -> RunFolder:
 
     quieten()
     backbone = backbones.backbone_class(config.backbone.name).load(config.backbone)
-    method = build(config.method, word)
+    # For what a method starts from, and what a third party's callback may draw: training's own draws have other seeds.
+    seed_everything(config.seed, verbose=False)
     method.attach(backbone)
     try:
         folder.begin(config)
@@ -92,8 +95,6 @@ def _fit(
     config: TrainConfig, folder: RunFolder, method: Method, backbone: Backbone, examples: Examples
 ) -> dict[str, Any]:
     """Train the attached method, from the newest checkpoint if there is one; gives what metrics.json says of it."""
-    from lightning.pytorch import seed_everything
-
     from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
     from perfusion.training.data import ConceptData
@@ -104,8 +105,6 @@ def _fit(
     resumed = step_of(checkpoint) if checkpoint else 0
     options = method.options
     print(f"run folder: {folder.path}" + (f" (going on at step {resumed})" if resumed else ""))
-    # All that is drawn in training has seeds of its own; this is for what a third party's callback may draw.
-    seed_everything(config.seed, verbose=False)
     data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed)
     trainer = build(config, folder, options.steps, backbone.device, resumed)
     for logger in trainer.loggers:

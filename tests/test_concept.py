@@ -393,11 +393,11 @@ def test_an_impossible_strength_attaches_nothing(backbone: Backbone, path: Path)
 def test_a_method_without_a_gate_has_no_strength(
     backbone: Backbone, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(Perfusion, "beta")
-    monkeypatch.delattr(Perfusion, "tau")
-    monkeypatch.setattr(Perfusion, "train", nn.Module.train)  # it sets them
-    with pytest.raises(ConfigError, match="found a concept of the method 'perfusion', which has no beta"):
+    monkeypatch.setattr(Perfusion, "dials", ("scale",))
+    with pytest.raises(ConfigError, match="beta: found a concept of the method 'perfusion', which has no beta; it has"):
         Concept.load(path).attach(backbone, beta=0.5)
+    with Concept.load(path).attach(backbone) as attached, pytest.raises(ConfigError, match="which has no tau"):
+        attached.tau = 0.2
 
 
 def test_an_exception_inside_the_block_detaches(backbone: Backbone, path: Path) -> None:

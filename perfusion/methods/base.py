@@ -53,6 +53,8 @@ class Method(nn.Module, ABC):
     """A personalization method. Its own parameters and buffers are all that training changes."""
 
     Options: ClassVar[type[MethodOptions]]
+    dials: ClassVar[tuple[str, ...]] = ()  # properties that may be set while an attached concept draws, such as beta
+    needs_covariance: ClassVar[bool] = False  # whether what it learns depends on the backbone's second moment
 
     def __init__(self, options: Any, word: Word) -> None:
         super().__init__()
@@ -110,6 +112,13 @@ class Method(nn.Module, ABC):
         weight = batch.masks.expand_as(error)
         per_sample = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
         return {"denoising": per_sample.mean()}
+
+
+def check_bounds(options: MethodOptions, bounds: Mapping[str, tuple[bool, str]]) -> None:
+    """Hold what options must hold: for each, whether it does, and what was expected. Raises ConfigError."""
+    for key, (holds, expected) in bounds.items():
+        if not holds:
+            raise ConfigError(f"method.{key}: found {getattr(options, key)!r}, expected {expected}")
 
 
 def available() -> list[str]:

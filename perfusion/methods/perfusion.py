@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone, EditSite, Encoding
-from perfusion.config import ConfigError
 from perfusion.data.prompts import fill, templates
 from perfusion.edit import EditError, PromptGate, attach_edit, unedited
-from perfusion.methods.base import Method, MethodOptions, Word
+from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 from perfusion.prompt_gate import JointGate
 from perfusion.rank_one import precision_times
 
@@ -62,6 +61,8 @@ class Perfusion(Method):
     """
 
     Options = PerfusionOptions
+    dials = ("beta", "tau", "key_lock")
+    needs_covariance = True
     options: PerfusionOptions
 
     def __init__(self, options: PerfusionOptions, word: Word) -> None:
@@ -291,9 +292,7 @@ def _check(options: PerfusionOptions) -> None:
         "weight_decay": (options.weight_decay >= 0, "at least 0"),
         "vectors": (options.vectors >= 1, "at least 1"),
     }
-    for key, (holds, expected) in bounds.items():
-        if not holds:
-            raise ConfigError(f"method.{key}: found {getattr(options, key)}, expected {expected}")
+    check_bounds(options, bounds)
 
 
 METHOD = Perfusion
