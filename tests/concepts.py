@@ -34,6 +34,20 @@ def toyland_backbone(pipeline: Path, cache: Path) -> Backbone:
     return backbone_class("toyland").load(config)
 
 
+def random_concept(backbone: Backbone, word: Word, seed: int, **options: Any) -> Concept:
+    """Of any method, `name` among its options: its start, and noise on every number."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        method = build(options, word)
+        method.train().attach(backbone)
+    draw = torch.Generator().manual_seed(seed)
+    state = {name: value + torch.randn(value.shape, generator=draw) * 0.1 for name, value in method.state().items()}
+    method.load_state(state)
+    concept = Concept.of(method, backbone, seed)
+    method.detach()
+    return concept
+
+
 def untrained_concept(backbone: Backbone, word: Word, seed: int, **options: Any) -> Concept:
     """Not what training would give, but far from the base model."""
     method = build({"name": "perfusion", "sample_beta": 0.4, **options}, word)
