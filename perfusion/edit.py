@@ -33,7 +33,7 @@ from perfusion.superclass_prompts import Replacements, SuperclassPrompts
 _OPEN = 0.5  # gate above which a concept is certainly there
 _TAKEN_OUT = ("unload_lora_weights, say", "detach() of every concept, then attach them again")
 
-__all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit", "gates_at", "unedited"]
+__all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit", "gates_at", "holder_of", "unedited"]
 
 
 class EditedProjection(nn.Module, BaseTunerLayer):
@@ -171,7 +171,7 @@ class _Shared:
             self.superclasses.close()
         self._hook.remove()
         for site, layer in self._layers:
-            if holder := _holder(site, layer):
+            if holder := holder_of(layer, site.parent, site.attribute):
                 setattr(*holder, layer.base_layer)
         self._layers = []
 
@@ -197,7 +197,7 @@ class _Shared:
     def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for site, layer in self._layers:
             fused = isinstance(getattr(site.parent, "processor", None), FusedAttnProcessor2_0)
-            if fused or _holder(site, layer) is None:
+            if fused or holder_of(layer, site.parent, site.attribute) is None:
                 cause, remedy = ("fuse_qkv_projections", "unfuse_qkv_projections()") if fused else _TAKEN_OUT
                 raise EditError(
                     f"{site.name}: found the concept's edit bypassed (by {cause}), which would silently draw without "
@@ -282,9 +282,9 @@ def _edited(module: nn.Module | None) -> EditedProjection | None:
     return module
 
 
-def _holder(site: EditSite, layer: EditedProjection) -> tuple[nn.Module, str] | None:
-    """The module and attribute where `layer` hangs: the site, or below tuner layers there. None: it was taken out."""
-    holder, name = site.parent, site.attribute
+def holder_of(layer: nn.Module, parent: nn.Module, attribute: str) -> tuple[nn.Module, str] | None:
+    """The module and attribute where `layer` hangs: those given, or below tuner layers there. None: taken out."""
+    holder, name = parent, attribute
     while (found := getattr(holder, name, None)) is not layer:
         if found is None:
             return None
