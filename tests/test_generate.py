@@ -25,7 +25,7 @@ from perfusion.generate import GenerateConfig, generate, main, slug
 from perfusion.manifest import ImageRecord, read_manifest
 from perfusion.methods.base import Word, build
 from perfusion.presets import backbone_config
-from tests.concepts import toyland_backbone, untrained_concept
+from tests.concepts import random_concept, toyland_backbone, untrained_concept
 from tests.pipelines import toyland_folder
 
 BEACH = "a photo of <cat*> on the beach"
@@ -200,6 +200,59 @@ def test_two_concepts_in_one_picture(concept: Path, mug: Path, backbone: Backbon
     )
     assert run("[]", f"prompt={prompt}") != 0
     assert "concept: found [], expected a file or a list of files" in capsys.readouterr().err
+
+
+@pytest.fixture
+def robot(backbone: Backbone, tmp_path: Path) -> Path:
+    """A LoRA: no gate, a scale."""
+    path = tmp_path / "robot.safetensors"
+    save_concept(path, random_concept(backbone, Word("<robot*>", "robot"), 1, name="lora"))
+    return path
+
+
+def test_the_scale_of_a_lora_reaches_the_picture(robot: Path, backbone: Backbone) -> None:
+    prompt = "a <robot*> in the snow"
+    assert run(robot, f"prompt={prompt}", "num=1", "out=o") == 0
+    assert run(robot, f"prompt={prompt}", "num=1", "scale=0.5", "out=o") == 0
+    whole, half = read_manifest("o")
+    assert (whole.scale, half.scale, whole.beta, whole.tau, whole.key_lock) == (1.0, 0.5, None, None, None)
+    assert (whole.method, half.file) == ("lora", "a-robot-in-the-snow-0000-2.png")
+    for record in (whole, half):
+        with Concept.load(robot).attach(backbone, scale=record.scale):  # type: ignore[arg-type]
+            expected = draw(backbone, [prompt], [0])
+        assert [pixels(Path("o"))[record.file]] == expected
+    assert len({*pixels(Path("o")).values()}) == 2
+
+
+def test_concepts_of_different_methods_in_one_picture(concept: Path, robot: Path, backbone: Backbone) -> None:
+    """Each takes what its method has."""
+    prompt, both = "<cat*> and <robot*>", f"[{concept},{robot}]"
+    words = (f"prompt={prompt}", "num=1", "beta=[[0.3,null]]", "tau=0.1", "scale=0.5", "out=o")
+    assert run(both, *words) == 0  # type: ignore[arg-type]
+    (record,) = read_manifest("o")
+    assert (record.beta, record.tau, record.scale) == ("0.3 + none", "0.1 + none", "none + 0.5")
+    assert (record.method, record.key_lock) == ("perfusion + lora", "local")
+    with Concept.load(concept).attach(backbone, beta=0.3, tau=0.1), Concept.load(robot).attach(backbone, scale=0.5):
+        assert list(pixels(Path("o")).values()) == draw(backbone, [prompt], [0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("robot", "beta=0.5", "beta: found a concept of the method 'lora', which has no beta; it has scale ("),
+        ("robot", "beta=auto", "beta: found a concept of the method 'lora', which has no beta"),
+        ("robot", "tau=0.5", "tau: found a concept of the method 'lora', which has no tau"),
+        ("robot", "key_lock=global", "key_lock: found a concept of the method 'lora', which has no key_lock"),
+        ("concept", "scale=0.5", "scale: found a concept of the method 'perfusion', which has no scale; it has beta"),
+        ("both", "beta=0.5", "beta: found a concept of the method 'lora', which has no beta"),
+    ],
+)
+def test_a_setting_that_the_method_does_not_have(
+    kind: str, words: str, message: str, concept: Path, robot: Path, loaded: list[str], capsys
+) -> None:
+    files = {"robot": robot, "concept": concept, "both": f"[{concept},{robot}]"}
+    assert run(files[kind], "prompt=<cat*> and <robot*>", words) == 2  # type: ignore[arg-type]
+    assert message in capsys.readouterr().err and loaded == [], "no model is loaded for that"
 
 
 def test_impossible_betas(concept: Path, capsys) -> None:

@@ -16,7 +16,7 @@ from perfusion.concept import Concept, save_concept
 from perfusion.inspect import InspectConfig, main
 from perfusion.methods.base import Word, build
 from perfusion.rank_one import gate, inner_product
-from tests.concepts import toyland_backbone
+from tests.concepts import random_concept, toyland_backbone
 from tests.pipelines import toyland_folder
 
 
@@ -138,6 +138,31 @@ def test_similarity_and_gate_of_each_token(file: Path, pipeline: Path, backbone:
     low, high, g_low, g_high = (float(v) for v in values.replace("to", " ").split())
     expected = [r[9:].min().item(), r[9:].max().item(), g[9:].min().item(), g[9:].max().item()]
     assert [low, high, g_low, g_high] == pytest.approx(expected, abs=4e-3)
+
+
+@pytest.mark.parametrize("name", ["textual_inversion", "lora"])
+def test_a_concept_of_a_method_without_a_gate(
+    backbone: Backbone, name: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    path = tmp_path / "toy.safetensors"
+    save_concept(path, random_concept(backbone, Word("<toy*>", "cat"), 0, name=name))
+    monkeypatch.setattr("perfusion.backbones.backbone_class", None)  # no model can be loaded
+    lines = inspect(path, capsys=capsys)
+    assert fact(lines, "method") == name and fact(lines, "covariance") == "none needed"
+    for tensor, value in load_file(path).items():
+        assert fact(lines, tensor).split()[0] == "×".join(map(str, value.shape))
+    assert run_cli(main, [str(path), "prompt=a <toy*>"]) == 2
+    assert f"beta: found a concept of the method '{name}', which has no beta" in capsys.readouterr().err
+
+
+def test_the_size_of_other_methods(capsys) -> None:
+    lines = inspect("backbone=sd15", "method=lora", capsys=capsys)
+    assert fact(lines, "numbers") == "797,184", "as diffusers' script counts them at rank 4"
+    assert fact(lines, "concept of lora").startswith("256 tensors, from down_blocks.0.attentions.0")
+    assert int(fact(lines, "file").split()[0].replace(",", "")) > 2 * 797_184
+    lines = inspect("backbone=sdxl", "method=textual_inversion", capsys=capsys)
+    embeddings = "embedding.text_encoder 1×768, embedding.text_encoder_2 1×1280"
+    assert fact(lines, "concept of textual_inversion") == embeddings
 
 
 @pytest.mark.parametrize(

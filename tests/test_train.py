@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scorers import make_scorer
 from segmenters import clipseg_folder
 
-from perfusion import train
+from perfusion import generate, train
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.cli import run_cli
 from perfusion.concept import Concept
@@ -167,6 +167,47 @@ def test_a_run_with_drawn_masks_and_a_ready_matrix(words: list[str], here: Path)
     assert Concept.load("run/concept.safetensors").covariance == f"matrix@{Matrix(torch.eye(32)).digest}:0.01"
 
 
+@pytest.mark.parametrize(
+    ("preset", "file", "stock_name"),
+    [
+        ("textual_inversion_toyland", "learned_embeds.safetensors", lambda name: "<bear*>"),
+        ("lora_toyland", "pytorch_lora_weights.safetensors", lambda name: f"unet.{name}"),
+    ],
+    ids=["textual_inversion", "lora"],
+)
+def test_a_run_of_another_method(
+    preset: str,
+    file: str,
+    stock_name: Callable[[str], str],
+    words: list[str],
+    pipeline: Path,
+    here: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """From the command line to pictures; what stock diffusers loads is what the concept file holds."""
+    words = [word.replace("method=perfusion", f"method={preset}") for word in words]
+    words += ["backbone.covariance.captions=never-read.txt run.dir=run"]
+    assert run(*words) == 0
+    said = capfd.readouterr().out
+    assert os.listdir("run/diffusers") == [file]
+    size = Path("run/diffusers", file).stat().st_size
+    assert f"for stock diffusers: run/diffusers ({size / 1000:.1f} kB)" in said.splitlines()
+    concept, written = Concept.load("run/concept.safetensors"), load_file(Path("run/diffusers", file))
+    assert len(written) == len(concept.tensors) and concept.settings["steps"] == STEPS
+    assert all(torch.equal(written[stock_name(name)], value.float()) for name, value in concept.tensors.items())
+
+    again = [word.replace("run.dir=run", "run.dir=again") for word in words]
+    assert run(*again) == 0
+    assert Concept.load("again/concept.safetensors").hash == concept.hash, "all draws have seeds"
+
+    capfd.readouterr()
+    command = f"concept=run/concept.safetensors path={pipeline} prompt='a <bear*>' num=1 steps=1 device=cpu out=drawn"
+    assert run_cli(generate.main, shlex.split(command)) == 0
+    assert len(list(Path("drawn").glob("*-0000.png"))) == 1
+    assert run_cli(generate.main, shlex.split(f"{command} beta=0.5")) == 2
+    assert "beta: found a concept of the method" in capfd.readouterr().err
+
+
 def test_a_crash_while_drawing_costs_no_step(
     words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +260,7 @@ def no_images(folder: Path) -> None:
         (None, "method.beat=1", ["method.beat", "'beta'"]),
         (None, "+method.beat=1", ["method.beat", "'beta'"]),
         (None, "method.steps=0", ["method.steps", "at least 1"]),
+        (None, "method=lora method.rank=0", ["method.rank", "found 0", "at least 1"]),
         (None, "method.name=prefusion", ["method.name", "'prefusion'", "perfusion"]),
         (None, "trainer.max_steps=3", ["trainer.max_steps", "method.steps"]),
         (None, "backbone.path=no/such", ["backbone.path", "no/such"]),
