@@ -257,7 +257,7 @@ def test_a_lora_that_would_not_act_is_an_error(tmp_path: Path, concept: Concept,
     attached.detach()
 
 
-def test_lora_weights_that_are_loaded_later_stay(tmp_path: Path, concept: Concept) -> None:
+def test_lora_weights_that_are_loaded_later_stay(tmp_path: Path, concept: Concept, backbone: Backbone) -> None:
     """They switch the concept off, which is an error; detached, it leaves them as they would be without it."""
     own, alone = tiny_backbone(tmp_path), tiny_backbone(tmp_path)
     style = random_concept(own, Word("<style*>", "cat"), 5, name="lora")
@@ -271,8 +271,11 @@ def test_lora_weights_that_are_loaded_later_stay(tmp_path: Path, concept: Concep
         draw(own.pipe)
     attached.detach()
     assert torch.equal(draw(own.pipe, "a cat"), expected)
+    with concept.attach(backbone):
+        without = draw(backbone.pipe, "a cat")
     with concept.attach(own):
-        assert not torch.equal(draw(own.pipe, "a cat"), expected)
+        both = draw(own.pipe, "a cat")
+    assert not torch.equal(both, expected) and not torch.equal(both, without), "each is to be seen"
     assert torch.equal(draw(own.pipe, "a cat"), expected)
 
 
