@@ -119,14 +119,14 @@ class Backbone(ABC):
         """Name -> text encoder, in the order in which their outputs stand side by side in the denoiser's context."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], word: str, *, padded: bool = True) -> Encoding:
+    def encode(self, prompts: Sequence[str], word: str | None, *, padded: bool = True) -> Encoding:
         """Encode prompts; gradients reach the embeddings of added tokens.
 
         Without `padded` the context ends with the longest prompt. Causal text encoders give the same up to there, but
         for rounding, in a fraction of the time.
 
         `word` is the placeholder or a superclass of one or several tokens; the last token of each occurrence is marked,
-        because a causal text encoder has read the whole word only there.
+        because a causal text encoder has read the whole word only there. None marks nothing.
 
         Raises:
             TokenError: a prompt does not hold `word`, or it is cut off at the encoder's length.

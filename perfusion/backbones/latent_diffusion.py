@@ -173,16 +173,19 @@ class LatentDiffusionBackbone(Backbone):
     def text_encoders(self) -> dict[str, nn.Module]:
         return {encoder: getattr(self.pipe, encoder) for encoder in self.towers}
 
-    def encode(self, prompts: Sequence[str], word: str, *, padded: bool = True) -> Encoding:
+    def encode(self, prompts: Sequence[str], word: str | None, *, padded: bool = True) -> Encoding:
         ids, masks, marks = [], [], []
         for encoder, tokenizer in self._tokenizers().items():
             rows = self._rows[encoder].read(tokenizer, prompts, lambda text, t=tokenizer: self._row(t, text))
             ids.append(torch.stack([row for row, _ in rows]))
             masks.append(torch.stack([mask for _, mask in rows]))
+            if word is None:
+                marks.append(torch.zeros_like(ids[-1], dtype=torch.bool))
+                continue
             (wanted,) = self._words[encoder].read(tokenizer, [word], lambda text, t=tokenizer: token_ids(t, text))
             marks.append(last_tokens(ids[-1], wanted))
         for k, (prompt, found) in enumerate(zip(prompts, marks[0].any(1).tolist(), strict=True)):
-            if not found:
+            if not found and word is not None:
                 raise TokenError(f"prompt {prompt!r}: expected the word {word!r} in it")
             if any(not torch.equal(others[k], marks[0][k]) for others in marks[1:]):
                 raise TokenError(
