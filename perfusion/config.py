@@ -79,6 +79,8 @@ class ConceptConfig:
     masks: Any = None  # likewise, paired by file name; "clipseg": drawn by CLIPSeg for the superclass; None: no masks
     clipseg: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the CLIPSeg model, for masks=clipseg
     masks_cache: str = "~/.cache/perfusion/masks"  # where the masks that CLIPSeg has drawn are kept
+    prior: Any = None  # real pictures of the superclass, as images=, for methods that preserve it; None: drawn, once
+    prior_cache: str = "~/.cache/perfusion/prior"  # where the drawn ones are kept
     toyland: ToylandConcept = field(default_factory=ToylandConcept)
 
 

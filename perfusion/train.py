@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
     from perfusion.data.dataset import Examples
+    from perfusion.data.prior import PriorImages
     from perfusion.methods.base import Method
     from perfusion.training.run_folder import RunFolder
 
@@ -49,6 +50,7 @@ def train(config: TrainConfig) -> RunFolder:
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
     from perfusion.training.data import examples_of
+    from perfusion.training.prior import prior_of
     from perfusion.training.run_folder import RunFolder, peak_memory_bytes
     from perfusion.training.trainer import check_keywords, quieten
 
@@ -62,6 +64,7 @@ def train(config: TrainConfig) -> RunFolder:
     backbones.check_words(config.backbone, word.placeholder, word.superclass)
     if method.needs_covariance:
         backbones.check_covariance(config.backbone)
+    prior_for = prior_of(config.concept, method.options, config.trainer.get("enable_progress_bar", True))
 
     folder = RunFolder.of(config)
     if config.run.overwrite and (folder.finished or not folder.holds(config)):
@@ -73,12 +76,13 @@ def train(config: TrainConfig) -> RunFolder:
 
     quieten()
     backbone = backbones.backbone_class(config.backbone.name).load(config.backbone)
+    prior = prior_for(backbone)
     # For what a method starts from, and what a third party's callback may draw: training's own draws have other seeds.
     seed_everything(config.seed, verbose=False)
     method.attach(backbone)
     try:
         folder.begin(config)
-        metrics = _fit(config, folder, method, backbone, examples)
+        metrics = _fit(config, folder, method, backbone, examples, prior)
         concept = save_concept(folder.concept, Concept.of(method, backbone, config.seed))
         method.load_state({name: tensor.float() for name, tensor in concept.tensors.items()})  # rounded, as in the file
         exported = method.export(folder.diffusers)
@@ -92,7 +96,12 @@ def train(config: TrainConfig) -> RunFolder:
 
 
 def _fit(
-    config: TrainConfig, folder: RunFolder, method: Method, backbone: Backbone, examples: Examples
+    config: TrainConfig,
+    folder: RunFolder,
+    method: Method,
+    backbone: Backbone,
+    examples: Examples,
+    prior: PriorImages | None,
 ) -> dict[str, Any]:
     """Train the attached method, from the newest checkpoint if there is one; gives what metrics.json says of it."""
     from perfusion.training import loggers
@@ -105,7 +114,7 @@ def _fit(
     resumed = step_of(checkpoint) if checkpoint else 0
     options = method.options
     print(f"run folder: {folder.path}" + (f" (going on at step {resumed})" if resumed else ""))
-    data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed)
+    data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed, prior)
     trainer = build(config, folder, options.steps, backbone.device, resumed)
     for logger in trainer.loggers:
         logger.log_hyperparams(dataclasses.asdict(config))

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.config import ConfigError, checked
 
+_PARTS = frozenset({"base", "merging", "prior", "weights"})  # what methods are made of, and no methods themselves
+
 
 @dataclass
 class MethodOptions:
@@ -47,6 +49,7 @@ class Batch:
     prompts: list[str]  # with the placeholder in them
     noise: Tensor  # (B, c, h, w)
     timesteps: Tensor  # (B,) int64
+    prior: Batch | None = None  # pictures of the superclass, for methods that preserve it: (P, ...), without masks
 
 
 class Method(nn.Module, ABC):
@@ -97,21 +100,30 @@ class Method(nn.Module, ABC):
         return []
 
     def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Loss terms, summed by the training loop: here the masked denoising error.
-
-        Each sample's squared error is weighted by its soft mask and divided by the mask's sum, so that small and large
-        objects count the same.
-        """
+        """Loss terms, summed by the training loop: here the masked denoising error, see `masked_mean`."""
         encoding = backbone.encode(batch.prompts, self.word.placeholder)
         self.on_step(encoding)
-        noisy = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
-        predicted = backbone.predict(noisy, batch.timesteps, encoding).float()
-        error = (predicted - backbone.target(batch.latents, batch.noise, batch.timesteps).float()).square()
-        if batch.masks is None:
-            return {"denoising": error.mean()}
-        weight = batch.masks.expand_as(error)
-        per_sample = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
-        return {"denoising": per_sample.mean()}
+        return {"denoising": masked_mean(squared_error(backbone, batch, encoding), batch.masks)}
+
+
+def squared_error(backbone: Backbone, batch: Batch, encoding: Encoding) -> Tensor:
+    """(B, c, h, w), float32: of what the denoiser says of the batch's noisy latents, given its prompts' encodings."""
+    noisy = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
+    predicted = backbone.predict(noisy, batch.timesteps, encoding).float()
+    return (predicted - backbone.target(batch.latents, batch.noise, batch.timesteps).float()).square()
+
+
+def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
+    """The mean of an error (B, c, h, w), a scalar.
+
+    With soft masks (B, 1, h, w) each sample's error is weighted by its mask and divided by the mask's sum, so that
+    small and large objects count the same.
+    """
+    if masks is None:
+        return error.mean()
+    weight = masks.expand_as(error)
+    per_sample = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+    return per_sample.mean()
 
 
 def check_bounds(options: MethodOptions, bounds: Mapping[str, tuple[bool, str]]) -> None:
@@ -125,7 +137,7 @@ def available() -> list[str]:
     """Names of the methods in this package."""
     from perfusion import methods
 
-    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name not in _PARTS)
 
 
 def method_class(name: str) -> type[Method]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, StackDataset
 
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
@@ -19,6 +20,7 @@ from perfusion.data import clipseg
 from perfusion.data.crop import fit
 from perfusion.data.dataset import Draw, Examples, StepDataset, load_examples, seed_of
 from perfusion.data.masks import mask_to_latent
+from perfusion.data.prior import PriorImages
 from perfusion.data.prompts import fill, templates
 from perfusion.methods.base import Batch, MethodOptions
 from perfusion.toyland.draw import render
@@ -82,13 +84,21 @@ class ConceptData(LightningDataModule):
         options: `steps` and `batch_size`.
         placeholder: stands in the training prompts of `backbone.config.prompts`.
         seed: of the run.
+        prior: pictures of the superclass, of which every step takes as many as of the concept; their draws are their
+            own, so those of the concept are the same with and without them.
 
     Raises:
         PromptError: no such set of prompts.
     """
 
     def __init__(
-        self, examples: Examples, backbone: Backbone, options: MethodOptions, placeholder: str, seed: int
+        self,
+        examples: Examples,
+        backbone: Backbone,
+        options: MethodOptions,
+        placeholder: str,
+        seed: int,
+        prior: PriorImages | None = None,
     ) -> None:
         super().__init__()
         self.examples = examples
@@ -103,15 +113,40 @@ class ConceptData(LightningDataModule):
             seed=seed,
             num_train_timesteps=backbone.train_timesteps,
         )
+        self.prior = prior
+        self.prior_dataset: StepDataset | None = None
+        if prior is not None:
+            self.prior_dataset = StepDataset(
+                n_images=len(prior),
+                prompts=prior.prompts,
+                latent_shape=backbone.latent_shape(),
+                steps=options.steps,
+                batch_size=options.batch_size,
+                seed=seed_of("prior", seed),
+                num_train_timesteps=backbone.train_timesteps,
+            )
 
     def setup(self, stage: str) -> None:
-        with torch.no_grad():
-            pixels = self.examples.pixels  # (n, 3, R, R)
-            parts = pixels.split(max(1, _ENCODED_AT_ONCE // pixels.shape[-1] ** 2))
-            encoded = [self.backbone.latents(p.to(self.backbone.device, self.backbone.dtype)) for p in parts]
-            self.latents = torch.cat(encoded)  # (n, c, h, w)
+        """Encode all pictures.
+
+        Raises:
+            ConceptImageError, TokenError: a picture of the superclass cannot be read, or its caption is too long.
+        """
+        pixels, side = self.examples.pixels, self.examples.pixels.shape[-1]  # (n, 3, R, R)
+        at_once = max(1, _ENCODED_AT_ONCE // side**2)
+        self.latents = self._encoded(pixels.split(at_once))  # (n, c, h, w)
         masks = self.examples.masks
         self.masks = None if masks is None else mask_to_latent(masks, self.latents.shape[-1]).to(self.latents.device)
+        if prior := self.prior:
+            with torch.no_grad():
+                for prompt in dict.fromkeys(prior.prompts):
+                    self.backbone.encode([prompt], None)
+            starts = range(0, len(prior), at_once)
+            self.prior_latents = self._encoded(prior.pixels(k, k + at_once, side) for k in starts)
+
+    @torch.no_grad()
+    def _encoded(self, parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([self.backbone.latents(p.to(self.backbone.device, self.backbone.dtype)) for p in parts])
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
@@ -121,22 +156,33 @@ class ConceptData(LightningDataModule):
                 f"trainer.accumulate_grad_batches={parts}: expected a divisor of method.batch_size={self.batch_size}"
             )
         order = _From(self.trainer.global_step * self.batch_size, len(self.dataset))
-        return DataLoader(self.dataset, self.batch_size // parts, sampler=order, collate_fn=self._batch)
+        draws = StackDataset(*filter(None, (self.dataset, self.prior_dataset)))
+        return DataLoader(draws, self.batch_size // parts, sampler=order, collate_fn=self._batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # made where the backbone is
 
-    def _batch(self, draws: Sequence[Draw]) -> tuple[Batch, list[str]]:
-        index = torch.tensor([draw["index"] for draw in draws], device=self.latents.device)
-        latents = self.latents[index]
-        batch = Batch(
-            latents=latents,
-            masks=None if self.masks is None else self.masks[index],
-            prompts=[draw["prompt"] for draw in draws],
-            noise=torch.stack([draw["noise"] for draw in draws]).to(latents),
-            timesteps=torch.tensor([draw["timestep"] for draw in draws], device=latents.device),
-        )
-        return batch, [self.examples.names[draw["index"]] for draw in draws]
+    def _batch(self, items: Sequence[tuple[Draw, ...]]) -> tuple[Batch, list[str]]:
+        own, *others = zip(*items, strict=True)
+        batch = _drawn_batch(own, self.latents, self.masks)
+        if self.prior is not None:
+            (draws,) = others
+            captions = [self.prior.prompts[draw["index"]] for draw in draws]  # each picture's own
+            prior = dataclasses.replace(_drawn_batch(draws, self.prior_latents, None), prompts=captions)
+            batch = dataclasses.replace(batch, prior=prior)
+        return batch, [self.examples.names[draw["index"]] for draw in own]
+
+
+def _drawn_batch(draws: Sequence[Draw], latents: Tensor, masks: Tensor | None) -> Batch:
+    """What was drawn of the pictures with these latents (n, c, h, w) and masks (n, 1, h, w)."""
+    index = torch.tensor([draw["index"] for draw in draws], device=latents.device)
+    return Batch(
+        latents=latents[index],
+        masks=None if masks is None else masks[index],
+        prompts=[draw["prompt"] for draw in draws],
+        noise=torch.stack([draw["noise"] for draw in draws]).to(latents),
+        timesteps=torch.tensor([draw["timestep"] for draw in draws], device=latents.device),
+    )
 
 
 class _From(Sampler[int]):

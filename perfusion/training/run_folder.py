@@ -41,6 +41,7 @@ _IGNORED = (
     "callbacks.checkpoint",
     "backbone.covariance.cache",
     "concept.masks_cache",
+    "concept.prior_cache",
 )
 _MISSING = object()
 
