@@ -29,6 +29,7 @@ _PARTS = frozenset(
         "layouts",
         "loading",
         "moments",
+        "saving",
         "single_file",
         "tokens",
     }
