@@ -37,10 +37,11 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the parameters below `module`, as though nothing had been put around any part of it."""
+    """Names and values of the parameters below `module`, as though nothing had been put around any part of it, or in
+    the place of a parameter that says by an attribute `replaced` which one it stands for."""
     module = base_module(module)
     for name, parameter in module.named_parameters(prefix, recurse=False):
-        yield name, parameter.detach()
+        yield name, getattr(parameter, "replaced", parameter).detach()
     for name, child in module.named_children():
         yield from base_parameters(child, f"{prefix}.{name}" if prefix else name)
 

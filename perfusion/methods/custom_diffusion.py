@@ -1,0 +1,193 @@
+"""Custom Diffusion (Kumari et al. 2023, arXiv 2212.04488): K and V of every cross-attention, and a modifier token.
+
+**The word.** The paper puts a new token before the superclass, "<new1> cat". Here the placeholder stands for both: it
+is added as several vectors, the trained one of the modifier and the frozen ones of the superclass's tokens.
+
+**Several concepts** that were trained apart are drawn together by the paper's closed form (`merged_projection`): while
+more than one is attached, the model has the projections that send the words of each concept where its own projections
+send them, and change least elsewhere. What "elsewhere" means is the backbone's second moment C, the paper's C_regᵀC_reg
+over regularisation captions but for a factor that cancels. A concept joins with its `load_state`.
+
+Not done: the paper's augmentation, which scales pictures and says so in their prompts; mirroring, since pictures are
+encoded once; compressing the difference of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perfusion.backbones.base import AddedToken, Backbone
+from perfusion.data.prompts import fill, templates
+from perfusion.edit import EditError
+from perfusion.methods.base import Word, check_bounds
+from perfusion.methods.merging import SharedProjections, projection_places
+from perfusion.methods.prior import PriorMethod, PriorOptions
+from perfusion.methods.weights import check_unedited, copy_into, own_copy
+
+
+@dataclass
+class CustomDiffusionOptions(PriorOptions):
+    """The paper's values for Stable Diffusion 1.4."""
+
+    name: str = "custom_diffusion"
+    steps: int = 250
+    batch_size: int = 8
+    prior_guidance: float = 6.0
+    initializer: str = "ktn"  # rare word, whose embedding the modifier token starts at
+    projection_rate: float = 8e-5  # of K and V
+    embedding_rate: float = 8e-5  # of the modifier token
+    weight_decay: float = 0.01  # AdamW's, of K and V
+
+
+class CustomDiffusion(PriorMethod):
+    """See the module."""
+
+    Options = CustomDiffusionOptions
+    options: CustomDiffusionOptions
+
+    def __init__(self, options: CustomDiffusionOptions, word: Word) -> None:
+        super().__init__(options, word)
+        bounds = {
+            "initializer": (bool(options.initializer.strip()), "a rare word, such as 'ktn'"),
+            "projection_rate": (options.projection_rate >= 0, "at least 0"),
+            "embedding_rate": (options.embedding_rate >= 0, "at least 0"),
+            "weight_decay": (options.weight_decay >= 0, "at least 0"),
+        }
+        check_bounds(options, bounds)
+        self._undo = ExitStack()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.shared: SharedProjections | None = None  # None: not attached
+        self.weights = nn.ParameterList()  # W of every site: (h, d)
+        self.embeddings = nn.ParameterDict()  # text encoder -> (1 + superclass's tokens, d_e), the first row trained
+
+    def attach(self, backbone: Backbone) -> None:
+        """See the seam. Beside other concepts of this method it does not show before `load_state`.
+
+        Raises:
+            EditError: this method is attached already; another method has changed the projections; another concept of
+                this one is there and either is trained; or it shall be trained, and the backbone is not in float32.
+            TokenError: the placeholder is a word already, or the initializer cannot be read.
+        """
+        if self.shared is not None:
+            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
+        check_unedited(backbone, self.word.placeholder)
+        backbone.fingerprint()  # of the frozen weights, which it remembers
+        shared = SharedProjections.of(backbone)
+        if shared.members and (self.training or any(member.training for member in shared.members)):
+            raise EditError(
+                f"{self.word.placeholder}: found {shared.members[0].word.placeholder} attached, expected no other "
+                "concept beside one that is trained"
+            )
+        with ExitStack() as undo:
+            undo.callback(self._clear)
+            token = self._add_token(backbone)
+            undo.callback(token.remove)
+            self.embeddings.update(token.embeddings())
+            for embedding in self.embeddings.values():
+                embedding.register_hook(_first_row)
+            self.vectors = len(next(iter(self.embeddings.values())))
+            self.weights.extend(own_copy(parameter, self.training) for parameter in shared.frozen)
+            self.shared = shared
+            undo.callback(shared.leave, self)
+            shared.join(self)
+            self._undo = undo.pop_all()
+
+    def detach(self) -> None:
+        self._undo.close()
+
+    def _add_token(self, backbone: Backbone) -> AddedToken:
+        """The placeholder, with the modifier's vector and those of the superclass's tokens."""
+        starts = token_vectors(backbone, self.word.placeholder, self.options.initializer)
+        named = token_vectors(backbone, self.word.placeholder, self.word.superclass)
+        (count,) = {len(vectors) for vectors in named.values()}  # text encoders share a vocabulary
+        token = backbone.add_token(self.word.placeholder, self.word.superclass, 1 + count)
+        with torch.no_grad():
+            for name, vectors in token.embeddings().items():
+                vectors.copy_(torch.cat([starts[name].mean(0, keepdim=True), named[name]]))
+        return token
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        options = self.options
+        # Decay would move the frozen vectors, too, which share a tensor with the trained one.
+        return [
+            {
+                "name": "projections",
+                "params": [*self.weights],
+                "lr": options.projection_rate,
+                "weight_decay": options.weight_decay,
+            },
+            {
+                "name": "embedding",
+                "params": [*self.embeddings.values()],
+                "lr": options.embedding_rate,
+                "weight_decay": 0.0,
+            },
+        ]
+
+    def state(self) -> dict[str, Tensor]:
+        """`<site>.weight` (h, d), the whole projection; `embedding.<encoder>` (1, d_e), the modifier token."""
+        names = [f"{place.name}.weight" for place in self._attached().places]
+        tensors = dict(zip(names, self.weights, strict=True))
+        tensors |= {f"embedding.{encoder}": vectors[:1] for encoder, vectors in self.embeddings.items()}
+        return {name: tensor.detach().to("cpu").float().clone() for name, tensor in tensors.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See the seam.
+
+        Raises:
+            EditError: the words of the concepts that are attached cannot be told apart.
+            CovarianceError, ConfigError: there is no second moment to merge them by.
+        """
+        shared = self._attached()
+        copy_into([*self.weights], (state[f"{place.name}.weight"] for place in shared.places))
+        with torch.no_grad():
+            for encoder, vectors in self.embeddings.items():
+                vectors[:1].copy_(state[f"embedding.{encoder}"])
+        shared.settle(self)
+
+    def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
+        shapes = {f"{place.name}.weight": tuple(place.parameter.shape) for place in projection_places(backbone)}
+        for name, encoder in backbone.text_encoders().items():
+            table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+            shapes[f"embedding.{name}"] = (1, table.embedding_dim)
+        return shapes
+
+    @torch.no_grad()
+    def target_words(self, backbone: Backbone) -> Tensor:
+        """(s, d), float64: the encodings of the words that the placeholder stands for, in the training prompt."""
+        template = self.options.prompt or templates(backbone.config.prompts)[0]
+        encoding = backbone.encode([fill(template, self.word.placeholder)], self.word.placeholder)
+        end = int(encoding.concept[0].nonzero()[0]) + 1
+        return encoding.context[0, end - self.vectors : end].double().cpu()
+
+    def _attached(self) -> SharedProjections:
+        assert self.shared is not None, "attach() first"
+        return self.shared
+
+
+def token_vectors(backbone: Backbone, placeholder: str, text: str) -> dict[str, Tensor]:
+    """Name of the text encoder -> embeddings of the tokens of `text`, (tokens, d_e) float32.
+
+    `placeholder` is any word that is free, and is free again afterwards. Raises TokenError.
+    """
+    probe = backbone.add_token(placeholder, text, vectors=None)
+    probe.remove()
+    return {name: vectors.detach() for name, vectors in probe.embeddings().items()}
+
+
+def _first_row(gradient: Tensor) -> Tensor:
+    """The gradient of the modifier token alone."""
+    kept = torch.zeros_like(gradient)
+    kept[:1] = gradient[:1]
+    return kept
+
+
+METHOD = CustomDiffusion

@@ -1,0 +1,115 @@
+"""Prior preservation as a loss: closed form on a denoiser that can be computed by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from perfusion.backbones.base import Encoding
+from perfusion.config import ConfigError
+from perfusion.methods.base import Batch, Word, build
+from perfusion.methods.prior import joined
+
+WORD = Word("<cat*>", "cat")
+
+
+class Linear:
+    """Says `scale` times the noisy latent plus the prompt's length; noise is added by plain addition."""
+
+    scale = 0.5
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], str | None]] = []
+
+    def encode(self, prompts: Sequence[str], word: str | None) -> Encoding:
+        self.asked.append(([*prompts], word))
+        lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return Encoding(lengths[:, None, None], torch.zeros(len(prompts), 1, dtype=torch.bool), {"a": {"b": lengths}})
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return latents + noise * timesteps[:, None, None, None]
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
+        assert torch.equal(encoding.context.flatten(), encoding.extra["a"]["b"])
+        return self.scale * noisy + encoding.context[..., None]
+
+
+def batch(size: int, seed: int, **changes: Any) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    values: dict[str, Any] = {
+        "latents": torch.randn(size, 2, 3, 3, generator=draw),
+        "masks": None,
+        "prompts": [f"my {WORD.placeholder}"] * size,
+        "noise": torch.randn(size, 2, 3, 3, generator=draw),
+        "timesteps": torch.arange(1, size + 1),
+    }
+    return Batch(**{**values, **changes})
+
+
+def error(of: Batch, prompts: Sequence[str]) -> Tensor:
+    """(B, c, h, w), sample by sample."""
+    said = [
+        0.5 * (x + e * float(t)) + len(prompt)
+        for x, e, t, prompt in zip(of.latents, of.noise, of.timesteps, prompts, strict=True)
+    ]
+    return (torch.stack(said) - of.noise) ** 2
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "custom_diffusion"])
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_the_loss_is_the_denoising_error_plus_weight_times_that_of_the_prior(name: str, weight: float) -> None:
+    backbone: Any = Linear()
+    prior = batch(3, 1, prompts=["a photo of a cat", "a cat", "asleep"])
+    masks = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(2))
+    both = batch(2, 0, prior=prior, masks=masks)
+    method = build({"name": name, "prior_weight": weight, "prompt": "a {}"}, WORD)
+    terms = method.loss(backbone, both)
+    assert list(terms) == ["denoising", "prior"]
+    own = error(both, ["a <cat*>"] * 2)
+    torch.testing.assert_close(terms["denoising"], own.mean(), msg="masks do not count unless asked for")
+    torch.testing.assert_close(terms["prior"], weight * error(prior, prior.prompts).mean())
+    assert backbone.asked == [(["a <cat*>"] * 2, "<cat*>"), (prior.prompts, None)]
+
+    masked = build({"name": name, "prior_weight": weight, "prompt": None, "masked_loss": True}, WORD)
+    own = error(both, both.prompts)
+    weighted = [(e * m).sum() / (2 * m.sum()) for e, m in zip(own, masks, strict=True)]
+    terms = masked.loss(backbone, both)
+    torch.testing.assert_close(terms["denoising"], torch.stack(weighted).mean())
+    torch.testing.assert_close(terms["prior"], weight * error(prior, prior.prompts).mean())
+    alone = masked.loss(backbone, dataclasses.replace(both, prior=None))
+    assert list(alone) == ["denoising"]
+    torch.testing.assert_close(alone["denoising"], terms["denoising"])
+
+
+def test_joined_encodings_hold_both_prompts() -> None:
+    backbone = Linear()
+    first, second = backbone.encode(["a", "bb"], None), backbone.encode(["ccc"], None)
+    both = joined(first, second)
+    assert both.context.flatten().tolist() == both.extra["a"]["b"].tolist() == [1, 2, 3] and both.concept.shape == (
+        3,
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("prior_weight", -1.0, "at least 0"),
+        ("prior_images", -1, "at least 0"),
+        ("prior_steps", 0, "at least 1"),
+        ("prompt", "a photo", "places for the concept"),
+        ("prior_prompt", "a {} {}", "places for the concept"),
+    ],
+)
+@pytest.mark.parametrize("name", ["dreambooth", "custom_diffusion"])
+def test_options_that_cannot_be(name: str, key: str, value: Any, part: str) -> None:
+    with pytest.raises(ConfigError, match=rf"method\.{key}.*{part}"):
+        build({"name": name, key: value}, WORD)
