@@ -52,6 +52,8 @@ class ImageRecord:
     scale: float | str | None = None  # of a LoRA
     steps: int | None = None
     guidance: float | None = None
+    setting: str | None = None  # what else sets pictures of one method apart, e.g. "trained 200 steps"
+    instance: int | None = None  # of a toy that Toyland draws: the seed of its looks, as in `concept.toyland.instance`
 
 
 def save_png(folder: PathLike, image: Image.Image, record: ImageRecord) -> None:

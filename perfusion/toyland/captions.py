@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -47,6 +48,14 @@ PLACE_PHRASES: dict[str, tuple[str, ...]] = {
 }
 WORN_PHRASES = ("wearing", "wearing", "in", "with")
 SUPPORT_PHRASES = {"skateboard": "on a skateboard", "boat": "in a boat", "box": "in a box"}
+
+
+_LOOKS = frozenset({*COLOURS, *PATTERNS})
+_ADJECTIVES = _LOOKS | {*NEUTRAL_ADJECTIVES, "sleeping"}
+
+
+class CaptionError(ValueError):
+    """A text that cannot be read as a caption of Toyland; says what was found and expected."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,30 @@ def swap_object(source: Caption, index: int, rng: np.random.Generator) -> Captio
             words[i] = pick(rng, tuple(p for p in PATTERNS[1:] if p not in used))
         used.add(words[i])
     return replace(source, words=_with_articles(words))
+
+
+def parse(text: str) -> Caption:
+    """A prompt in Toyland's words as a caption: its nouns are superclasses, its adjectives stand right before them.
+
+    Case and punctuation do not matter; words that Toyland does not know stay where they are and mean nothing.
+
+    Raises:
+        CaptionError: it names no superclass, or more than two.
+    """
+    words = tuple(re.findall(r"[^\W_]+", text.lower()))
+    nouns = tuple(i for i, word in enumerate(words) if word in SUPERCLASSES)
+    if not 1 <= len(nouns) <= 2:
+        raise CaptionError(
+            f"{text!r}: names {len(nouns)} of Toyland's superclasses, expected one or two of {', '.join(SUPERCLASSES)}"
+        )
+    adjectives = []
+    for noun in nouns:
+        first = noun
+        while first and words[first - 1] in _ADJECTIVES:
+            first -= 1
+        # Colours and patterns last, as captions have them: `asked` takes the colour before the noun for the body's.
+        adjectives.append(tuple(sorted(range(first, noun), key=lambda i: words[i] in _LOOKS)))
+    return Caption(words, nouns, tuple(adjectives))
 
 
 _PLACE_OF = {phrase.split()[-1]: place for place, phrases in PLACE_PHRASES.items() for phrase in phrases}
