@@ -1,0 +1,260 @@
+"""From pictures to a number with its interval: per prompt, then per concept, then over concepts.
+
+A prompt's score is the mean over its pictures, a concept's the mean over its prompts, a method's the mean over its
+concepts: so a prompt counts the same however many pictures it has. Intervals are percentiles of a bootstrap
+(Efron, 1979) that follows the same levels: concepts are drawn with replacement, for each of them its trainings, for
+each of these its seeds; a seed is drawn for all prompts at once, for they share its noise.
+
+The draws depend on the names of the concepts and on how many trainings and seeds each has, on nothing else. So two
+methods that were shown the same concepts and seeds are drawn alike, and `difference` compares them pair by pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from eval.scores import Picture, Point, ScoreError, setting_key
+
+LEVEL = 0.95
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score; `low` and `high` are None where nothing was there to draw from (one concept with one seed)."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made."""
+
+    resamples: int = RESAMPLES
+    seed: int = 0
+    level: float = LEVEL
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1 or not 0 < self.level < 1:
+            raise ScoreError(f"found {self}, expected at least 1 resample and a level between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method at one setting, over all its concepts.
+
+    Attributes:
+        draws: the same scores in every resample, (resamples,) for each measure; NaN where a draw had no value.
+    """
+
+    method: str
+    setting: Mapping[str, Any]
+    concepts: tuple[str, ...]
+    images: int
+    scores: Mapping[str, Interval]
+    draws: Mapping[str, np.ndarray]
+
+
+def summarize(points: Sequence[Point], bootstrap: Bootstrap) -> list[Summary]:
+    """One summary for each method and setting, in the order of the points."""
+    groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
+    for point in points:
+        groups[point.method, setting_key(point.setting)].append(point)
+    return [summary(group, bootstrap) for group in groups.values()]
+
+
+def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
+    """The mean over points of one method and setting, one for each concept, with its interval."""
+    concepts = tuple(point.concept for point in points)
+    assert len({point.method for point in points}) == 1 and len({*concepts}) == len(concepts)
+    exact = [concept_scores(point) for point in points]
+    drawn = [concept_draws(point, bootstrap) for point in points]
+    names = list(dict.fromkeys(name for scores in exact for name in scores))
+    order = sorted(range(len(points)), key=lambda i: concepts[i])
+    chosen, inner = _outer([concepts[i] for i in order], bootstrap)
+    scores, draws = {}, {}
+    varied = len(points) > 1 or _units(points[0]) > 1
+    for name in names:
+        empty = np.full(bootstrap.resamples, np.nan)
+        table = np.stack([drawn[i].get(name, empty) for i in order])  # (C, B)
+        draws[name] = _mean(table[chosen, inner], axis=1)
+        scores[name] = _interval([s[name] for s in exact if name in s], draws[name], bootstrap.level, varied)
+    images = sum(len(point.pictures) for point in points)
+    return Summary(points[0].method, points[0].setting, concepts, images, scores, draws)
+
+
+def difference(a: Summary, b: Summary, measure: str, level: float = LEVEL) -> Interval:
+    """How much higher `a` scores than `b`, drawn in pairs; both must come from the same `Bootstrap`.
+
+    Raises:
+        ScoreError: they do not show the same concepts, or one lacks the measure.
+    """
+    if set(a.concepts) != set(b.concepts):
+        raise ScoreError(f"{a.method} and {b.method}: expected the same concepts, found {a.concepts} and {b.concepts}")
+    for one in (a, b):
+        if measure not in one.scores:
+            raise ScoreError(f"{one.method}: has no {measure}")
+    mean = a.scores[measure].mean - b.scores[measure].mean
+    return _interval([mean], a.draws[measure] - b.draws[measure], level, a.scores[measure].low is not None)
+
+
+def concept_scores(point: Point) -> dict[str, float]:
+    """The scores of one concept: the means over its prompts of the means over their pictures."""
+    return {name: float(value[0]) for name, value in _weighted(point, np.ones((1, len(point.pictures)))).items()}
+
+
+def concept_draws(point: Point, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
+    """The same in each resample of trainings and seeds: (resamples,) for each measure."""
+    rng = _rng(bootstrap, "seeds", point.concept)
+    units = _unit_of(point)
+    counts: dict[tuple[int, int], np.ndarray] = {}
+    seeds: dict[int, int] = defaultdict(int)
+    for training, unit in sorted(set(units)):
+        seeds[training] = max(seeds[training], unit + 1)
+    draws = bootstrap.resamples
+    for _ in seeds:  # as many trainings as there are, drawn one after the other
+        chosen = rng.integers(len(seeds), size=draws)
+        for training, number in sorted(seeds.items()):
+            rows = chosen == training
+            seen = rng.multinomial(number, np.full(number, 1 / number), size=draws) * rows[:, None]
+            for unit in range(number):
+                counts[training, unit] = counts.get((training, unit), 0) + seen[:, unit]
+    return _weighted(point, np.stack([counts[unit] for unit in units], axis=1).astype(float))
+
+
+def interval_of(point: Point, bootstrap: Bootstrap) -> dict[str, Interval]:
+    """The scores of one concept, with intervals over trainings and seeds alone."""
+    return dict(summary([point], bootstrap).scores)
+
+
+def prompt_scores(point: Point) -> list[dict[str, Any]]:
+    """For each prompt of a point: `prompt`, the number of `images`, and `scores`, their means."""
+    rows = []
+    for prompt, members in _by_prompt(point.pictures).items():
+        names = list(dict.fromkeys(name for i in members for name in point.pictures[i].scores))
+        values = {n: [s[n] for i in members if n in (s := point.pictures[i].scores)] for n in names}
+        scores = {name: float(np.mean(found)) for name, found in values.items()}
+        inside = {*members}
+        if distances := [distance for i, j, distance in point.pairs if i in inside and j in inside]:
+            scores["diversity"] = float(np.mean(distances))
+        rows.append({"prompt": prompt, "images": len(members), "scores": scores})
+    return rows
+
+
+def as_json(scores: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
+    """Intervals as they stand in files."""
+    return {
+        name: {key: None if value is None else round(value, 6) for key, value in asdict(interval).items()}
+        for name, interval in scores.items()
+    }
+
+
+def _weighted(point: Point, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The concept's scores with each picture counted `weights` (B, n) times: (B,) for each measure.
+
+    Prompts whose pictures all have weight 0 do not count. Pairs of a picture with itself, which a resample makes, are
+    no pairs: they would pass for a lack of diversity.
+    """
+    prompts = [np.array(members) for members in _by_prompt(point.pictures).values()]
+    names = dict.fromkeys(name for picture in point.pictures for name in picture.scores)
+    result = {}
+    for name in names:
+        values = np.array([picture.scores.get(name, np.nan) for picture in point.pictures])
+        there = np.isfinite(values)
+        filled = np.where(there, values, 0.0)
+        parts = [
+            _ratio(weights[:, members] @ filled[members], weights[:, members] @ there[members].astype(float))
+            for members in prompts
+        ]
+        result[name] = _mean(np.stack(parts, axis=1), axis=1)
+    if "clip_i" in result and "clip_t" in result:
+        i, t = result["clip_i"], result["clip_t"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result["harmonic"] = np.where((i > 0) & (t > 0), 2 * i * t / (i + t), np.where(np.isnan(i + t), np.nan, 0.0))
+    if point.pairs:
+        result["diversity"] = _diversity(point, prompts, weights)
+    return result
+
+
+def _diversity(point: Point, prompts: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    prompt_of = {int(i): k for k, members in enumerate(prompts) for i in members}
+    sums = np.zeros((len(prompts), 2, len(weights)))
+    for i, j, distance in point.pairs:
+        together = weights[:, i] * weights[:, j]
+        sums[prompt_of[i]] += np.stack([together * distance, together])
+    return _mean(np.stack([_ratio(total, count) for total, count in sums], axis=1), axis=1)
+
+
+def _unit_of(point: Point) -> list[tuple[int, int]]:
+    """Which training and which of its seeds each picture belongs to, as numbers.
+
+    Pictures without a seed are told apart by their place among those of their prompt.
+    """
+    trainings = sorted({picture.training or "" for picture in point.pictures})
+    place: dict[tuple[str, str], int] = defaultdict(int)
+    named: list[tuple[str, tuple[bool, int]]] = []
+    for picture in point.pictures:
+        training = picture.training or ""
+        place[training, picture.prompt] += 1
+        known = picture.seed is not None
+        named.append((training, (known, picture.seed if known else place[training, picture.prompt])))  # type: ignore[arg-type]
+    seeds = {t: sorted({seed for training, seed in named if training == t}) for t in trainings}
+    number = {(t, seed): k for t, found in seeds.items() for k, seed in enumerate(found)}
+    return [(trainings.index(training), number[training, seed]) for training, seed in named]
+
+
+def _units(point: Point) -> int:
+    return len(set(_unit_of(point)))
+
+
+def _outer(concepts: Sequence[str], bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:
+    """For each resample the concepts that are drawn, (B, C), and which resample of their seeds goes with each.
+
+    A single concept is always drawn, in the order of its own resamples.
+    """
+    draws, count = bootstrap.resamples, len(concepts)
+    if count == 1:
+        return np.zeros((draws, 1), int), np.arange(draws)[:, None]
+    rng = _rng(bootstrap, "concepts", *concepts)
+    return rng.integers(count, size=(draws, count)), rng.integers(draws, size=(draws, count))
+
+
+def _rng(bootstrap: Bootstrap, *names: str) -> np.random.Generator:
+    text = "\0".join([str(bootstrap.seed), *names])
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
+
+
+def _by_prompt(pictures: Sequence[Picture]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for i, picture in enumerate(pictures):
+        found[picture.prompt].append(i)
+    return found
+
+
+def _interval(exact: Sequence[float], drawn: np.ndarray, level: float, varied: bool) -> Interval:
+    mean = float(np.mean(exact)) if len(exact) else float("nan")
+    drawn = drawn[np.isfinite(drawn)]
+    if not varied or not len(drawn):
+        return Interval(mean)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
+
+
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean of what is there; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # "mean of empty slice"
+        return np.nanmean(values, axis=axis)
