@@ -179,7 +179,9 @@ def _weighted(point: Point, weights: np.ndarray) -> dict[str, np.ndarray]:
     if "clip_i" in result and "clip_t" in result:
         i, t = result["clip_i"], result["clip_t"]
         with np.errstate(divide="ignore", invalid="ignore"):
-            result["harmonic"] = np.where((i > 0) & (t > 0), 2 * i * t / (i + t), np.where(np.isnan(i + t), np.nan, 0.0))
+            result["harmonic"] = np.where(
+                (i > 0) & (t > 0), 2 * i * t / (i + t), np.where(np.isnan(i + t), np.nan, 0.0)
+            )
     if point.pairs:
         result["diversity"] = _diversity(point, prompts, weights)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perfusion import toyland
@@ -36,9 +37,9 @@ class ClipScorer:
     """A frozen open_clip model.
 
     Args:
-        model: `toyland` (ships with the project), `local-dir:<folder>` (open_clip's format: open_clip_config.json and
-            safetensors weights, with the tokenizer's files if it has its own), or a name that open_clip knows, such as
-            `ViT-L-14`.
+        model: `toyland` (ships with the project), `local-dir:<folder>` or the folder alone (open_clip's format:
+            open_clip_config.json and safetensors weights, with the tokenizer's files if it has its own), or a name that
+            open_clip knows, such as `ViT-L-14`.
         pretrained: with a name, its weights: a safetensors file, or a tag such as `openai`, which is taken from the
             hub's cache, or from the hub if it can be reached. Not with a folder: it has its own.
         device: where it computes.
@@ -50,9 +51,11 @@ class ClipScorer:
     def __init__(
         self, model: str = "toyland", pretrained: str | None = None, device: str | torch.device = "cpu"
     ) -> None:
+        self.name = model if pretrained is None else f"{model}/{pretrained}"
         if model == "toyland":
             model = f"{LOCAL_DIR}{TOYLAND_WEIGHTS}"
-        self.name = model if pretrained is None else f"{model}/{pretrained}"
+        elif Path(model).expanduser().is_dir() and model not in open_clip.list_models():
+            model = f"{LOCAL_DIR}{model}"
         self.device = torch.device(device)
         settings: dict[str, Any] = {}
         if model.startswith(LOCAL_DIR):
@@ -80,12 +83,26 @@ class ClipScorer:
         tokens = list(self._tokenize(list(texts))) if texts else []
         return self._normalized([self._model.encode_text(part) for part in self._parts(tokens)], len(texts))
 
+    def fingerprint(self) -> str:
+        """A hash of the weights."""
+        return fingerprint(self._model)
+
     def _parts(self, items: list[Tensor]) -> list[Tensor]:
         return [torch.stack(items[i : i + _AT_ONCE]).to(self.device) for i in range(0, len(items), _AT_ONCE)]
 
     def _normalized(self, features: list[Tensor], count: int) -> Tensor:
         assert count > 0, "nothing to embed"
         return F.normalize(torch.cat(features).float(), dim=-1)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits over all tensors of a model and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(values.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _checked_folder(model: str, pretrained: str | None) -> str:

@@ -1,8 +1,10 @@
 """The record of a scoring: a point for every method, concept and setting, with the scores of every picture.
 
-    {"version": 1, "made_with": {...}, "bootstrap": {...}, "summary": [...],
+    {"version": 1, "made_with": {...}, "scorer": {...}, "bootstrap": {...}, "summary": [...],
+     "references": {"cat": [a small picture as a data URI, ...], ...},
      "points": [{"method", "concept", "setting": {"beta": 0.4, ...}, "scores": {...}, "prompts": [...],
-                 "pictures": [{"file", "prompt", "seed", "training", "scores": {...}}, ...], "pairs": [[i, j, d], ...]}]}
+                 "pictures": [{"file", "prompt", "seed", "training", "scores": {...}}, ...],
+                 "pairs": [[i, j, distance], ...]}]}
 
 `summary`, and `scores` and `prompts` of a point, are there to be read by people; fronts and reports are made from
 `pictures` and `pairs` alone. Files are named relative to the record's folder, so that both can be moved together.
@@ -11,8 +13,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,9 +84,7 @@ def merged(points: Iterable[Point]) -> list[Point]:
             continue
         shift = len(before.pictures)
         pairs = before.pairs + tuple((i + shift, j + shift, d) for i, j, d in point.pairs)
-        together[point.key] = Point(
-            point.method, point.concept, point.setting, before.pictures + point.pictures, pairs
-        )
+        together[point.key] = Point(point.method, point.concept, point.setting, before.pictures + point.pictures, pairs)
     for point in together.values():
         seen: set[Path] = set()
         for picture in point.pictures:
@@ -94,14 +94,17 @@ def merged(points: Iterable[Point]) -> list[Point]:
     return sorted(together.values(), key=lambda p: (p.method, setting_order(p.setting), p.concept))
 
 
-def setting_order(setting: Mapping[str, Value]) -> tuple[tuple[bool, float, str], ...]:
-    """Sorts settings: numbers by size, and before text."""
-    order = []
-    for key in SETTING_KEYS:
-        value = setting.get(key)
-        number = isinstance(value, int | float)
-        order.append((value is not None and not number, float(value) if number else -math.inf, str(value)))  # type: ignore[arg-type]
-    return tuple(order)
+def setting_order(setting: Mapping[str, Value]) -> list[tuple[Any, ...]]:
+    """Sorts settings: nothing first, then numbers by size, then text, "50 steps" before "100 steps"."""
+    order: list[tuple[Any, ...]] = []
+    for value in map(setting.get, SETTING_KEYS):
+        if value is None:
+            order.append((0,))
+        elif isinstance(value, str):
+            order.append((2, [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", value)]))
+        else:
+            order.append((1, value))
+    return order
 
 
 def setting_labels(settings: Sequence[Mapping[str, Value]]) -> list[str]:
@@ -115,7 +118,9 @@ def _spelled(key: str, value: Value) -> str:
     return _SPELLED.get(key, "{}").format(shown)
 
 
-def write_scores(path: PathLike, document: Mapping[str, Any], points: Sequence[tuple[Point, Mapping[str, Any]]]) -> None:
+def write_scores(
+    path: PathLike, document: Mapping[str, Any], points: Sequence[tuple[Point, Mapping[str, Any]]]
+) -> None:
     """Write a record, atomically: what `document` says, and the points, each with what else is to be said of it."""
     path = Path(path)
     content = {"version": VERSION, **document, "points": [_entry(point, said, path.parent) for point, said in points]}
@@ -145,7 +150,7 @@ def read_scores(path: PathLike) -> tuple[dict[str, Any], list[Point]]:
 
 
 def read_all(files: Any, key: str = "scores") -> tuple[dict[str, Any], list[Point]]:
-    """Several records as one, with what the first says of itself.
+    """Several records as one, with what the first says of itself and the references of all.
 
     Raises:
         ScoreError: none given, one that cannot be read, or records that were scored with different models.
@@ -159,9 +164,12 @@ def read_all(files: Any, key: str = "scores") -> tuple[dict[str, Any], list[Poin
         if scorer != scorers[0]:
             raise ScoreError(f"{file}: scored with {scorer}, but {listed[0]} with {scorers[0]}; expected one scorer")
     points = merged(point for _, points in read for point in points)
+    shown: dict[str, Any] = {}
+    for document, _ in read:
+        shown |= document.get("references", {})
     if not points:
         raise ScoreError(f"{key}: found no scored picture in {', '.join(listed)}")
-    return read[0][0], points
+    return {**read[0][0], "references": shown}, points
 
 
 def _entry(point: Point, said: Mapping[str, Any], base: Path) -> dict[str, Any]:

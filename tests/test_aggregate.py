@@ -80,7 +80,9 @@ def test_an_interval_over_seeds_is_that_of_the_mean():
     assert drawn.std() == pytest.approx(values.std() / 5, rel=0.05)
     found = interval_of(grid(values), MANY)["clip_i"]
     assert found.mean == pytest.approx(values.mean())
-    assert found.low == pytest.approx(np.quantile(drawn, 0.025)) and found.high == pytest.approx(np.quantile(drawn, 0.975))
+    assert found.low == pytest.approx(np.quantile(drawn, 0.025)) and found.high == pytest.approx(
+        np.quantile(drawn, 0.975)
+    )
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std() / 5, rel=0.06)
 
 
@@ -163,12 +165,14 @@ def test_methods_are_compared_on_the_same_draws():
 
 
 def test_one_summary_for_each_method_and_setting():
-    points = [grid(np.full((1, 2), v), concept=c, method=m, beta=b)
-              for m, b, c, v in [("m", 0.1, "cat", 1.0), ("m", 0.1, "dog", 0.0), ("m", 0.2, "cat", 0.3), ("n", 0.1, "cat", 0.4)]]  # fmt: skip
+    given = [("m", 0.1, "cat", 1.0), ("m", 0.1, "dog", 0.0), ("m", 0.2, "cat", 0.3), ("n", 0.1, "cat", 0.4)]
+    points = [grid(np.full((1, 2), v), concept=c, method=m, beta=b) for m, b, c, v in given]
     found = summarize(points, MANY)
     assert [(s.method, s.setting, s.concepts) for s in found] == [
-        ("m", {"beta": 0.1}, ("cat", "dog")), ("m", {"beta": 0.2}, ("cat",)), ("n", {"beta": 0.1}, ("cat",)),
-    ]  # fmt: skip
+        ("m", {"beta": 0.1}, ("cat", "dog")),
+        ("m", {"beta": 0.2}, ("cat",)),
+        ("n", {"beta": 0.1}, ("cat",)),
+    ]
     assert [s.scores["clip_i"].mean for s in found] == pytest.approx([0.5, 0.3, 0.4])
 
 

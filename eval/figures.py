@@ -1,0 +1,100 @@
+"""Fronts as figures, by matplotlib: the same colours and marks as on the report's page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from eval.looks import looks
+from eval.measures import Measure
+from eval.pareto import Front
+from perfusion.files import atomic_path
+
+_INK, _GRID = "#222222", "#E4E4E4"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "perfusion",  # the same figure, the same file
+}
+_LABELLED = 16  # points of a method, at most, that carry their setting
+
+
+def draw_fronts(found: Sequence[Front], x: Measure, y: Measure, title: str = "") -> Figure:
+    """Two scores against each other: points with their intervals, and a line through those on each method's front."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.grid(color=_GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        look = looks(front.method for front in found)
+        for front in found:
+            colour, mark = look[front.method].colour, look[front.method].mark
+            points = front.points
+            on = sorted((p for p in points if p.on_front), key=lambda p: p.x.mean)
+            axes.plot([p.x.mean for p in on], [p.y.mean for p in on], color=colour, linewidth=1.6, alpha=0.8, zorder=2)
+            axes.errorbar(
+                [p.x.mean for p in points],
+                [p.y.mean for p in points],
+                xerr=np.array([_sides(p.x) for p in points]).T,
+                yerr=np.array([_sides(p.y) for p in points]).T,
+                fmt="none",
+                ecolor=colour,
+                elinewidth=0.8,
+                alpha=0.35,
+                zorder=1,
+            )
+            faces = [colour if p.on_front else "white" for p in points]
+            axes.scatter(
+                [p.x.mean for p in points],
+                [p.y.mean for p in points],
+                c=faces,
+                edgecolors=colour,
+                marker=mark,
+                s=34,
+                linewidths=1.2,
+                zorder=3,
+                label=look[front.method].title,
+            )
+            for p in points if len(points) <= _LABELLED else ():
+                axes.annotate(p.label, (p.x.mean, p.y.mean), (4, 4), textcoords="offset points", fontsize=7, color=_INK)
+        axes.set_xlabel(_axis(x))
+        axes.set_ylabel(_axis(y))
+        axes.set_title(title, loc="left", fontsize=11)
+        handles, names = axes.get_legend_handles_labels()
+        legend = axes.legend(handles, names, frameon=False, fontsize=9)
+        for handle, front in zip(legend.legend_handles, found, strict=True):
+            handle.set_facecolor(look[front.method].colour)  # type: ignore[union-attr]
+    return figure
+
+
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write `<stem>.png` and `<stem>.svg`, each atomically; equal figures give equal files."""
+    with mpl.rc_context(_STYLE):
+        with atomic_path(stem.with_suffix(".png")) as file:
+            figure.savefig(file, dpi=200, metadata={"Software": None})
+        with atomic_path(stem.with_suffix(".svg")) as file:
+            figure.savefig(file, metadata={"Date": None, "Creator": None})
+
+
+def _sides(interval: object) -> tuple[float, float]:
+    """Lengths of an error bar to both sides; none is negative, though a percentile interval may lie beside its mean."""
+    low, mean, high = (getattr(interval, name) for name in ("low", "mean", "high"))
+    return (0.0, 0.0) if low is None else (max(0.0, mean - low), max(0.0, high - mean))
+
+
+def _axis(measure: Measure) -> str:
+    return f"{measure.title}  {'→' if measure.higher else '(lower is better)'}"

@@ -1,0 +1,193 @@
+"""`python -m eval.pareto`: fronts of methods, and the volume below them. `--help` says how it is used."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING
+
+from eval.aggregate import RESAMPLES, Bootstrap, Interval, Summary, summarize
+from eval.front import hypervolume, non_dominated
+from eval.measures import Measure, measure
+from eval.scores import Point, ScoreError, Value, read_all
+from eval.tables import labels_of
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.files import atomic_write_text
+
+USAGE = """
+Usage: python -m eval.pareto scores=<scores.json> [key=value ...]
+
+Draws two scores of every method against each other, with 95 % intervals over concepts and seeds, and measures what
+each method's settings dominate together: its hypervolume above a reference point. Writes front.png, front.svg,
+front.csv (a line for every point) and front.json into `out`. Several records: scores=[a.json,b.json]
+"""
+
+
+@dataclass
+class ParetoConfig:
+    """The options of `python -m eval.pareto`."""
+
+    scores: Any = MISSING  # record of `python -m eval.score`, or a list of records
+    out: str = "pareto"  # folder; it is made
+    x: str = "clip_t"  # score that goes to the right
+    y: str = "clip_i"  # score that goes up
+    reference: list[float] = field(default_factory=lambda: [0.0, 0.0])  # x and y that the hypervolume starts from
+    concept: str | None = None  # one concept's front; null: means over concepts
+    resamples: int = RESAMPLES  # of the bootstrap over concepts and seeds
+    seed: int = 0  # of the bootstrap
+    title: str | None = None  # of the figure
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One setting of a method.
+
+    Attributes:
+        on_front: no other setting of the same method is better in one score and no worse in the other.
+        best: the same among the settings of all methods.
+    """
+
+    setting: dict[str, Value]
+    label: str
+    x: Interval
+    y: Interval
+    on_front: bool
+    best: bool
+    concepts: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Front:
+    """One method's settings, and what they dominate together."""
+
+    method: str
+    points: tuple[FrontPoint, ...]
+    hypervolume: Interval
+
+
+def fronts(
+    summaries: Sequence[Summary], x: Measure, y: Measure, reference: Sequence[float], level: float
+) -> list[Front]:
+    """The front of each method, in the order of `summaries`; settings that lack one of the scores are left out.
+
+    A score that is better when it is lower counts from the reference downwards.
+    """
+    summaries = [s for s in summaries if x.name in s.scores and y.name in s.scores]
+    signs = np.array([1.0 if m.higher else -1.0 for m in (x, y)])
+    means = np.array([[s.scores[m.name].mean for m in (x, y)] for s in summaries]).reshape(-1, 2) * signs
+    best = non_dominated(means)
+    labels = labels_of(summaries)
+    start = np.array(reference) * signs
+    found = []
+    for method in dict.fromkeys(s.method for s in summaries):
+        mine = [i for i, s in enumerate(summaries) if s.method == method]
+        on_front = non_dominated(means[mine])
+        points = tuple(
+            FrontPoint(
+                dict(summaries[i].setting),
+                labels[i],
+                summaries[i].scores[x.name],
+                summaries[i].scores[y.name],
+                bool(on),
+                bool(best[i]),
+                len(summaries[i].concepts),
+                summaries[i].images,
+            )
+            for i, on in zip(mine, on_front, strict=True)
+        )
+        drawn = np.stack([[summaries[i].draws[m.name] for m in (x, y)] for i in mine])  # (settings, 2, resamples)
+        volume = _volume(means[mine], np.moveaxis(drawn, -1, 0) * signs, start, level)
+        has_interval = any(point.x.low is not None for point in points)
+        found.append(Front(method, points, volume if has_interval else Interval(volume.mean)))
+    return found
+
+
+def _volume(means: np.ndarray, drawn: np.ndarray, start: np.ndarray, level: float) -> Interval:
+    """The hypervolume of the means, with an interval over the resamples (B, settings, 2)."""
+    drawn = drawn[np.isfinite(drawn).all((1, 2))]
+    mean = hypervolume(means, start)
+    if not len(drawn):
+        return Interval(mean)
+    low, high = np.quantile([hypervolume(one, start) for one in drawn], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def chosen(points: Sequence[Point], concept: str | None) -> list[Point]:
+    """The points of one concept, or all. ScoreError: no such concept."""
+    if concept is None:
+        return list(points)
+    found = [point for point in points if point.concept == concept]
+    if not found:
+        known = ", ".join(sorted({point.concept for point in points}))
+        raise ScoreError(f"concept: found {concept!r}, expected one of {known}")
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    """Command line entry point."""
+    config = parse_key_values(argv, ParetoConfig, USAGE)
+    x, y = measure(config.x, "x"), measure(config.y, "y")
+    if len(config.reference) != 2:
+        raise ScoreError(f"reference: found {config.reference}, expected two numbers, as in reference=[0,0]")
+    bootstrap = Bootstrap(config.resamples, config.seed)
+    document, points = read_all(config.scores)
+    summaries = summarize(chosen(points, config.concept), bootstrap)
+    found = fronts(summaries, x, y, config.reference, bootstrap.level)
+    if not found:
+        known = ", ".join(sorted({name for s in summaries for name in s.scores}))
+        raise ScoreError(f"x={x.name}, y={y.name}: nothing has both scores; there are {known}")
+    from eval.figures import draw_fronts, save_figure
+
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    what = config.title or ("means over concepts" if config.concept is None else config.concept)
+    save_figure(draw_fronts(found, x, y, what), out / "front")
+    atomic_write_text(out / "front.csv", as_csv(found, x, y))
+    said = {
+        "x": x.name,
+        "y": y.name,
+        "reference": config.reference,
+        "concept": config.concept,
+        "bootstrap": asdict(bootstrap),
+        "scorer": document.get("scorer"),
+        "fronts": [asdict(front) for front in found],
+    }
+    atomic_write_text(out / "front.json", json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    width = max(len(front.method) for front in found)
+    print(f"{'':<{width}}  settings  on its front  hypervolume above ({', '.join(f'{v:g}' for v in config.reference)})")
+    for front in found:
+        on = sum(point.on_front for point in front.points)
+        volume = front.hypervolume
+        spread = "" if volume.low is None else f"  [{volume.low:.4f}, {volume.high:.4f}]"
+        print(f"{front.method:<{width}}  {len(front.points):>8}  {on:>12}  {volume.mean:.4f}{spread}")
+    print(f"figures and numbers: {out} (front.png, .svg, .csv, .json)")
+
+
+def as_csv(found: Sequence[Front], x: Measure, y: Measure) -> str:
+    """A line for every point."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    sides = [f"{m.name}{end}" for m in (x, y) for end in ("", "_low", "_high")]
+    writer.writerow(["method", "label", "setting", *sides, "on_front", "best", "concepts", "images"])
+    for front in found:
+        for p in front.points:
+            numbers = [value for i in (p.x, p.y) for value in (i.mean, i.low, i.high)]
+            cells = ["" if value is None else f"{value:.6f}" for value in numbers]
+            setting = json.dumps(p.setting, ensure_ascii=False)
+            writer.writerow(
+                [front.method, p.label, setting, *cells, int(p.on_front), int(p.best), p.concepts, p.images]
+            )
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

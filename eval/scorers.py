@@ -1,0 +1,105 @@
+"""The models that measure pictures, chosen from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from eval.attributes import load_reader
+from eval.clip import ClipScorer, ScorerError, fingerprint
+from eval.dino import DinoScorer
+from eval.folders import ImageFolder
+from perfusion.backbones.loading import resolve_device
+from perfusion.toyland.reader import Reader
+
+AUTO, NONE = "auto", "none"
+
+
+class Embedder(Protocol):
+    """What CLIP and DINO have in common."""
+
+    name: str
+
+    def image_embeddings(self, images: Sequence[Image.Image]) -> Tensor:
+        """n pictures of any size to (n, d), rows of length 1."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The models of one scoring."""
+
+    clip: ClipScorer
+    dino: Embedder | None = None
+    reader: Reader | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What they are, by their weights: pictures that were scored by equal ones can be compared."""
+        found = {"clip": self.clip.fingerprint()}
+        if self.dino is not None:
+            found["dino"] = self.dino.fingerprint()
+        if self.reader is not None:
+            found["reader"] = fingerprint(self.reader)
+        return found
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What they are called."""
+        found = {"clip": self.clip.name}
+        return found if self.dino is None else {**found, "dino": self.dino.name}
+
+
+def clip_scorer(name: str | None, pretrained: str | None, device: str, folders: Sequence[ImageFolder]) -> ClipScorer:
+    """The CLIP model called `name`; None is Toyland's own, for pictures of Toyland alone.
+
+    Raises:
+        ScorerError: there is none by that name, or none was named for pictures of other models.
+        BackboneError: no such device.
+    """
+    if name is None and not all(_of_toyland(folder) for folder in folders):
+        raise ScorerError(
+            "scorer: not given, and not all pictures are Toyland's; name an open_clip model with its weights, as in "
+            "scorer=ViT-B-32 pretrained=<file or tag>, or scorer=toyland"
+        )
+    return ClipScorer(name or "toyland", pretrained, resolve_device(device))
+
+
+def dino_scorer(name: str | None, pretrained: str | None, device: str) -> DinoScorer | None:
+    """The DINO model called `name`, if any. ScorerError, BackboneError: as `clip_scorer`."""
+    if name is None:
+        if pretrained is not None:
+            raise ScorerError(f"dino_pretrained={pretrained}: of which model? Give dino=<timm name>")
+        return None
+    return DinoScorer(name, pretrained, resolve_device(device))
+
+
+def attribute_reader(choice: str, folders: Sequence[ImageFolder], instances: bool) -> Reader | None:
+    """The attribute reader: `none`, a folder, or `auto`, the shipped one wherever a picture is Toyland's.
+
+    Args:
+        instances: whether the command line names a toy, so that the pictures are Toyland's.
+
+    Raises:
+        ScorerError: it cannot be loaded.
+    """
+    if choice == NONE:
+        return None
+    if choice != AUTO:
+        return load_reader(choice)
+    records = [record for folder in folders for record in folder.records]
+    there = instances or any(r.backbone == "toyland" or r.instance is not None for r in records)
+    return load_reader() if there else None
+
+
+def _of_toyland(folder: ImageFolder) -> bool:
+    return all(record.backbone == "toyland" or record.instance is not None for record in folder.records)
