@@ -133,9 +133,10 @@ def _data(
     counts = ", ".join(map(_count, sizes, ("picture", "method", "concept")))
     made = document.get("made_with", {})
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
-    scorers = ", ".join(f"{kind} {made[kind]}" for kind in ("clip", "dino") if kind in made)
+    scorers = " and ".join(f"{kind} {made[kind]}" for kind in ("clip", "dino") if kind in made) or "unknown models"
+    intervals = f"Intervals from {bootstrap.resamples} resamples, seed {bootstrap.seed}."
     return {
-        "about": f"{counts}. Scored by {scorers}. Intervals from {bootstrap.resamples} resamples, seed {bootstrap.seed}.",
+        "about": f"{counts}. Scored by {scorers}. {intervals}",
         "made": f"Made with {versions}; commit {made.get('git_commit') or 'unknown'}.",
         "measures": [
             {"name": m.name, "title": m.title, "about": m.about, "higher": m.higher}

@@ -53,7 +53,7 @@ function draw() {
       customdata: mine.map((r) => data.rows.indexOf(r)), mode: many ? "markers" : "markers+text",
       text: mine.map((r) => r.label), textposition: "top right", textfont: { size: 10.5, color: "#667078" },
       error_x: { ...bars(mine, x), color: method.colour + "55" }, error_y: { ...bars(mine, y), color: method.colour + "55" },
-      marker: { symbol: method.symbol, size: mine.map((r) => (r === chosen ? 17 : 10)),
+      marker: { symbol: method.symbol, opacity: 1, size: mine.map((r) => (r === chosen ? 17 : 10)),
         color: mine.map((r) => (front.includes(r) ? method.colour : "#ffffff")),
         line: { color: mine.map((r) => (r === chosen ? "#1d2125" : method.colour)), width: mine.map((r) => (r === chosen ? 2.5 : 1.5)) } },
       hovertext: mine.map((r) => `<b>${name(r)}</b><br>${measureOf[x].title} ${number(r.scores[x][0])}<br>${measureOf[y].title} ${number(r.scores[y][0])}`),
@@ -64,7 +64,7 @@ function draw() {
   const layout = { margin: { l: 64, r: 14, t: 14, b: 52 }, paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, color: "#1d2125" }, xaxis: axis(x), yaxis: axis(y),
     legend: { bgcolor: "#ffffffcc", orientation: "h", x: 0, y: 1.02, yanchor: "bottom" }, uirevision: [byId("scope").value, x, y].join() };
-  Plotly.react("plot", traces, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+  Plotly.react("plot", traces, layout, { responsive: true, displayModeBar: false });
 }
 
 function table() {
@@ -171,9 +171,9 @@ function begin() {
     else { draw(); table(); }
   });
   for (const m of data.measures) byId("measures").append(element("dt", {}, m.title), element("dd", {}, m.about + (m.higher ? "." : "; lower is better.")));
-  draw();
-  table();
   volumes();
+  const harmonic = (row) => (row.scores.harmonic ? row.scores.harmonic[0] : -1);
+  choose(visible().reduce((best, row) => (harmonic(row) > harmonic(best) ? row : best)));
   byId("plot").on("plotly_click", (event) => {
     const index = event.points[0].customdata;
     if (index !== undefined) choose(data.rows[index]);
