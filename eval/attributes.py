@@ -6,7 +6,6 @@ not matter which one stands on the left.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 
 from eval.clip import ScorerError
 from perfusion import toyland
@@ -52,7 +52,7 @@ def load_reader(folder: str | Path | None = None) -> Reader:
         raise ScorerError(f"{path}: the attribute reader is not there; {how}")
     try:
         return Reader.load(path)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ScorerError(f"{path}: the attribute reader cannot be loaded: {error}") from error
 
 
