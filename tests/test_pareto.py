@@ -65,7 +65,7 @@ def test_files(scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert [p["setting"]["beta"] for p in perfusion["points"]] == [0.2, 0.5, 0.8]
     assert [p["label"] for p in dreambooth["points"]] == [""]
     expected = [(s.scores["clip_t"].mean, s.scores["clip_i"].mean) for s in found.values() if s.method == "perfusion"]
-    assert [(p["x"]["mean"], p["y"]["mean"]) for p in perfusion["points"]] == pytest.approx(expected)
+    np.testing.assert_allclose([(p["x"]["mean"], p["y"]["mean"]) for p in perfusion["points"]], expected)
     volume = hypervolume(np.array(expected), np.array([0.1, 0.2]))
     assert perfusion["hypervolume"]["mean"] == pytest.approx(volume)
     rows = list(csv.DictReader((tmp_path / "p" / "front.csv").read_text().splitlines()))
