@@ -13,7 +13,7 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, float)
     no_worse = (points[:, None] >= points[None]).all(-1)  # [i, j]: i is nowhere worse than j
     better = (points[:, None] > points[None]).any(-1)
-    return ~(no_worse & better).any(0)
+    return np.logical_not((no_worse & better).any(0))
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:

@@ -102,7 +102,7 @@ class References:
         return Target(images, instance, digest)
 
     def _given(self, concept: str) -> tuple[tuple[Image.Image, ...], str]:
-        spec = self._references
+        spec: Any = self._references
         if isinstance(spec, Mapping):
             if concept not in spec:
                 raise ScoreError(
