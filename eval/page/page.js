@@ -48,8 +48,11 @@ function draw() {
       traces.push({ ...common, x: front.map((r) => r.scores[x][0]), y: front.map((r) => r.scores[y][0]), mode: "lines",
         line: { color: method.colour, width: 2 }, opacity: 0.7, hoverinfo: "skip", showlegend: false });
     }
+    // A mark of its own for the legend, which else would look like the method's first point, chosen or hollow.
+    traces.push({ ...common, x: [null], y: [null], mode: "markers", name: method.title,
+      marker: { symbol: method.symbol, color: method.colour, size: 10 } });
     const many = mine.length > 16;
-    traces.push({ ...common, name: method.title, x: mine.map((r) => r.scores[x][0]), y: mine.map((r) => r.scores[y][0]),
+    traces.push({ ...common, showlegend: false, x: mine.map((r) => r.scores[x][0]), y: mine.map((r) => r.scores[y][0]),
       customdata: mine.map((r) => data.rows.indexOf(r)), mode: many ? "markers" : "markers+text",
       text: mine.map((r) => r.label), textposition: "top right", textfont: { size: 10.5, color: "#667078" },
       error_x: { ...bars(mine, x), color: method.colour + "55" }, error_y: { ...bars(mine, y), color: method.colour + "55" },
