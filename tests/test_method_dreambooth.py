@@ -154,7 +154,10 @@ def test_half_precision_is_for_drawing_alone() -> None:
 def test_the_weights_are_one_concepts_at_a_time(backbone: Backbone) -> None:
     method, other = dreambooth(), build({"name": "dreambooth"}, Word("<cat*>", "cat"))
     method.attach(backbone)
-    for second in (other, build({"name": "custom_diffusion"}, Word("<cat*>", "cat"))):
+    for second in (
+        other,
+        *(build({"name": name}, Word("<cat*>", "cat")) for name in ("custom_diffusion", "perfusion")),
+    ):
         with pytest.raises(EditError, match="found weights of the concept <bear\\*>, expected those of the model"):
             second.attach(backbone)
     method.detach()

@@ -26,9 +26,9 @@ from perfusion.backbones.base import AddedToken, Backbone
 from perfusion.data.prompts import fill, templates
 from perfusion.edit import EditError
 from perfusion.methods.base import Word, check_bounds
-from perfusion.methods.merging import SharedProjections, projection_places
+from perfusion.methods.merging import SharedProjections
 from perfusion.methods.prior import PriorMethod, PriorOptions
-from perfusion.methods.weights import check_unedited, copy_into, own_copy
+from perfusion.methods.weights import check_unedited, copy_into, own_copy, projection_places
 
 
 @dataclass

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.fingerprint import base_module
 from perfusion.edit import EditError
 from perfusion.methods.base import Word
-from perfusion.methods.weights import Slot, check_free, check_trainable, slots
+from perfusion.methods.weights import check_free, check_trainable, projection_places
 from perfusion.rank_one import precision_times
 
 
@@ -136,12 +135,3 @@ def merged_projection(weight: Tensor, words: Tensor, outputs: Tensor, factor: Te
         )
     missing = outputs.to(dtype) - words @ weight.T  # (s, h)
     return weight + torch.linalg.solve(gram, missing).T @ directions
-
-
-def projection_places(backbone: Backbone) -> list[Slot]:
-    """Where the weights of the edit sites are, in the backbone's order."""
-    found: list[Slot] = []
-    for site in backbone.edit_sites():
-        (place,) = slots(base_module(site.projection), site.name)
-        found.append(Slot(site.name, place.module, place.attribute))
-    return found

@@ -21,6 +21,7 @@ from perfusion.backbones.base import Backbone, EditSite, Encoding
 from perfusion.data.prompts import fill, templates
 from perfusion.edit import EditError, PromptGate, attach_edit, unedited
 from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
+from perfusion.methods.weights import check_free, projection_places
 from perfusion.prompt_gate import JointGate
 from perfusion.rank_one import precision_times
 
@@ -81,11 +82,12 @@ class Perfusion(Method):
 
         Raises:
             EditError: this method is attached already; or an edit is there: any, if this concept is being trained,
-                else one that is being trained.
+                else one that is being trained; or another concept's own K and V are.
             TokenError: the word cannot be added to the vocabulary.
         """
         if self.gate is not None:
             raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
+        check_free(projection_places(backbone))
         with ExitStack() as undo:
             undo.callback(self._clear)
             s = superclass_encoding(backbone, self.word.superclass)

@@ -39,7 +39,7 @@ class Slot:
     @property
     def owner(self) -> Any:
         """Whose parameter stands there, if not the model's own."""
-        return getattr(self.parameter, "perfusion_owner", None)
+        return getattr(getattr(self.module, self.attribute), "perfusion_owner", None)
 
 
 def slots(module: nn.Module, prefix: str = "") -> Iterator[Slot]:
@@ -50,6 +50,11 @@ def slots(module: nn.Module, prefix: str = "") -> Iterator[Slot]:
             yield Slot(f"{prefix}.{name}" if prefix else name, module, name)
     for name, child in module.named_children():
         yield from slots(child, f"{prefix}.{name}" if prefix else name)
+
+
+def projection_places(backbone: Backbone) -> list[Slot]:
+    """Where the weights of the edit sites are, in the backbone's order."""
+    return [Slot(site.name, base_module(site.projection), "weight") for site in backbone.edit_sites()]
 
 
 class OwnWeights:
@@ -85,12 +90,12 @@ class OwnWeights:
 
 
 def check_free(places: Iterable[Slot]) -> None:
-    """Raise EditError if a concept has its own weights at one of `places`."""
+    """Raise EditError if a concept has put its own weights at one of `places`."""
     for place in places:
         if place.owner is not None:
             raise EditError(
-                f"{place.name}: found weights of {place.owner}, expected those of the model: two concepts cannot both "
-                "replace them; detach() the other first"
+                f"{place.name}: found weights of {place.owner}, expected those of the model, which this concept was "
+                "made for; detach() the other first"
             )
 
 
