@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perfusion.files import PathLike, atomic_path
+from perfusion.training.run_folder import CHECKPOINTS
 
 FORMAT = "perfusion-checkpoint-1"
 SUFFIX = ".safetensors"
-FOLDER = "checkpoints"
 _STEM = "step-"
 
 _log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Checkpoints(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir).resolve() / FOLDER)
+        self.dirpath = str(Path(trainer.default_root_dir).resolve() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
 
 

@@ -9,6 +9,8 @@
 - progress/: what callbacks drew while training
 - checkpoints/: while training only
 - DONE: everything above is complete
+
+A job of a sweep leaves two files more: output.log, what its process said, and ERROR, why its last attempt ended.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from perfusion.config import ConfigError, TrainConfig, checked
 from perfusion.files import atomic_write_text
-from perfusion.training.checkpoint import FOLDER
+
+CHECKPOINTS = "checkpoints"  # folder below that of the run
 
 # What does not change the result: where it goes, who watches, how often it is saved.
 _IGNORED = (
@@ -86,7 +88,15 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / FOLDER
+        return self.path / CHECKPOINTS
+
+    @property
+    def error(self) -> Path:
+        return self.path / "ERROR"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "output.log"
 
     @property
     def finished(self) -> bool:
@@ -117,14 +127,15 @@ class RunFolder:
             )
 
     def begin(self, config: TrainConfig) -> None:
-        """Make the folder and write its config."""
+        """Make the folder and write its config; what a former attempt died of counts no more."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self.error.unlink(missing_ok=True)
         atomic_write_text(self.config, _header() + OmegaConf.to_yaml(_container(config)))
 
     def clear(self) -> None:
         """Remove what a run wrote here, the marker first; other files in the folder stay."""
         (self.path / "DONE").unlink(missing_ok=True)
-        for file in (self.metrics, self.concept, self.samples, self.metrics_csv, self.config):
+        for file in (self.metrics, self.concept, self.samples, self.metrics_csv, self.config, self.error):
             file.unlink(missing_ok=True)
         for made in (self.checkpoints, self.diffusers, self.path / "progress"):
             shutil.rmtree(made, ignore_errors=True)
@@ -155,7 +166,8 @@ def read_config(path: Path) -> TrainConfig:
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has held: on the GPU if it has used one, else in RAM."""
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # a process that has not imported it has used no GPU
+    if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
