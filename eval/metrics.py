@@ -93,10 +93,10 @@ def harmonic_mean(a: float, b: float) -> float:
 
 def clip_scores(images: Tensor, references: Tensor, texts: Tensor) -> dict[str, float]:
     """`clip_i`, `clip_t` and their `harmonic` mean, of embeddings of n pictures (n, d), of m pictures of the concept
-    (m, d), and of the n prompts (n, d)."""
-    clip_i = ClipImageScore(images.shape[1])
+    (m, d), and of the n prompts (n, d). Nothing but these counts: other processes need not call it."""
+    clip_i = ClipImageScore(images.shape[1], sync_on_compute=False)
     clip_i.update(images, references)
-    clip_t = ClipTextScore()
+    clip_t = ClipTextScore(sync_on_compute=False)
     clip_t.update(images, texts)
     i, t = clip_i.compute().item(), clip_t.compute().item()
     return {"clip_i": i, "clip_t": t, "harmonic": harmonic_mean(i, t)}

@@ -91,16 +91,18 @@ class SelectBestStep(Callback):
             return
         self._seen = step
         method, backbone = _parts(pl_module)
-        images = self._sample(method, backbone)
-        scores = self._score(images)
+        scores: dict[str, float] = {}
+        if trainer.is_global_zero:
+            images = self._sample(method, backbone)
+            _save_strip(Path(trainer.default_root_dir) / FOLDER / f"step-{step:05d}.png", images)
+            scores = self._score(images)
+        scores = trainer.strategy.broadcast(scores)  # so that all processes, whose states are the same, choose alike
         if not self.best_scores or scores["harmonic"] > self.best_scores["harmonic"]:
             self.best_step, self.best_scores = step, scores
             self._best_state = {name: tensor.float().cpu() for name, tensor in method.state().items()}
         pl_module.log_dict(scores, logger=False, batch_size=1)  # for callbacks that watch a metric
         for logger in trainer.loggers:
             logger.log_metrics(scores, step)
-        if trainer.is_global_zero:
-            _save_strip(Path(trainer.default_root_dir) / FOLDER / f"step-{step:05d}.png", images)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._best_state:

@@ -49,7 +49,8 @@ def train(config: TrainConfig) -> RunFolder:
     from perfusion import backbones
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
-    from perfusion.training.data import examples_of
+    from perfusion.training.data import examples_of, part_size
+    from perfusion.training.devices import device_count, device_of, rank_of
     from perfusion.training.prior import prior_of
     from perfusion.training.run_folder import RunFolder, peak_memory_bytes
     from perfusion.training.trainer import check_keywords, quieten
@@ -60,6 +61,9 @@ def train(config: TrainConfig) -> RunFolder:
         if getattr(method.options, key) < 1:
             raise ConfigError(f"method.{key}={getattr(method.options, key)}: expected at least 1")
     check_keywords(config.trainer)
+    part_size(method.options.batch_size, device_count(config.trainer), config.trainer.get("accumulate_grad_batches") or 1)
+    rank = rank_of(config.trainer)  # of the processes that train together; files and words are the first one's
+    device = device_of(config, rank)
     examples = examples_of(config.concept, config.backbone.resolution)
     backbones.check_words(config.backbone, word.placeholder, word.superclass)
     if method.needs_covariance:
@@ -75,14 +79,17 @@ def train(config: TrainConfig) -> RunFolder:
         return folder
 
     quieten()
-    backbone = backbones.backbone_class(config.backbone.name).load(config.backbone)
+    backbone = backbones.backbone_class(config.backbone.name).load(dataclasses.replace(config.backbone, device=device))
     prior = prior_for(backbone)
     # For what a method starts from, and what a third party's callback may draw: training's own draws have other seeds.
     seed_everything(config.seed, verbose=False)
     method.attach(backbone)
     try:
-        folder.begin(config)
+        if rank == 0:
+            folder.begin(config)
         metrics = _fit(config, folder, method, backbone, examples, prior)
+        if rank > 0:
+            return folder
         concept = save_concept(folder.concept, Concept.of(method, backbone, config.seed))
         method.load_state({name: tensor.float() for name, tensor in concept.tensors.items()})  # rounded, as in the file
         exported = method.export(folder.diffusers)
@@ -107,13 +114,15 @@ def _fit(
     from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
     from perfusion.training.data import ConceptData
+    from perfusion.training.devices import rank_of
     from perfusion.training.module import PersonalizationModule
     from perfusion.training.trainer import build, results
 
     checkpoint = newest_readable(folder.checkpoints)
     resumed = step_of(checkpoint) if checkpoint else 0
     options = method.options
-    print(f"run folder: {folder.path}" + (f" (going on at step {resumed})" if resumed else ""))
+    if rank_of(config.trainer) == 0:
+        print(f"run folder: {folder.path}" + (f" (going on at step {resumed})" if resumed else ""))
     data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed, prior)
     trainer = build(config, folder, options.steps, backbone.device, resumed)
     for logger in trainer.loggers:

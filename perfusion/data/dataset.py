@@ -176,6 +176,11 @@ class StepDataset(Dataset[Draw]):
             "noise": noise,
         }
 
+    def prompt(self, k: int) -> str:
+        """The prompt of item k alone."""
+        draw = generator_of("step", self.seed, *divmod(k, self.batch_size))
+        return self.prompts[int(torch.randint(len(self.prompts), (), generator=draw))]
+
     def _image(self, k: int) -> int:
         block, place = divmod(k, self.n_images)
         return int(torch.randperm(self.n_images, generator=generator_of("images", self.seed, block))[place])

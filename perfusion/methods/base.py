@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone, Encoding
@@ -42,7 +43,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch, on the backbone's device."""
+    """One training batch, on the backbone's device: a whole step's, or the part of it that one process sees at once."""
 
     latents: Tensor  # (B, c, h, w)
     masks: Tensor | None  # (B, 1, h, w) float32 with maximum 1, or None
@@ -50,6 +51,7 @@ class Batch:
     noise: Tensor  # (B, c, h, w)
     timesteps: Tensor  # (B,) int64
     prior: Batch | None = None  # pictures of the superclass, for methods that preserve it: (P, ...), without masks
+    step_prompts: Sequence[str] | None = None  # of the whole step with its first part, none later; None: this is it all
 
 
 class Method(nn.Module, ABC):
@@ -77,7 +79,22 @@ class Method(nn.Module, ABC):
         """Groups for AdamW: `params`, `lr`, `name`, and any other AdamW keyword."""
 
     def on_step(self, encoding: Encoding) -> None:
-        """Called once a training step with the batch's encodings, before the denoiser runs (e.g. a moving average)."""
+        """Called once a training step with its encodings, before the denoiser runs (e.g. a moving average).
+
+        They are those of the whole step, also where processes share it or one takes it in parts; see `start_step`.
+        """
+
+    def start_step(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> None:
+        """Call `on_step` if `batch`, whose prompts have this encoding, is the first that this process sees of a step.
+
+        Of a step in parts every process encodes all prompts: that costs little beside the denoiser, and processes need
+        not tell each other anything.
+        """
+        if batch.step_prompts is None:
+            self.on_step(encoding)
+        elif batch.step_prompts:
+            with torch.no_grad():
+                self.on_step(backbone.encode(batch.step_prompts, self.word.placeholder))
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -102,7 +119,7 @@ class Method(nn.Module, ABC):
     def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
         """Loss terms, summed by the training loop: here the masked denoising error, see `masked_mean`."""
         encoding = backbone.encode(batch.prompts, self.word.placeholder)
-        self.on_step(encoding)
+        self.start_step(backbone, batch, encoding)
         return {"denoising": masked_mean(squared_error(backbone, batch, encoding), batch.masks)}
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, StackDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
@@ -75,8 +75,9 @@ class ConceptData(LightningDataModule):
     """Batches of `(Batch, names of their pictures)` on the backbone's device, the whole training as one epoch.
 
     Every draw is a function of (seed, step, slot), and a loader that is made during a resumed run starts at the
-    trainer's step, so a resumed training sees what one that never stopped would see. With
-    `trainer.accumulate_grad_batches=k` a step's batch is fed in k parts, each of which `Method.on_step` sees.
+    trainer's step, so a resumed training sees what one that never stopped would see. `trainer.devices=n` processes
+    share a step's batch evenly, and with `trainer.accumulate_grad_batches=k` each takes its share in k parts: the mean
+    of their gradients is that of the whole batch, for every sample weighs the same.
 
     Args:
         examples: the n pictures.
@@ -149,28 +150,30 @@ class ConceptData(LightningDataModule):
         return torch.cat([self.backbone.latents(p.to(self.backbone.device, self.backbone.dtype)) for p in parts])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        assert self.trainer is not None
-        parts = self.trainer.accumulate_grad_batches
-        if self.batch_size % parts:
-            raise ConfigError(
-                f"trainer.accumulate_grad_batches={parts}: expected a divisor of method.batch_size={self.batch_size}"
-            )
-        order = _From(self.trainer.global_step * self.batch_size, len(self.dataset))
-        draws = StackDataset(*filter(None, (self.dataset, self.prior_dataset)))
-        return DataLoader(draws, self.batch_size // parts, sampler=order, collate_fn=self._batch)
+        trainer = self.trainer
+        assert trainer is not None
+        parts = trainer.accumulate_grad_batches
+        order = _From(trainer.global_step * parts, self.dataset.steps * parts)
+        dataset = _Parts(self, trainer.global_rank, trainer.world_size, parts)
+        return DataLoader(dataset, batch_size=None, sampler=order, collate_fn=_as_it_is)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # made where the backbone is
 
-    def _batch(self, items: Sequence[tuple[Draw, ...]]) -> tuple[Batch, list[str]]:
-        own, *others = zip(*items, strict=True)
-        batch = _drawn_batch(own, self.latents, self.masks)
+    def batch(
+        self, draws: Sequence[Draw], prior_draws: Sequence[Draw], step_prompts: Sequence[str] | None
+    ) -> tuple[Batch, list[str]]:
+        """One batch, and the names of its pictures; `step_prompts` as in `Batch`.
+
+        Args:
+            prior_draws: of the pictures of the superclass, as many; none where there are none.
+        """
+        batch = dataclasses.replace(_drawn_batch(draws, self.latents, self.masks), step_prompts=step_prompts)
         if self.prior is not None:
-            (draws,) = others
-            captions = [self.prior.prompts[draw["index"]] for draw in draws]  # each picture's own
-            prior = dataclasses.replace(_drawn_batch(draws, self.prior_latents, None), prompts=captions)
+            captions = [self.prior.prompts[draw["index"]] for draw in prior_draws]  # each picture's own
+            prior = dataclasses.replace(_drawn_batch(prior_draws, self.prior_latents, None), prompts=captions)
             batch = dataclasses.replace(batch, prior=prior)
-        return batch, [self.examples.names[draw["index"]] for draw in own]
+        return batch, [self.examples.names[draw["index"]] for draw in draws]
 
 
 def _drawn_batch(draws: Sequence[Draw], latents: Tensor, masks: Tensor | None) -> Batch:
@@ -183,6 +186,48 @@ def _drawn_batch(draws: Sequence[Draw], latents: Tensor, masks: Tensor | None) -
         noise=torch.stack([draw["noise"] for draw in draws]).to(latents),
         timesteps=torch.tensor([draw["timestep"] for draw in draws], device=latents.device),
     )
+
+
+def part_size(batch_size: int, devices: int, parts: int) -> int:
+    """Samples of a step that one of `devices` processes sees in one of `parts` parts.
+
+    Raises:
+        ConfigError: the batch cannot be divided so.
+    """
+    for key, count in (("accumulate_grad_batches", parts), ("devices", devices)):
+        if batch_size % count:
+            raise ConfigError(f"trainer.{key}={count}: expected a divisor of method.batch_size={batch_size}")
+    if batch_size % (devices * parts):
+        raise ConfigError(
+            f"method.batch_size={batch_size}: expected a multiple of {devices * parts}, for trainer.devices={devices} "
+            f"and trainer.accumulate_grad_batches={parts} divide it"
+        )
+    return batch_size // (devices * parts)
+
+
+class _Parts(Dataset[tuple[Batch, list[str]]]):
+    """What one process sees: item j is part `j % parts` of its share of step `j // parts`, a ready batch."""
+
+    def __init__(self, data: ConceptData, rank: int, devices: int, parts: int) -> None:
+        self.data, self.parts = data, parts
+        self.size = part_size(data.batch_size, devices, parts)
+        self.offset = rank * parts * self.size
+        self.whole = devices * parts == 1
+
+    def __getitem__(self, j: int) -> tuple[Batch, list[str]]:
+        dataset, (step, part) = self.data.dataset, divmod(j, self.parts)
+        first = step * dataset.batch_size
+        prompts = None if self.whole else []
+        if part == 0 and not self.whole:
+            prompts = [dataset.prompt(k) for k in range(first, first + dataset.batch_size)]
+        start = first + self.offset + part * self.size
+        slots = range(start, start + self.size)
+        prior = self.data.prior_dataset
+        return self.data.batch([dataset[k] for k in slots], [prior[k] for k in slots] if prior else [], prompts)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch  # it is one already
 
 
 class _From(Sampler[int]):

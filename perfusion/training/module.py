@@ -39,15 +39,21 @@ class PersonalizationModule(LightningModule):
         step = self.global_step + 1
         terms = self.method.loss(self.backbone, content)
         loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(loss):
+        finite = torch.isfinite(loss)
+        if self.trainer.world_size > 1:  # all processes stop, or none: one alone would wait for the others forever
+            everywhere = self.trainer.strategy.reduce(finite.float(), reduce_op="mean") == 1
+            if finite and not everywhere:
+                raise TrainingError(f"step {step}: the loss is not finite in another process, which says more")
+        if not finite:
             found = ", ".join(f"{name} {value.item()}" for name, value in terms.items())
             raise TrainingError(
                 f"step {step}: the loss is not finite ({found}) on the pictures {', '.join(dict.fromkeys(names))}. "
                 "Lower learning rates (method.*_rate=) or trainer.precision=32 may help."
             )
-        self.log("loss", loss, prog_bar=True, batch_size=len(names))
+        self.log("loss", loss, prog_bar=True, batch_size=len(names), sync_dist=True)
         if len(terms) > 1:
-            self.log_dict({f"loss/{name}": value for name, value in terms.items()}, batch_size=len(names))
+            each = {f"loss/{name}": value for name, value in terms.items()}
+            self.log_dict(each, batch_size=len(names), sync_dist=True)
         self.log("step", float(step), batch_size=len(names))  # makes loggers count optimizer steps from 1
         return loss
 

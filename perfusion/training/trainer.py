@@ -17,12 +17,15 @@ from hydra.errors import InstantiationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from perfusion.config import ConfigError, TrainConfig
 from perfusion.training import loggers
 from perfusion.training.checkpoint import SafetensorsCheckpointIO
+from perfusion.training.devices import device_count, rank_of
 from perfusion.training.progress import StepProgress
 from perfusion.training.run_folder import RunFolder
 
@@ -36,7 +39,9 @@ _ELSEWHERE = {
     "enable_checkpointing": "callbacks.checkpoint",
     "logger": "the group logger",
     "default_root_dir": "run.dir",
+    "use_distributed_sampler": "trainer.devices",
 }
+_STRATEGIES = {"auto": False, "ddp": False, "ddp_find_unused_parameters_true": True}  # for several devices
 _ACCELERATORS = {"cpu": ("cpu",), "cuda": ("gpu", "cuda"), "mps": ("gpu", "mps")}  # torch device -> Lightning's names
 
 
@@ -58,6 +63,13 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
             f"trainer.precision={precision}: it would round what is trained, and a moving average of i* would stand "
             "still; expected 32-true, 16-mixed or bf16-mixed. backbone.dtype= sets the type of the frozen model"
         )
+    if device_count(trainer) > 1 and str(trainer.get("strategy") or "auto") not in _STRATEGIES:
+        raise ConfigError(
+            f"trainer.strategy={trainer['strategy']}: it splits or copies what is trained in a way that a concept is "
+            f"not made for; with several devices expected one of {', '.join(_STRATEGIES)}"
+        )
+    if trainer.get("num_nodes") not in (None, 1, "1"):
+        raise ConfigError(f"trainer.num_nodes={trainer['num_nodes']}: a concept trains on one machine, expected 1")
 
 
 def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.device, resumed: int) -> Trainer:
@@ -76,9 +88,17 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
     own = any(isinstance(callback, ProgressBar) for callback in callbacks)
     if config.trainer.get("enable_progress_bar", True) and not own:
         callbacks.append(StepProgress())
-    log: list[Logger] = [loggers.MetricsCSV(folder.metrics_csv, keep_until=resumed)]
-    log += [loggers.build(name, spec, folder.path) for name, spec in config.logger.items()]
+    log: list[Logger] = []
+    if rank_of(config.trainer) == 0:
+        log.append(loggers.MetricsCSV(folder.metrics_csv, keep_until=resumed))
+        log += [loggers.build(name, spec, folder.path) for name, spec in config.logger.items()]
     keywords = {"enable_model_summary": False, **config.trainer, **_hardware(config.trainer, device)}
+    plugins: list[Any] = [SafetensorsCheckpointIO()]
+    if device_count(config.trainer) > 1:
+        plugins.append(LightningEnvironment())  # also within a scheduler's job, which is one task for us
+        unused = _STRATEGIES[str(config.trainer.get("strategy") or "auto")]
+        # Buffers move alike in all processes, and are replaced rather than written: there is nothing to send.
+        keywords["strategy"] = DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
     try:
         trainer = Trainer(
             **keywords,
@@ -88,12 +108,11 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
             logger=log,
             callbacks=callbacks,
             enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            plugins=[SafetensorsCheckpointIO()],
+            plugins=plugins,
+            use_distributed_sampler=False,  # ConceptData divides the batch
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
-    if trainer.world_size != 1:
-        raise ConfigError(f"trainer.devices: one concept trains on one device, found {trainer.world_size}")
     return trainer
 
 

@@ -1,0 +1,84 @@
+"""Several processes train the concept that one trains, to rounding: `trainer.devices=2` on the CPU."""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pipelines import tiny_pipeline_folder
+from safetensors.torch import load_file
+from scorers import make_scorer
+
+from perfusion.config import BackboneConfig, ConfigError, TrainConfig
+from perfusion.training.devices import device_count, device_of, rank_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train(folder: Path, words: str, extra: str) -> str:
+    """What a training in `folder` says."""
+    command = [sys.executable, "-m", "perfusion.train", *shlex.split(f"{words} run.dir={folder} {extra}")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def losses(file: Path) -> list[float]:
+    with open(file, newline="") as rows:
+        return [float(row["loss"]) for row in csv.DictReader(rows)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_concept_of_one(tmp_path: Path) -> None:
+    """To 1e-4 of a tensor's norm: files hold half precision, and AdamW enlarges the rounding of small gradients."""
+    scorer = make_scorer(tmp_path / "scorer", seed=10)
+    words = (
+        f"backbone=sd15 backbone.path={tiny_pipeline_folder(tmp_path)} backbone.device=cpu backbone.resolution=64 "
+        f"backbone.steps=2 backbone.covariance.count=100 backbone.covariance.cache={tmp_path / 'covariance'} "
+        "method=perfusion method.steps=6 method.batch_size=4 method.ema=0.8 concept.toyland.count=3 "
+        f"callbacks.checkpoint.every=2 callbacks.select.scorer={scorer} callbacks.select.every=2 "
+        "callbacks.select.steps=1"
+    )
+    train(tmp_path / "one", words, "")
+    said = train(tmp_path / "two", words, "trainer.devices=2")
+    assert said.count("run folder:") == 1 and said.count("concept:") == 1, said
+    one, two = (load_file(tmp_path / name / "concept.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        apart = (two[name].float() - tensor.float()).norm() / tensor.float().norm()
+        assert apart < 1e-4, (name, apart)
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert first["step_kept"] == second["step_kept"]
+    assert second["scores"] == pytest.approx(first["scores"], abs=1e-3)
+    alone, together = (losses(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert len(alone) == 6 and together == pytest.approx(alone, rel=1e-3)
+    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+
+
+def config(device: str = "auto", **trainer: object) -> TrainConfig:
+    return TrainConfig(backbone=BackboneConfig(name="toyland", device=device), trainer=trainer)
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [(None, 1), (1, 1), ("1", 1), ("auto", 1), (2, 2), ("2", 2), ([0, 3], 2), ([1], 1)]
+)
+def test_devices_are_counted(devices: object, count: int) -> None:
+    assert device_count({"devices": devices}) == count
+
+
+def test_every_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert rank_of({"devices": 2}) == 1 and rank_of({"devices": 1}) == 0
+    assert device_of(config(devices=2), 1) == "cuda:1" and device_of(config(devices=[0, 2]), 1) == "cuda:2"
+    assert device_of(config(), 0) == "auto" and device_of(config("cuda:2"), 0) == "cuda:2"
+    assert device_of(config("cpu", devices=2), 1) == "cpu" and device_of(config(devices=[2]), 0) == "cuda:2"
+    with pytest.raises(ConfigError, match=r"backbone\.device=cuda:1: expected auto or cuda"):
+        device_of(config("cuda:1", devices=2), 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device_of(config(devices=2), 1) == "auto"
+    with pytest.raises(ConfigError, match=r"trainer\.devices=all: expected a number"):
+        device_count({"devices": "all"})
