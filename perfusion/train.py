@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from perfusion.cli import run_cli
 from perfusion.config import ConfigError, TrainConfig
-from perfusion.training import composition
+from perfusion.training import composition, sweep
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from perfusion.training.run_folder import RunFolder
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train what a command line describes."""
+def main(argv: Sequence[str]) -> int | None:
+    """Train what a command line describes; with `-m`, all of it (`perfusion.training.sweep`)."""
     signal.signal(signal.SIGTERM, _interrupt)
-    composition.run(argv, train)
+    if sweep.asked_for(argv):
+        return sweep.run(argv)
+    return composition.run(argv, train)
 
 
 def train(config: TrainConfig) -> RunFolder:

@@ -138,14 +138,6 @@ def test_trainer_keywords_are_lightnings() -> None:
         check_keywords({"precision": "bf16-true"})
 
 
-def test_a_sweep_gives_one_config_per_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    configs: list[TrainConfig] = []
-    composition.run(["-m", "seed=0,1", "concept.placeholder=<x*>"], configs.append)
-    assert [(c.seed, c.concept.placeholder) for c in configs] == [(0, "<x*>"), (1, "<x*>")]
-    assert {path.name for path in tmp_path.iterdir()} <= {"runs"}
-
-
 def test_composing_writes_nothing_and_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     compose("+experiment=cat_oneshot")

@@ -24,7 +24,7 @@ _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)
 
 
 def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
-    """Call `task` with the config that a command line describes; once per job with `--multirun`.
+    """Call `task` with the config that a command line describes; `perfusion.training.sweep` reads those of sweeps.
 
     `from=<run folder or config.yaml>` starts from a former run's config instead of conf/train.yaml.
 
@@ -39,11 +39,9 @@ def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
     composed: list[DictConfig] = []
 
     def job(values: DictConfig) -> None:
-        # A sweep's launcher runs the job itself, maybe in another process; else Hydra's part ends with composing.
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            task(_checked(values))
-        else:
-            composed.append(values)
+            raise ConfigError("a sweep is asked for with -m, and with no other flag beside it")
+        composed.append(values)  # Hydra's part ends with composing
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we explain
     given = sys.argv
@@ -51,11 +49,11 @@ def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
     try:
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(job)()
     except HydraException as error:
-        raise _explained(error) from error
+        raise explained(error) from error
     finally:
         sys.argv = given
     for values in composed:  # none after --help or --cfg
-        task(_checked(values))
+        task(checked_config(values))
 
 
 def prepared(word: str) -> str:
@@ -96,7 +94,8 @@ def _readable(word: str) -> bool:
     return True
 
 
-def _checked(values: DictConfig) -> TrainConfig:
+def checked_config(values: DictConfig) -> TrainConfig:
+    """What Hydra has composed, without its own part, checked. Raises ConfigError."""
     try:
         for key in sorted(OmegaConf.missing_keys(values)):
             raise ConfigError(f"{key} is not given: add {key}=<value>")
@@ -119,16 +118,24 @@ def _former(source: str, words: Sequence[str]) -> TrainConfig:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException as error:
-            raise _explained(error) from error
+            raise explained(error) from error
         key, value = override.key_or_group, override.value()
         if (CONF / key).is_dir() or override.is_sweep_override() or override.is_delete():
             raise ConfigError(f"{word}: with from= only single keys can be changed, as in method.steps=100")
         OmegaConf.update(values, key, value, force_add=True)
-    return _checked(values)
+    return checked_config(values)
 
 
-def _explained(error: HydraException) -> ConfigError:
+def explained(error: HydraException) -> ConfigError:
     """Hydra's words, made short."""
+    if isinstance(error, MissingConfigException) and "hydra/launcher/" in str(error.missing_cfg_file):
+        name = str(error.missing_cfg_file).rpartition("/")[2]
+        there = ", ".join(sorted(error.options or ()))
+        extra = name.partition("_")[0]
+        return ConfigError(
+            f"hydra/launcher={name}: no such launcher here, there are: {there}. joblib, submitit_local, submitit_slurm "
+            f"and ray come with extras of this package: pip install perfusion[{extra}]"
+        )
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)

@@ -1,0 +1,217 @@
+"""`python -m perfusion.train -m ...`: many runs, each in a process and a folder of its own, and a table at the end.
+
+A sweep is written down before its first job begins: `<run.root>/.sweep/<experiment>-<hash of the jobs>/sweep.json`
+lists the jobs with their overrides, folders and configs. What became of a job is read from its folder alone. So the
+table can be made at any time, and the same command finds what is missing, whatever happened before.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from perfusion.config import ConfigError, TrainConfig
+from perfusion.files import atomic_write_text
+from perfusion.training.job import TRAIN, error_of, run_apart
+from perfusion.training.multirun import Multirun, multirun
+from perfusion.training.run_folder import RunFolder
+
+FILE = "sweep.json"
+_FLAGS = ("-m", "--multirun")
+_OK, _FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as `sweep.json` lists it; paths are relative to the working directory of the sweep."""
+
+    overrides: str  # those that not all jobs share
+    folder: str
+    config: str
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(Path(self.folder))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The jobs of one command, and the file that lists them."""
+
+    file: Path
+    jobs: list[Job]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job: done, skipped (it was done before), failed, or open (stopped, or never begun)."""
+
+    job: Job
+    state: str
+    seconds: float | None
+    scores: dict[str, float]
+    error: str | None
+
+
+def asked_for(argv: Sequence[str]) -> bool:
+    """Whether a command line is that of a sweep."""
+    flags = [word for word in argv if word.startswith("-")]
+    return bool(flags) and all(flag in _FLAGS for flag in flags)
+
+
+def run(argv: Sequence[str], command: Sequence[str] = TRAIN) -> int:
+    """Run what is missing of a sweep and print the table of all its jobs; the exit status, 1 if a job failed.
+
+    Args:
+        argv: words of a command line.
+        command: what trains one config, see `run_apart`.
+
+    Raises:
+        ConfigError: the words, or the config of any job, are wrong; nothing has been run then.
+        KeyboardInterrupt: stopped; the table has been printed.
+    """
+    words = [word for word in argv if word not in _FLAGS]
+    if any(word.startswith("from=") for word in words):
+        raise ConfigError("from=: a sweep (-m) starts from presets; from= trains one run again")
+    results: list[Result] = []
+    try:
+        execute(words, command, results)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on with what is missing") from None
+    finally:
+        if results:
+            print(table(results), flush=True)
+    return _OK if all(result.state in ("done", "skipped") for result in results) else _FAILED
+
+
+def execute(words: Sequence[str], command: Sequence[str] = TRAIN, results: list[Result] | None = None) -> list[Result]:
+    """Run what is missing of the jobs that words without `-m` mean, with the launcher that they name.
+
+    Args:
+        results: filled with what became of every job, also if this raises in the middle; default: a new list.
+
+    Returns:
+        `results`.
+
+    Raises:
+        ConfigError: see `run`. KeyboardInterrupt: stopped. Whatever a launcher raises that lost a worker.
+    """
+    results = [] if results is None else results
+    with multirun(words) as jobs:
+        sweep = plan(jobs, words)
+        again = [config.run.overwrite for config in jobs.configs]
+        missing = [k for k, job in enumerate(sweep.jobs) if again[k] or result_of(job).state != "done"]
+        before = len(sweep.jobs) - len(missing)
+        print(f"sweep of {len(sweep.jobs)} jobs, {before} of them done before: {sweep.file}", flush=True)
+        try:
+            if missing:
+                alone = jobs.launcher == "BasicLauncher"
+                files = [sweep.jobs[k].config for k in missing]
+                jobs.launch(missing, functools.partial(_task, files, os.getcwd(), alone, list(command)))
+        finally:
+            results += [result_of(job, k not in missing) for k, job in enumerate(sweep.jobs)]
+    return results
+
+
+def plan(jobs: Multirun, words: Sequence[str]) -> Sweep:
+    """Write down the jobs of a command: their list, and a config file for each.
+
+    Raises:
+        ConfigError: two jobs have one folder.
+    """
+    folders = [RunFolder.of(config) for config in jobs.configs]
+    for k, folder in enumerate(folders):
+        first = folders.index(folder)
+        if first != k:
+            raise ConfigError(
+                f"jobs {first} ({' '.join(jobs.varied(first))}) and {k} ({' '.join(jobs.varied(k))}) would share the "
+                f"folder {folder.path}: expected jobs that differ in what changes the result, and no run.dir="
+            )
+    root = Path(jobs.configs[0].run.root).expanduser() / ".sweep"
+    place = root / _name(jobs.configs[0], folders)
+    place.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for k, (config, folder) in enumerate(zip(jobs.configs, folders, strict=True)):
+        file = place / f"{k:04d}.yaml"
+        atomic_write_text(file, OmegaConf.to_yaml(asdict(config)))
+        listed.append(Job(" ".join(jobs.varied(k)), str(folder.path), str(file)))
+    text = {"words": list(words), "jobs": [asdict(job) for job in listed]}
+    atomic_write_text(place / FILE, json.dumps(text, indent=2) + "\n")
+    return Sweep(place / FILE, listed)
+
+
+def read(path: Path) -> Sweep:
+    """A sweep from its `sweep.json`, or from the folder that holds it.
+
+    Raises:
+        ConfigError: the file cannot be read, or is another kind of file.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        return Sweep(file, [Job(**job) for job in json.loads(file.read_text(encoding="utf-8"))["jobs"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: expected the list of a sweep's jobs: {error!r}") from error
+
+
+def result_of(job: Job, skipped: bool = False) -> Result:
+    """What a job's folder says of it."""
+    error = error_of(job.run)
+    if not job.run.finished:
+        return Result(job, "failed" if error else "open", None, {}, error)
+    metrics: dict[str, Any] = json.loads(job.run.metrics.read_text(encoding="utf-8"))
+    seconds = metrics.get("seconds", {}).get("total")
+    scores = {k: float(v) for k, v in metrics.get("scores", {}).items() if isinstance(v, int | float)}
+    return Result(job, "failed" if error else "skipped" if skipped else "done", seconds, scores, error)
+
+
+def table(results: Sequence[Result]) -> str:
+    """All jobs, one in a line; then those that failed, and why; then how many there are of each kind."""
+    scores = list(dict.fromkeys(name for result in results for name in result.scores))
+    rows = [["job", "state", "seconds", *scores, "folder", "settings"]]
+    for k, result in enumerate(results):
+        seconds = "" if result.seconds is None else f"{result.seconds:.0f}"
+        values = [f"{result.scores[name]:.4f}" if name in result.scores else "" for name in scores]
+        rows.append([str(k), result.state, seconds, *values, result.job.folder, result.job.overrides])
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    right = {0, 2, *range(3, 3 + len(scores))}
+    lines = ["", *("  ".join(_cell(row[c], widths[c], c in right) for c in range(len(row))).rstrip() for row in rows)]
+    failed = [(k, result) for k, result in enumerate(results) if result.state == "failed"]
+    if failed:
+        lines += ["", "failed (ERROR and output.log in a job's folder have more):"]
+        lines += [f"  job {k}: {result.error}" for k, result in failed]
+    counts = Counter(result.state for result in results)
+    lines += ["", ", ".join(f"{counts[state]} {state}" for state in ("done", "skipped", "failed", "open"))]
+    return "\n".join(lines)
+
+
+def _task(files: Sequence[str], folder: str, alone: bool, command: Sequence[str], values: DictConfig) -> None:
+    """What a launcher calls, maybe in another process. Failures are left in the run's folder, not raised."""
+    number = HydraConfig.get().job.num
+    os.chdir(folder)  # where relative paths start, also in a worker that was started elsewhere
+    started = time.monotonic()
+    print(f"[{number + 1}/{len(files)}] {files[number]}", flush=True)
+    run = run_apart(Path(files[number]), command, show=alone)
+    error = error_of(run)
+    took = f"{time.monotonic() - started:.0f} s"
+    print(f"[{number + 1}/{len(files)}] {f'failed after {took}: {error}' if error else f'done in {took}'}", flush=True)
+
+
+def _name(config: TrainConfig, folders: Sequence[RunFolder]) -> str:
+    """`<experiment>-<hash>`: the same jobs have the same name, in whatever order."""
+    text = json.dumps(sorted(str(folder.path) for folder in folders))
+    return f"{RunFolder.of(config).path.parent.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _cell(text: str, width: int, right: bool) -> str:
+    return text.rjust(width) if right else text.ljust(width)

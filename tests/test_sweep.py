@@ -1,0 +1,270 @@
+"""Sweeps: each job for itself, nothing done twice, nothing lost; with every launcher that is installed."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from pipelines import tiny_pipeline_folder
+
+from perfusion import sweep as command
+from perfusion.cli import run_cli
+from perfusion.config import ConfigError
+from perfusion.training import sweep
+from perfusion.training.devices import lease, visible_gpus
+from perfusion.training.job import run_apart
+from perfusion.training.multirun import multirun
+from perfusion.training.run_folder import RunFolder, read_config
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB = [sys.executable, str(ROOT / "tests" / "training_stub.py")]
+NAMES = "concept.name=whole,broken,killed,mistaken"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # for workers of launchers
+    return tmp_path
+
+
+def run(*words: str) -> int:
+    return run_cli(lambda argv: sweep.run(argv, STUB), ["-m", *words])
+
+
+def folder_of(name: str) -> RunFolder:
+    (path,) = Path("runs/default").glob(f"{name}-*")
+    return RunFolder(path)
+
+
+def attempts(name: str) -> int:
+    return len((folder_of(name).path / "attempts").read_text())
+
+
+def test_a_sweep_is_the_product_of_what_varies() -> None:
+    words = ["seed=0,1", "method.steps=5,7", "concept.placeholder=<x*>"]
+    with multirun(words) as jobs:
+        found = [(c.seed, c.method["steps"], c.concept.placeholder) for c in jobs.configs]
+        assert found == [(0, 5, "<x*>"), (0, 7, "<x*>"), (1, 5, "<x*>"), (1, 7, "<x*>")]
+        assert jobs.varied(2) == ["seed=1", "method.steps=5"] and jobs.launcher == "BasicLauncher"
+    assert not list(Path().iterdir()), "composing writes nothing"
+
+
+def test_presets_can_sweep_and_the_command_line_goes_before_them() -> None:
+    with multirun(["+experiment=key_lock_sweep"]) as jobs:
+        found = {(c.method["key_lock"], c.seed) for c in jobs.configs}
+        assert found == {(lock, seed) for lock in ("local", "none") for seed in (0, 1)} and len(jobs.configs) == 4
+    with multirun(["+experiment=key_lock_sweep", "method.key_lock=global", "seed=3"]) as jobs:
+        assert [(c.method["key_lock"], c.seed) for c in jobs.configs] == [("global", 3)]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["seed=0,1", "method.steps=3,x", "trainer.devices=a", "concept.nmae=x"], ["concept.nmae", "'name'", "seed=0"]),
+        (["seed=0,1", "run.dir=one"], ["jobs 0 (seed=0) and 1 (seed=1)", "folder one", "run.dir"]),
+        (["run.root=a,b", "logger=csv,wandb"], ["jobs 0", "and 1", "logger=csv"]),
+        (["seed=0,1", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic", "perfusion[slurm]"]),
+        (["from=runs/x", "seed=0,1"], ["from="]),
+        (["concept=photos", "seed=0,1"], ["concept.", "not given"]),
+        (["seed=0,1", "sed=1,2"], ["sed", "'seed'"]),
+    ],
+)
+def test_mistakes_are_found_before_the_first_job(
+    words: list[str], parts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words) == 2
+    shown = capfd.readouterr()
+    assert all(part in shown.err for part in parts), shown.err
+    assert "Traceback" not in shown.err and not list(Path().rglob("attempts"))
+
+
+def crashes(launcher: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Four jobs, three of which end badly; then the same command again."""
+    assert run(NAMES, *launcher) == 1
+    shown = capfd.readouterr().out
+    assert "1 done, 0 skipped, 3 failed, 0 open" in shown
+    assert "job 1: RuntimeError: the loss went up" in shown
+    assert "job 2: killed by SIGKILL" in shown
+    assert "job 3: concept.images: none there" in shown
+    (row,) = [line for line in shown.splitlines() if line.lstrip().startswith("0  done")]
+    assert row.split()[2:5] == ["12", "0.9996", "0.5000"], row
+    assert row.endswith("concept.name=whole") and str(folder_of("whole").path) in row
+    assert folder_of("broken").error.read_text().startswith("RuntimeError: the loss went up\n")
+    assert "Traceback" in folder_of("broken").log.read_text() and not folder_of("whole").error.exists()
+    assert [attempts(name) for name in ("whole", "broken", "killed", "mistaken")] == [1, 1, 1, 1]
+
+    Path("mended").touch()
+    assert run(NAMES, *launcher) == 0
+    shown = capfd.readouterr().out
+    assert "3 done, 1 skipped, 0 failed, 0 open" in shown and "1 of them done before" in shown
+    assert [attempts(name) for name in ("whole", "broken", "killed", "mistaken")] == [1, 2, 2, 2]
+    assert not list(Path("runs").rglob("ERROR"))
+
+    assert run(NAMES, *launcher) == 0
+    assert "0 done, 4 skipped, 0 failed, 0 open" in capfd.readouterr().out and attempts("whole") == 1
+
+
+def test_a_crash_costs_its_own_job_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    crashes([], capfd)
+
+
+LAUNCHERS = {
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": ["hydra.launcher.timeout_min=5"],
+    "ray": ["+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(LAUNCHERS))
+def test_every_launcher_runs_four_jobs(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec(name.partition("_")[0]) is None:
+        pytest.skip(f"needs the extra {name}")
+    crashes([f"hydra/launcher={name}", *LAUNCHERS[name]], capfd)
+
+
+def test_run_overwrite_trains_again(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("seed=0,1", "concept.name=whole") == 0
+    assert run("seed=0,1", "concept.name=whole", "run.overwrite=true") == 0
+    shown = capfd.readouterr().out
+    assert shown.count("2 done, 0 skipped") == 2 and "training seed 1" in shown
+    assert all(path.read_text() == "xx" for path in Path("runs").rglob("attempts"))
+
+
+def test_a_sweep_killed_at_random_loses_nothing_and_repeats_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """The job that outlives the sweep ends by itself, and the same sweep waits for it."""
+    words = ["-m", "concept.name=whole,slow", "seed=0,1"]
+    code = f"from perfusion.training import sweep; sweep.run({words!r}, {STUB!r})"
+    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(Path("runs").glob("default/slow-*/attempts")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    (file,) = Path("runs/.sweep").rglob("sweep.json")
+    results = [sweep.result_of(job) for job in sweep.read(file.parent).jobs]
+    assert [result.state for result in results] == ["done", "done", "open", "open"]
+    assert json.loads(file.read_text())["words"] == words[1:]
+
+    again = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert again.stdout is not None
+    for line in again.stdout:
+        if "another process is training this" in line:
+            Path("go").touch()
+            break
+    rest = again.communicate(timeout=60)[0]
+    assert again.returncode == 0 and "2 done, 2 skipped, 0 failed, 0 open" in rest
+    assert [path.read_text() for path in Path("runs").rglob("attempts")] == ["x"] * 4
+
+
+def test_a_stopped_sweep_stops_its_job_and_says_how_to_go_on() -> None:
+    code = (
+        "import signal, sys\nfrom perfusion.cli import run_cli\nfrom perfusion.training import sweep\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.exit(run_cli(lambda argv: sweep.run(argv, {STUB!r}), ['-m', 'concept.name=slow', 'seed=0,1']))"
+    )
+    stopped = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(Path("runs").glob("default/slow-*/attempts")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and "the same command goes on" in err
+    assert "0 done, 0 skipped, 0 failed, 2 open" in out
+
+
+def test_the_list_of_jobs_is_refused_if_it_is_none(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"jobs": [{"x": 1}]}')
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="expected the list of a sweep's jobs"):
+            sweep.read(path)
+
+
+def test_the_table_of_a_sweep_can_be_had_without_running_it(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("concept.name=whole,broken") == 1
+    (file,) = Path("runs/.sweep").rglob("sweep.json")
+    table = capfd.readouterr().out.rpartition("job  state")[2]
+    assert run_cli(command.main, [str(file.parent)]) == 1
+    assert capfd.readouterr().out.rpartition("job  state")[2] == table and "RuntimeError" in table
+    assert run_cli(command.main, ["nowhere"]) == 2
+
+
+@pytest.mark.slow
+def test_the_command_trains_a_sweep(tmp_path: Path) -> None:
+    """The whole way, with the trainings that the stub stands for: one job breaks, and one is trained."""
+    words = (
+        f"backbone=sd15 backbone.path={tiny_pipeline_folder(tmp_path)} backbone.device=cpu backbone.resolution=64 "
+        f"backbone.steps=1 backbone.covariance.count=50 backbone.covariance.cache={tmp_path / 'covariance'} "
+        "method=perfusion method.steps=2 method.batch_size=2 method.value_rate=0.01,1e38 callbacks=none"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "perfusion.train", "-m", *words.split()], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 1, done.stderr
+    assert "1 done, 0 skipped, 1 failed, 0 open" in done.stdout and "Training: 100%" in done.stdout
+    assert "job 1: step 2: the loss is not finite" in done.stdout and "Traceback" not in done.stderr
+    (finished,) = Path("runs/default").glob("*/DONE")
+    assert (finished.parent / "concept.safetensors").exists()
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "seen"), [("0,1", ["0", "1"]), ("GPU-a1", ["GPU-a1"]), ("", []), ("2,-1,3", ["2"])])
+def test_the_gpus_that_cuda_would_see(given: str, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_gpus() == seen
+
+
+def config_file(*words: str) -> Path:
+    with multirun(words) as jobs:
+        planned = sweep.plan(jobs, words)
+    return Path(planned.jobs[0].config)
+
+
+def test_jobs_take_turns_at_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    one = read_config(config_file("seed=0"))
+    two = read_config(config_file("trainer.devices=2"))
+    named = read_config(config_file("backbone.device=cuda:1"))
+    with lease(one) as (first, held), lease(one) as (second, _):
+        assert (first, second) == ({"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}) and len(held) == 1
+        assert {path.name for path in tmp_path.rglob("12-*")} == {"12-4", "12-7"}
+    with lease(two) as (both, held):
+        assert both == {"CUDA_VISIBLE_DEVICES": "4,7"} and len(held) == 2
+    with lease(named) as (environment, held):
+        assert environment == {} and len(held) == 1
+        with lease(one) as (other, _):
+            assert other == {"CUDA_VISIBLE_DEVICES": "4"}, "the one that nobody named"
+    for words in (["backbone.device=cpu"], ["trainer.devices=3"], ["backbone.device=cuda:2"]):
+        with lease(read_config(config_file(*words))) as (environment, held):
+            assert (environment, held) == ({}, [])
+
+
+def test_a_job_waits_for_a_gpu_and_is_told_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with lease(read_config(config_file("seed=0"))):
+        waiting: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waiting.append(seconds)
+            if len(waiting) == 2:
+                raise TimeoutError
+
+        monkeypatch.setattr("perfusion.training.devices.time.sleep", sleep)
+        with pytest.raises(TimeoutError):
+            run_apart(config_file("seed=0"), STUB, show=False)
+    folder = run_apart(config_file("seed=0"), STUB, show=False)
+    assert folder.finished and "GPU 5" in folder.log.read_text()
