@@ -58,5 +58,17 @@ class PersonalizationModule(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.AdamW:
-        """AdamW over the method's groups, each with its own rate."""
-        return torch.optim.AdamW(self.method.parameter_groups())
+        """AdamW over the method's groups, each with its own rate.
+
+        Raises:
+            TrainingError: several processes train, and a parameter is not the method's own: nobody would average its
+                gradients.
+        """
+        groups = self.method.parameter_groups()
+        own = {id(parameter) for parameter in self.parameters()}
+        if self.trainer.world_size > 1 and not all(id(p) in own for group in groups for p in group["params"]):
+            raise TrainingError(
+                f"trainer.devices={self.trainer.world_size}: {type(self.method).__name__} trains parameters that it "
+                "has not registered as its own, expected trainer.devices=1"
+            )
+        return torch.optim.AdamW(groups)

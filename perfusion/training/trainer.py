@@ -93,9 +93,9 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
         log.append(loggers.MetricsCSV(folder.metrics_csv, keep_until=resumed))
         log += [loggers.build(name, spec, folder.path) for name, spec in config.logger.items()]
     keywords = {"enable_model_summary": False, **config.trainer, **_hardware(config.trainer, device)}
-    plugins: list[Any] = [SafetensorsCheckpointIO()]
+    # Within SLURM, too, a run is one task, which starts its processes itself and is not requeued by Lightning.
+    plugins: list[Any] = [SafetensorsCheckpointIO(), LightningEnvironment()]
     if device_count(config.trainer) > 1:
-        plugins.append(LightningEnvironment())  # also within a scheduler's job, which is one task for us
         unused = _STRATEGIES[str(config.trainer.get("strategy") or "auto")]
         # Buffers move alike in all processes, and are replaced rather than written: there is nothing to send.
         keywords["strategy"] = DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
