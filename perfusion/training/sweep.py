@@ -117,8 +117,8 @@ def execute(words: Sequence[str], command: Sequence[str] = TRAIN, results: list[
         try:
             if missing:
                 alone = jobs.launcher == "BasicLauncher"
-                files = [sweep.jobs[k].config for k in missing]
-                jobs.launch(missing, functools.partial(_task, files, os.getcwd(), alone, list(command)))
+                due = [(sweep.jobs[k].config, sweep.jobs[k].overrides) for k in missing]
+                jobs.launch(missing, functools.partial(_task, due, os.getcwd(), alone, list(command)))
         finally:
             results += [result_of(job, k not in missing) for k, job in enumerate(sweep.jobs)]
     return results
@@ -195,16 +195,16 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def _task(files: Sequence[str], folder: str, alone: bool, command: Sequence[str], values: DictConfig) -> None:
+def _task(due: Sequence[tuple[str, str]], folder: str, alone: bool, command: Sequence[str], values: DictConfig) -> None:
     """What a launcher calls, maybe in another process. Failures are left in the run's folder, not raised."""
     number = HydraConfig.get().job.num
     os.chdir(folder)  # where relative paths start, also in a worker that was started elsewhere
     started = time.monotonic()
-    print(f"[{number + 1}/{len(files)}] {files[number]}", flush=True)
-    run = run_apart(Path(files[number]), command, show=alone)
-    error = error_of(run)
+    (file, settings), place = due[number], f"[{number + 1}/{len(due)}]"
+    print(f"{place} {settings or file}", flush=True)
+    error = error_of(run_apart(Path(file), command, show=alone))
     took = f"{time.monotonic() - started:.0f} s"
-    print(f"[{number + 1}/{len(files)}] {f'failed after {took}: {error}' if error else f'done in {took}'}", flush=True)
+    print(f"{place} {f'failed after {took}: {error}' if error else f'done in {took}'}", flush=True)
 
 
 def _name(config: TrainConfig, folders: Sequence[RunFolder]) -> str:
