@@ -63,7 +63,9 @@ def train(config: TrainConfig) -> RunFolder:
         if getattr(method.options, key) < 1:
             raise ConfigError(f"method.{key}={getattr(method.options, key)}: expected at least 1")
     check_keywords(config.trainer)
-    part_size(method.options.batch_size, device_count(config.trainer), config.trainer.get("accumulate_grad_batches") or 1)
+    part_size(
+        method.options.batch_size, device_count(config.trainer), config.trainer.get("accumulate_grad_batches") or 1
+    )
     rank = rank_of(config.trainer)  # of the processes that train together; files and words are the first one's
     device = device_of(config, rank)
     examples = examples_of(config.concept, config.backbone.resolution)
