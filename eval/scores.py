@@ -25,8 +25,15 @@ from perfusion.files import PathLike, atomic_write_text
 VERSION = 1
 Value = str | int | float
 # What may set pictures of one method apart, and how it is written.
-SETTING_KEYS = ("beta", "tau", "key_lock", "steps", "guidance", "setting")
-_SPELLED = {"beta": "β {}", "tau": "τ {}", "key_lock": "{} keys", "steps": "{} steps", "guidance": "guidance {}"}
+SETTING_KEYS = ("beta", "tau", "key_lock", "scale", "steps", "guidance", "setting")
+_SPELLED = {
+    "beta": "β {}",
+    "tau": "τ {}",
+    "key_lock": "{} keys",
+    "scale": "scale {}",
+    "steps": "{} steps",
+    "guidance": "guidance {}",
+}
 
 
 class ScoreError(ValueError):

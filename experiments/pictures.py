@@ -132,8 +132,6 @@ def main(argv: Sequence[str]) -> None:
     config = parse_key_values(argv, PicturesConfig, USAGE)
     if config.only is not None and config.only not in PICTURES:
         raise ConfigError(f"only: found {config.only!r}, expected one of {', '.join(PICTURES)}")
-    from PIL import Image
-
     from perfusion.backbones import backbone_class
     from perfusion.contact_sheet import captioned_sheet
     from perfusion.files import atomic_path
@@ -147,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
         if config.only in (None, name):
             sheet = captioned_sheet(picture(studio))
             with atomic_path(out / f"{name}.png") as temporary:
-                sheet.quantize(255, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
+                sheet.save(temporary, "PNG", optimize=True)
             print(f"written to {out / f'{name}.png'}")
 
 

@@ -61,8 +61,8 @@ def test_prompts_name_concepts_or_do_not():
 
 
 def test_what_sets_pictures_apart():
-    one = record("0", beta=0.4, tau=0.1, key_lock="local", steps=50, guidance=4.0, setting="x", instance=3)
-    told = {"beta": 0.4, "tau": 0.1, "key_lock": "local", "steps": 50, "guidance": 4.0, "setting": "x"}
+    one = record("0", beta=0.4, tau=0.1, key_lock="local", scale=0.5, steps=50, guidance=4.0, setting="x", instance=3)
+    told = {"beta": 0.4, "tau": 0.1, "key_lock": "local", "scale": 0.5, "steps": 50, "guidance": 4.0, "setting": "x"}
     assert setting_of(one) == told
     given = [
         record("0", seed=0), record("1", seed=1), record("2", seed=2, beta=0.1), record("3", "other <cat*>"),

@@ -123,5 +123,5 @@ def test_only_the_decoder_learns_and_its_loss_falls(tmp_path: Path) -> None:
         same = torch.equal(value, after.state_dict()[name])
         assert same == name.startswith(("encoder.", "quant_conv.")), name
     pixels, masks = draw_batch(list(range(8)))
-    losses = [float(decoding_loss(m, pixels, masks, torch.Generator().manual_seed(0))) for m in (before, after)]
+    losses = [decoding_loss(m, pixels, masks, torch.Generator().manual_seed(0)).item() for m in (before, after)]
     assert losses[1] < losses[0]
