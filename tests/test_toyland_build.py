@@ -36,7 +36,7 @@ def test_three_minutes_build_a_toyland_that_has_learned_something(tmp_path: Path
     pipe = StableDiffusionPipeline.from_pretrained(out / "pipeline")
     scorer, reader = Scorer(out / "scorer"), Reader.load(out / "reader")
     assert autoencoder_error(pipe.vae, 32) < 0.25  # a constant gray leaves about 0.4
-    assert retrieval(scorer, batches=1) > 0.05  # guessing: 0.01
+    assert retrieval(scorer, batches=5) > 0.025  # guessing: 0.01, with a standard error of 0.0045
     on_renders, _ = reader_accuracy(Toyland(pipe, reader, scorer), 200)
     assert on_renders["place"] > 0.3 and on_renders["style"] > 0.6  # guessing: 0.11, 0.33
     image = pipe("a photo of a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]

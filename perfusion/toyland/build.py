@@ -21,6 +21,7 @@ from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
 from perfusion.provenance import provenance
 from perfusion.toyland.budget import run_workers
+from perfusion.toyland.reconstructions import COUNT
 from perfusion.toyland.report import REPORT, write, write_card
 from perfusion.toyland.train_autoencoder import train_autoencoder
 from perfusion.toyland.train_decoder import train_decoder
@@ -54,7 +55,7 @@ class BuildConfig:
     minutes: float = 90.0  # training time in all, shared out over the stages
     folder: str = "toyland-build"  # state while training (some hundred MB); can be deleted afterwards
     out: str = "toyland-weights"  # the finished pipeline/, reader/, scorer/ and report.json
-    scenes: int = 40_000  # training scenes of the UNet
+    scenes: int = 40_000  # training scenes of the UNet; at most 16,000 of others are kept as reconstructions
     processes: int | None = None  # null: one per core, or one with a GPU
     seed: int = 0
     only: str | None = None  # one stage alone; null: all, in this order
@@ -104,15 +105,16 @@ def build(config: BuildConfig) -> None:
     folder, out = Path(config.folder), Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = STAGES if config.only is None else (config.only,)
+    pool = min(COUNT, config.scenes)
     seconds = {stage: 60 * config.minutes * share for stage, share in SHARES.items()}
     if "autoencoder" in wanted:
         run_workers(train_autoencoder, folder, seconds["autoencoder"], config.seed, processes=config.processes)
     if "decoder" in wanted:
         run_workers(train_decoder, folder, seconds["decoder"], config.seed, processes=config.processes)
     if "scorer" in wanted:
-        run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, processes=config.processes)
+        run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, pool, processes=config.processes)
     if "reader" in wanted:
-        run_workers(train_reader, folder, seconds["reader"], config.seed + 2, processes=config.processes)
+        run_workers(train_reader, folder, seconds["reader"], config.seed + 2, pool, processes=config.processes)
     if "diffusion" in wanted:
         workers = (folder, seconds["diffusion"], config.scenes, config.seed)
         run_workers(train_diffusion, *workers, processes=config.processes)

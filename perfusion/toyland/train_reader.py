@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, label_tensors
-from perfusion.toyland.reconstructions import Pool, judged_scene
+from perfusion.toyland.reconstructions import COUNT, Pool, judged_scene
 from perfusion.toyland.train_autoencoder import draw_scenes
 
 RATE = 0.02
@@ -39,11 +39,11 @@ def reading_loss(model: Reader, pixels: Tensor, right: dict[str, Tensor]) -> Ten
     return torch.stack(terms).mean()
 
 
-def train_reader(folder: Path, seconds: float, seed: int = 2) -> None:
+def train_reader(folder: Path, seconds: float, seed: int = 2, pool_size: int = COUNT) -> None:
     """Worker: train for `seconds` with `folder/autoencoder`, leave `folder/reader` (rank 0 writes)."""
     torch.manual_seed(seed)
     model = Reader().to(device())
-    pool = Pool.of(folder)
+    pool = Pool.of(folder, pool_size)
     pool_labels = label_tensors(pool.scenes)
 
     size = batch_size()

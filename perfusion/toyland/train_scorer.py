@@ -23,7 +23,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.captions import caption, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
-from perfusion.toyland.reconstructions import Pool
+from perfusion.toyland.reconstructions import COUNT, Pool
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.train_autoencoder import draw_batch, draw_scenes
 from perfusion.toyland.world import (
@@ -125,14 +125,17 @@ def settle_statistics(model: open_clip.CLIP, last_scene: int, batches: int = 40)
     model.eval()
 
 
-def train_scorer(folder: Path, seconds: float, seed: int = 1) -> None:
-    """Worker: train for `seconds`, leave `folder/scorer` in open_clip's local-dir format, float16 (rank 0 writes)."""
+def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = COUNT) -> None:
+    """Worker: train for `seconds`, leave `folder/scorer` in open_clip's local-dir format, float16 (rank 0 writes).
+
+    Half of the pictures are among `pool_size` reconstructions.
+    """
     torch.manual_seed(seed)
     config = scorer_config()
     shape = config["model_cfg"]
     model = open_clip.CLIP(shape["embed_dim"], shape["vision_cfg"], shape["text_cfg"]).to(device())
     tokenizer = build_tokenizer(vocabulary(), TEXT_POSITIONS)
-    pool = Pool.of(folder)
+    pool = Pool.of(folder, pool_size)
     size = batch_size()
     half = size // 2
     run = BudgetedTraining("scorer", {"clip": model}, folder, seconds, RATE, size, ema=0.99)
