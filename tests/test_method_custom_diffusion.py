@@ -19,7 +19,7 @@ from perfusion.generate import main as generate
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.custom_diffusion import CustomDiffusion, token_vectors
 from perfusion.methods.merging import merged_projection
-from tests.concepts import tiny_backbone
+from tests.concepts import random_concept, tiny_backbone
 from tests.pipelines import tiny_pipeline_folder, tiny_sdxl
 
 BEAR, HAT = Word("<bear*>", "teddy bear"), Word("<hat*>", "hat")
@@ -36,26 +36,14 @@ def custom_diffusion(word: Word = BEAR, **options: Any) -> CustomDiffusion:
     return method
 
 
-def concept(backbone: Backbone, word: Word, seed: int) -> Concept:
-    """Not what training would give, but far from the base model."""
-    method = custom_diffusion(word)
-    method.attach(backbone)
-    draw = torch.Generator().manual_seed(seed)
-    state = {name: value + torch.randn(value.shape, generator=draw) * 0.1 for name, value in method.state().items()}
-    method.load_state(state)
-    made = Concept.of(method, backbone, seed)
-    method.detach()
-    return made
-
-
 @pytest.fixture(scope="module")
 def bear(backbone: Backbone) -> Concept:
-    return concept(backbone, BEAR, 1)
+    return random_concept(backbone, BEAR, 1, name="custom_diffusion")
 
 
 @pytest.fixture(scope="module")
 def hat(backbone: Backbone) -> Concept:
-    return concept(backbone, HAT, 2)
+    return random_concept(backbone, HAT, 2, name="custom_diffusion")
 
 
 def weights(backbone: Backbone) -> list[Tensor]:

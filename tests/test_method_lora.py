@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,9 +24,10 @@ from perfusion.methods.base import Word, build
 from perfusion.methods.lora import LoRA
 from tests.concepts import random_concept, tiny_backbone, toyland_backbone, untrained_concept
 from tests.pipelines import tiny_sdxl
+from tests.stock import PROMPT, draw, stock
 
 WORD = Word("<bear*>", "teddy bear")
-PROMPT, WRITTEN = "a photo of a <bear*> on the beach", "a photo of a sks teddy bear on the beach"
+WRITTEN = "a photo of a sks teddy bear on the beach"  # what PROMPT reads as
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +57,6 @@ def lora(word: Word = WORD, **options: Any) -> LoRA:
     method = build({"name": "lora", **options}, word)
     assert isinstance(method, LoRA)
     return method
-
-
-def draw(pipe: Any, prompt: str = PROMPT, **settings: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return pipe(prompt, generator=generator, num_inference_steps=2, output_type="latent", **settings).images
-
-
-def stock(folder: Path) -> Any:
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_a_layer_adds_its_product_of_two_factors(backbone: Backbone) -> None:

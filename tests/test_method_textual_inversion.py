@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from torch import Tensor
 
 from perfusion.backbones.base import Backbone
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
@@ -21,9 +19,9 @@ from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.textual_inversion import TextualInversion
 from tests.concepts import random_concept, tiny_backbone, toyland_backbone, untrained_concept
 from tests.pipelines import tiny_sdxl
+from tests.stock import PROMPT, draw, stock
 
 WORD = Word("<bear*>", "teddy bear")
-PROMPT = "a photo of a <bear*> on the beach"
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +33,6 @@ def textual_inversion(**options: Any) -> TextualInversion:
     method = build({"name": "textual_inversion", **options}, WORD)
     assert isinstance(method, TextualInversion)
     return method
-
-
-def draw(pipe: Any, prompt: str = PROMPT, **settings: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return pipe(prompt, generator=generator, num_inference_steps=2, output_type="latent", **settings).images
-
-
-def stock(folder: Path) -> Any:
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("vectors", [1, 3])

@@ -99,7 +99,7 @@ def denoising_loss(
     In terms of the image's error the weight is its SNR, at most 20 (Hang et al. 2023 take 5) and at least 1. A model of
     the noise has the SNR itself for a weight, next to nothing at the steps where it is decided what is drawn: pictures
     of such a model, trained as long, were patchworks of parts that did not agree. But the schedule is that of 64x64
-    latents: on 8x8 ones it has drowned eyes and stripes after a tenth of its steps, so uniform steps hardly train them.
+    latents: after a tenth of its steps the SNR is below 9, and what is small in 8x8 latents drowns there.
     """
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     shares = torch.rand(len(latents), generator=generator) ** LOW_NOISE

@@ -142,7 +142,7 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
         first = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * half
-        chosen = rng.choice(len(pool.scenes), size - half, replace=False).tolist()
+        chosen = rng.choice(len(pool.scenes), size - half, replace=len(pool.scenes) < size - half).tolist()
         scenes = [sample_scene(first + i) for i in range(half)]
         pixels = torch.cat([draw_scenes(scenes)[0], pool.take(chosen)])
         texts = captions([*scenes, *(pool.scenes[i] for i in chosen)], [seed, step, rank()])
