@@ -1,0 +1,140 @@
+"""What the experiments train and how they draw it; equal settings are trained and drawn once for all of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from experiments.protocol import Toy
+from perfusion.config import CONF, RunConfig, ToylandConcept, TrainConfig
+from perfusion.training.composition import checked_config, explained, prepared
+
+EXPERIMENT = "trained"  # names the folder of the runs
+SAMPLE_STEPS = 4  # of samples.png, at which nobody looks here
+_NEVER = 10**6  # a training takes less than a minute: one that was stopped starts anew
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A method and its settings, to be trained on any toy.
+
+    Attributes:
+        label: what manifests, tables and figures call it.
+        preset: a file of conf/method.
+        changes: words of `python -m perfusion.train`.
+        shares: of its steps, after which the concept is kept beside the one at the end.
+    """
+
+    label: str
+    preset: str
+    changes: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    def changed(self, label: str, *words: str) -> Training:
+        """The same with one more thing said of it."""
+        return replace(self, label=label, changes=(*self.changes, *words))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a front: a training, and the dials of the method while it draws; None: as it was trained for.
+
+    Attributes:
+        training: None: the base model, with the superclass's word.
+        share: of the training's steps that have been taken.
+    """
+
+    training: Training | None
+    beta: float | None = None
+    tau: float | None = None
+    key_lock: str | None = None
+    scale: float | None = None
+    share: float = 1.0
+
+    @property
+    def dials(self) -> dict[str, Any]:
+        given = {"beta": self.beta, "tau": self.tau, "key_lock": self.key_lock, "scale": self.scale}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def label(self) -> str:
+        return BASE if self.training is None else self.training.label
+
+    @property
+    def name(self) -> str:
+        """For people, and unique among the settings of a training."""
+        parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials.items()]
+        parts += [f"share-{self.share:.2f}"] if self.share != 1 else []
+        return "-".join(parts) or "as-trained"
+
+
+PERFUSION = Training("perfusion", "perfusion_toyland")
+TRAINED_KEYS = PERFUSION.changed("perfusion, trained keys", "method.key_lock=none")
+TEXTUAL_INVERSION = Training("textual_inversion", "textual_inversion_toyland", shares=(1 / 3,))
+DREAMBOOTH = Training("dreambooth", "dreambooth_toyland", shares=(1 / 3,))
+CUSTOM_DIFFUSION = Training("custom_diffusion", "custom_diffusion_toyland", shares=(1 / 3,))
+LORA = Training("lora", "lora_toyland")
+
+BETAS = (0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # Perfusion's front
+FEW_BETAS = (0.4, 0.6, 0.8)  # of them, where two variants are compared
+SCALES = (0.5, 0.75, 1.0)  # LoRA's front
+BASE_MODEL = Setting(None)
+
+
+def by_beta(training: Training, betas: tuple[float, ...] = BETAS, **dials: Any) -> tuple[Setting, ...]:
+    """A front of one training."""
+    return tuple(Setting(training, beta=beta, **dials) for beta in betas)
+
+
+def by_steps(training: Training) -> tuple[Setting, ...]:
+    """The dial of a method that has none in pictures: how long it was trained."""
+    return tuple(Setting(training, share=share) for share in (*training.shares, 1.0))
+
+
+def by_scale(training: Training, scales: tuple[float, ...] = SCALES) -> tuple[Setting, ...]:
+    """A LoRA at several strengths."""
+    return tuple(Setting(training, scale=scale) for scale in scales)
+
+
+def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainConfig:
+    """The config of a run, which `python -m perfusion.train from=<its folder>` trains as well.
+
+    Raises:
+        ConfigError: a preset, key or value that cannot be.
+    """
+    config = copy.deepcopy(_composed((f"method={training.preset}", "callbacks=none", *training.changes)))
+    callbacks: Mapping[str, Any] = {**config.callbacks}
+    callbacks["checkpoint"]["every"] = _NEVER
+    if training.shares:
+        kept = {"_target_": "experiments.snapshots.KeepSteps", "shares": [*training.shares], "seed": seed}
+        callbacks = {**callbacks, "snapshots": kept}
+    drawn = ToylandConcept(toy.instance, config.concept.toyland.count)
+    return replace(
+        config,
+        experiment=EXPERIMENT,
+        seed=seed,
+        backbone=replace(config.backbone, steps=SAMPLE_STEPS),
+        concept=replace(
+            config.concept, name=toy.name, superclass=toy.superclass, placeholder=toy.placeholder, toyland=drawn
+        ),
+        trainer={**config.trainer, "enable_progress_bar": False},
+        callbacks=dict(callbacks),
+        run=RunConfig(root=str(root)),
+    )
+
+
+@functools.cache
+def _composed(words: tuple[str, ...]) -> TrainConfig:
+    try:
+        with initialize_config_dir(str(CONF), job_name="perfusion.train", version_base="1.3"):
+            return checked_config(compose("train", [prepared(word) for word in words]))
+    except HydraException as error:
+        raise explained(error) from error
