@@ -1,0 +1,185 @@
+"""Trains, draws and measures what is missing of some settings, with a pool of workers.
+
+Below the root lie `trained/`, ordinary run folders; `pictures/`, a folder with a manifest for each setting and toy;
+`measured/`, what was measured of them. The root's last part is a hash of Toyland's weights: with others nothing of it
+would be true.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.scores import Point
+from experiments.drawing import Job, Look, draw, train
+from experiments.pool import Outcome, Task
+from experiments.protocol import Protocol, Toy
+from experiments.settings import Setting, Training, config_of
+from experiments.snapshot_files import snapshot_file, step_of
+from perfusion import toyland
+from perfusion.config import ConfigError, TrainConfig
+from perfusion.manifest import FILE_NAME
+from perfusion.training.run_folder import RunFolder
+
+WEIGHTS = Path(toyland.__file__).with_name("weights")
+_PICTURES = 192  # of one task, at most: small enough that all cores end at about the same time
+
+Together = tuple[Toy, ...]  # toys in one picture
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Pictures of one setting."""
+
+    setting: Setting
+    toys: Together
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting.label} {self.setting.name}, {' and '.join(toy.name for toy in self.toys)}"
+
+
+class Runner:
+    """Knows what is there and what is missing."""
+
+    def __init__(self, root: Path, protocol: Protocol) -> None:
+        self.root, self.protocol = root / weights_digest(), protocol
+        self.points: dict[Wanted, Point] = {}
+        self.document: Mapping[str, Any] = {}
+
+    def config(self, training: Training, toy: Toy) -> TrainConfig:
+        """Raises ConfigError for a setting that cannot be."""
+        return _config(training, toy, self.root)
+
+    def run_folder(self, training: Training, toy: Toy) -> RunFolder:
+        return RunFolder.of(self.config(training, toy))
+
+    def tasks(self, wanted: Iterable[Wanted]) -> list[Task]:
+        """What has to be done for these settings, the trainings of finished runs left out."""
+        tasks: dict[str, Task] = {}
+        groups: dict[Any, list[Wanted]] = {}
+        for one in dict.fromkeys(wanted):
+            groups.setdefault((one.setting.training, one.setting.share, one.toys), []).append(one)
+        for (training, _, toys), members in groups.items():
+            needs = []
+            for toy in toys if training is not None else ():
+                task = self._training(training, toy)
+                if not self.run_folder(training, toy).finished:
+                    tasks.setdefault(task.name, task)
+                    needs.append(task.name)
+            each = len(self.protocol.templates(*toys)) * len(self.protocol.seeds)
+            at_once = max(1, _PICTURES // each)
+            for start in range(0, len(members), at_once):
+                task = self._drawing(members[start : start + at_once], tuple(needs))
+                tasks[task.name] = task
+        return list(tasks.values())
+
+    def keep(self, outcome: Outcome) -> list[Wanted]:
+        """Take in what a task has found; gives the settings that it is about."""
+        if outcome.task.kind != "draw":
+            return []
+        wanted: tuple[Wanted, ...] = outcome.task.about
+        if outcome.error is None:
+            self.points |= zip(wanted, outcome.value.points, strict=True)
+            shown = {**self.document.get("references", {}), **outcome.value.document["references"]}
+            self.document = {**outcome.value.document, "references": shown}
+        return list(wanted)
+
+    def _training(self, training: Training, toy: Toy) -> Task:
+        config = self.config(training, toy)
+        size = config.method["steps"] * config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
+        return Task(f"train {training.label}, {toy.name}", train, (config,), "train", size)
+
+    def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
+        setting, toys, protocol = members[0].setting, members[0].toys, self.protocol
+        looks = tuple(Look(self.folder(one), one.setting.dials, self._said(one)) for one in members)
+        templates = protocol.templates(*toys)
+        missing = sum(len(templates) * len(protocol.seeds) for look in looks if not (look.folder / FILE_NAME).exists())
+        job = Job(
+            backbone=self.config(setting.training or _ANY, toys[0]).backbone,
+            method=setting.label,
+            toys=toys,
+            concepts=tuple(self._file(setting, toy) for toy in toys if setting.training is not None),
+            looks=looks,
+            templates=templates,
+            seeds=protocol.seeds,
+            steps=protocol.steps,
+            guidance=protocol.guidance,
+            measured=self.root / "measured",
+        )
+        names = ", ".join(one.setting.name for one in members)
+        name = f"draw {setting.label} {names}, {' and '.join(toy.name for toy in toys)}"
+        return Task(name, draw, (job,), "draw", max(missing, 1), needs, about=tuple(members))
+
+    def folder(self, wanted: Wanted) -> Path:
+        """Where the pictures of a setting are."""
+        training = wanted.setting.training
+        if training is None:
+            name = "base-" + "+".join(toy.name for toy in wanted.toys)
+        else:
+            name = "+".join(self.run_folder(training, toy).path.name for toy in wanted.toys)
+        drawn = f"{self.protocol.steps}-steps-guidance-{self.protocol.guidance:g}"
+        return self.root / "pictures" / name / f"{wanted.setting.name}-{drawn}"
+
+    def _file(self, setting: Setting, toy: Toy) -> Path:
+        assert setting.training is not None
+        folder = self.run_folder(setting.training, toy)
+        return folder.concept if setting.share == 1 else snapshot_file(folder.path, self._step(setting, toy))
+
+    def _step(self, setting: Setting, toy: Toy) -> int:
+        assert setting.training is not None
+        return step_of(setting.share, self.config(setting.training, toy).method["steps"])
+
+    def _said(self, wanted: Wanted) -> str | None:
+        """How long it was trained, of methods whose dial that is."""
+        training = wanted.setting.training
+        if training is None or not training.shares:
+            return None
+        return f"trained {self._step(wanted.setting, wanted.toys[0])} steps"
+
+
+_ANY = Training("base", "perfusion_toyland")  # whose backbone is the base model
+
+
+@functools.cache
+def _config(training: Training, toy: Toy, root: Path) -> TrainConfig:
+    return config_of(training, toy, root)
+
+
+@functools.cache
+def weights_digest() -> str:
+    """12 hexadecimal digits over all of Toyland's weights.
+
+    Raises:
+        ConfigError: they are not there.
+    """
+    files = sorted(WEIGHTS.rglob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{WEIGHTS}: found no weights; run `make toyland`")
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            total.update(file.relative_to(WEIGHTS).as_posix().encode() + hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()[:12]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process.
+
+    Raises:
+        ConfigError: another one works there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process works there; wait for it, or choose another out=") from None
+        yield
