@@ -100,7 +100,7 @@ def main(argv: Sequence[str], execute: Callable[[Sequence[str]], list[sweep.Resu
     if settings.direction not in ("maximize", "minimize"):
         raise ConfigError(f"search.direction={settings.direction}: expected maximize or minimize")
     space = read_space(settings.space)
-    with multirun([*words, *_words({key: _first(dimension) for key, dimension in space.items()})]):
+    with multirun([*words, *settings_of({key: _first(dimension) for key, dimension in space.items()})]):
         pass  # composes: a key that is none is found here
     folder = Path(settings.root).expanduser() / settings.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def open_study(folder: Path, settings: SearchConfig, space: Mapping[str, Dimensi
     Raises:
         ConfigError: Optuna is missing; or the folder holds a search for something else.
     """
-    optuna = _optuna()
+    optuna = optuna_module()
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'study.db'}",
         study_name="search",
@@ -170,7 +170,7 @@ def _search(
     execute: Callable[[Sequence[str]], list[sweep.Result]],
 ) -> None:
     """Run trials until there are as many as asked for."""
-    optuna = _optuna()
+    optuna = optuna_module()
     begun, before = time.monotonic(), len(_counted(study))
     while len(_counted(study)) < settings.trials:
         number = len(_counted(study)) + 1
@@ -179,8 +179,8 @@ def _search(
         study.sampler = optuna.samplers.TPESampler(seed=seed)
         trial = study.ask()
         point = {key: dimension.suggest(trial, key) for key, dimension in space.items()}
-        print(f"trial {number} of {settings.trials}: {' '.join(_words(point))}", flush=True)
-        results = execute([*words, *_words(point)])
+        print(f"trial {number} of {settings.trials}: {' '.join(settings_of(point))}", flush=True)
+        results = execute([*words, *settings_of(point)])
         trial.set_user_attr(_FOLDER, results[0].job.folder)
         errors = [f"{result.job.folder}: {result.error}" for result in results if result.state == "failed"]
         values = [] if errors else [_value(result, settings.objective) for result in results]
@@ -200,7 +200,9 @@ def _report(study: Any, settings: SearchConfig, folder: Path) -> int:
     """Print all trials and write the config of the best one."""
     for trial in _counted(study):
         value = f"{trial.value:.4f}" if trial.value is not None else "failed"
-        print(f"{trial.number:>5}  {value:>8}  {' '.join(_words(trial.params))}  {trial.user_attrs.get(_ERROR, '')}")
+        print(
+            f"{trial.number:>5}  {value:>8}  {' '.join(settings_of(trial.params))}  {trial.user_attrs.get(_ERROR, '')}"
+        )
     if not _succeeded(study):
         print(f"none of {len(_counted(study))} trials succeeded", file=sys.stderr)
         return 1
@@ -220,7 +222,7 @@ def _report(study: Any, settings: SearchConfig, folder: Path) -> int:
 
 def _counted(study: Any) -> list[Any]:
     """Trials that are over: with a score, or with an error, but not those that were stopped."""
-    state = _optuna().trial.TrialState
+    state = optuna_module().trial.TrialState
     over = study.get_trials(deepcopy=False, states=(state.COMPLETE, state.FAIL))
     return [trial for trial in over if trial.state == state.COMPLETE or _ERROR in trial.user_attrs]
 
@@ -244,7 +246,8 @@ def _value(result: sweep.Result, objective: str) -> float:
     return float(found)
 
 
-def _words(point: Mapping[str, Any]) -> list[str]:
+def settings_of(point: Mapping[str, Any]) -> list[str]:
+    """Values of keys as words of a command line."""
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in point.items()]
 
 
@@ -264,7 +267,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _optuna() -> ModuleType:
+def optuna_module() -> ModuleType:
+    """Optuna, quiet. Raises ConfigError if it is not installed."""
     try:
         import optuna
     except ImportError as error:

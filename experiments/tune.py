@@ -1,0 +1,226 @@
+"""`python -m experiments.tune`: settings of every method on Toyland, found with the same budget of trials for each.
+
+A trial trains the tuning toys with some settings and draws the tuning prompts at several values of the method's dial.
+What counts is the harmonic mean of identity and prompt accuracy, both means over the toys, at the best of these values.
+Tables use other toys, prompts and seeds. All methods take turns, so that a run that is stopped was fair as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from eval.aggregate import concept_scores
+from experiments.pool import Pool
+from experiments.progress import Progress
+from experiments.protocol import TUNING
+from experiments.runner import Runner, Wanted, alone
+from experiments.search import Dimension, optuna_module, read_space, settings_of
+from experiments.settings import (
+    CUSTOM_DIFFUSION,
+    DREAMBOOTH,
+    LORA,
+    PERFUSION,
+    TEXTUAL_INVERSION,
+    Setting,
+    Training,
+    by_beta,
+    by_scale,
+    by_steps,
+)
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import CONF, ConfigError
+from perfusion.files import atomic_write_text
+
+USAGE = """
+Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna: pip install
+perfusion[search]. About 40 seconds for a trial on two cores: an hour for 12 trials of the 5 methods.
+
+  python -m experiments.tune                                    all methods
+  python -m experiments.tune methods=[perfusion,lora] trials=20
+
+The first trial of a method is its preset, conf/method/<method>_toyland.yaml, as it stands; what else is tried says
+experiments/spaces/<method>_toyland.yaml. The same command goes on where it stopped; more trials= go on with a search
+that was over. The best settings are printed as they go into the preset, and written to <out>/best.yaml.
+"""
+_ERROR = "error"  # attribute of a trial
+_STARTUP = 4  # trials before the sampler learns from them
+
+METHODS = {
+    training.label: training
+    for training in (
+        PERFUSION,
+        dataclasses.replace(TEXTUAL_INVERSION, shares=(1 / 3, 2 / 3)),
+        dataclasses.replace(DREAMBOOTH, shares=(1 / 3, 2 / 3)),
+        dataclasses.replace(CUSTOM_DIFFUSION, shares=(1 / 3, 2 / 3)),
+        LORA,
+    )
+}
+
+
+@dataclass
+class TuneConfig:
+    """Command line."""
+
+    methods: list[str] = field(default_factory=lambda: [*METHODS])  # which
+    trials: int = 12  # of each method, those of former runs included
+    out: str = "runs/tune"  # folder
+    workers: int = 2  # processes, one thread each
+    toys: int = len(TUNING.toys)  # of the tuning toys
+    prompts: int = len(TUNING.prompts)  # of the tuning prompts
+    seeds: int = len(TUNING.seeds)  # pictures of each prompt
+    steps: int = TUNING.steps  # of the sampler
+    changes: list[str] = field(default_factory=list)  # words of perfusion.train, for every training
+    seed: int = 0  # of the search
+
+
+@dataclass
+class Search:
+    """The trials of one method."""
+
+    training: Training
+    space: Mapping[str, Dimension]
+    study: Any
+
+    @property
+    def over(self) -> list[Any]:
+        """Trials with a score or an error, but not those that were stopped."""
+        return [t for t in self.study.get_trials(deepcopy=False) if t.value is not None or _ERROR in t.user_attrs]
+
+    def ask(self, seed: int) -> tuple[Any, Training]:
+        """The next trial and what it trains."""
+        optuna = optuna_module()
+        number = len(self.over)
+        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        self.study.sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=_STARTUP)
+        trial = self.study.ask()
+        point = {key: dimension.suggest(trial, key) for key, dimension in self.space.items()}
+        words = settings_of(point)
+        return trial, dataclasses.replace(self.training, changes=(*words, *self.training.changes))
+
+
+def dial(training: Training) -> tuple[Setting, ...]:
+    """What a trial of this method is looked at with: four strengths, or three lengths of the training."""
+    if training.preset == PERFUSION.preset:
+        return by_beta(training, (0.3, 0.5, 0.7, 0.9))
+    if training.preset == LORA.preset:
+        return by_scale(training, (0.4, 0.7, 1.0, 1.3))
+    return by_steps(training)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line entry point; the exit status, 1 if a trial failed."""
+    config = parse_key_values(argv, TuneConfig, USAGE)
+    protocol = dataclasses.replace(
+        TUNING,
+        toys=TUNING.toys[: config.toys],
+        prompts=TUNING.prompts[: config.prompts],
+        seeds=TUNING.seeds[: config.seeds],
+        steps=config.steps,
+    )
+    if unknown := [name for name in config.methods if name not in METHODS]:
+        raise ConfigError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
+    if min(len(protocol.toys), len(protocol.prompts), len(protocol.seeds), config.workers, config.trials) < 1:
+        raise ConfigError("toys, prompts, seeds, workers, trials: expected at least 1 of each")
+    out = Path(config.out).expanduser()
+    with alone(out):
+        runner = Runner(out, protocol)
+        searches = [_opened(name, runner.root, config.changes) for name in config.methods]
+        with Pool(config.workers, out / "log") as pool:
+            rounds = [_round(number, searches, runner, pool, config) for number in range(config.trials)]
+        text = "\n".join(map(_best, searches))
+        atomic_write_text(out / "best.yaml", text)
+    print(text + f"written to {out / 'best.yaml'}")
+    failures = [line for failed in rounds for line in failed]
+    for line in failures:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _opened(name: str, root: Path, changes: Sequence[str]) -> Search:
+    """The search of a method, new or with the trials of former processes; its preset comes first, then what was
+    stopped."""
+    optuna = optuna_module()
+    training = dataclasses.replace(METHODS[name], changes=tuple(changes))
+    space = read_space(training.preset)
+    folder = root / "studies"
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / name}.db", study_name=name, direction="maximize", load_if_exists=True
+    )
+    if not study.get_trials(deepcopy=False):
+        preset = OmegaConf.load(CONF / "method" / f"{training.preset}.yaml")
+        study.enqueue_trial({key: OmegaConf.select(preset, key.removeprefix("method.")) for key in space})
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    return Search(training, space, study)
+
+
+def _round(number: int, searches: Sequence[Search], runner: Runner, pool: Pool, config: TuneConfig) -> list[str]:
+    """One trial of every method that has had no more than `number`; what failed."""
+    state = optuna_module().trial.TrialState
+    asked = [(search, *search.ask(config.seed)) for search in searches if len(search.over) <= number]
+    if not asked:
+        return []
+    toys = runner.protocol.toys
+    wanted = {id(trial): [Wanted(s, (toy,)) for s in dial(training) for toy in toys] for _, trial, training in asked}
+    tasks = runner.tasks(one for some in wanted.values() for one in some)
+    progress = Progress(tasks, config.workers)
+    print(f"trial {number + 1} of {config.trials}", flush=True)
+
+    def done(outcome: Any) -> None:
+        runner.keep(outcome)
+        progress.done(outcome)
+
+    pool.run(tasks, done)
+    for search, trial, training in asked:
+        mine = wanted[id(trial)]
+        name = f"{search.training.label}: {' '.join(training.changes)}"
+        if all(one in runner.points for one in mine):
+            value, said = objective(runner, dial(training))
+            search.study.tell(trial, value)
+            print(f"  {value:.4f}  {name}  ({said})", flush=True)
+        else:
+            trial.set_user_attr(_ERROR, "; ".join(progress.failures))
+            search.study.tell(trial, state=state.FAIL)
+            print(f"  failed  {name}", flush=True)
+    return progress.failures
+
+
+def objective(runner: Runner, settings: Sequence[Setting]) -> tuple[float, str]:
+    """The best harmonic mean of identity and prompt accuracy over some settings, and where it was found."""
+    found = []
+    for setting in settings:
+        scores = [concept_scores(runner.points[Wanted(setting, (toy,))]) for toy in runner.protocol.toys]
+        identity, prompt = (float(np.mean([s[name] for s in scores])) for name in ("identity", "prompt"))
+        harmonic = 2 * identity * prompt / (identity + prompt) if identity + prompt else 0.0
+        found.append((harmonic, f"identity {identity:.3f}, prompt {prompt:.3f} at {setting.name}"))
+    return max(found)
+
+
+def _best(search: Search) -> str:
+    """The best trial of a method as keys of its preset."""
+    scored = [trial for trial in search.over if trial.value is not None]
+    head = f"# conf/method/{search.training.preset}.yaml: "
+    if not scored:
+        return f"{head}no trial of {len(search.over)} succeeded\n"
+    best = max(scored, key=lambda trial: trial.value)
+    first = f"the preset as it stood has {scored[0].value:.4f}"
+    head += f"{best.value:.4f}, the best of {len(search.over)} trials; {first}\n"
+    return head + "".join(f"{key.removeprefix('method.')}: {_spelled(v)}\n" for key, v in best.params.items())
+
+
+def _spelled(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
