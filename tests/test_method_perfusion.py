@@ -176,6 +176,21 @@ def test_unlocked_keys_start_where_locked_keys_are_and_can_go_elsewhere(backbone
     assert moved != unlocked
 
 
+def test_the_error_is_weighed_by_masks_unless_told_otherwise(backbone: Backbone) -> None:
+    losses = []
+    for options in ({}, {"masked_loss": False}):
+        made = method(**options)
+        made.attach(backbone)
+        content = batch(backbone)
+        masks = torch.zeros(2, 1, *backbone.latent_shape()[1:])
+        masks[:, :, 0] = 1
+        losses.append([made.loss(backbone, dataclasses.replace(content, masks=m))["denoising"] for m in (None, masks)])
+        made.detach()
+    (plain, masked), (without, ignored) = losses
+    assert not torch.isclose(plain, masked)
+    assert torch.equal(without, ignored) and torch.isclose(plain, without)
+
+
 def test_some_steps_on_one_batch_lower_its_loss(backbone: Backbone, attached: Perfusion) -> None:
     optimizer = torch.optim.AdamW(attached.parameter_groups())
     losses = []
