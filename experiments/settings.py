@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from experiments.protocol import Toy
 from perfusion.config import CONF, RunConfig, ToylandConcept, TrainConfig
@@ -102,6 +103,11 @@ def by_steps(training: Training) -> tuple[Setting, ...]:
 def by_scale(training: Training, scales: tuple[float, ...] = SCALES) -> tuple[Setting, ...]:
     """A LoRA at several strengths."""
     return tuple(Setting(training, scale=scale) for scale in scales)
+
+
+def preset_value(training: Training, key: str) -> Any:
+    """What a training's preset says of one of the method's options."""
+    return OmegaConf.load(CONF / "method" / f"{training.preset}.yaml")[key]
 
 
 def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainConfig:

@@ -1,0 +1,1 @@
+"""The claims of the paper, one experiment each; `experiments.experiment` finds them."""

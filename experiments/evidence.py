@@ -1,0 +1,91 @@
+"""What was measured, as experiments ask for it: a setting's scores, a front, and numbers made of fronts with intervals.
+
+All intervals come from one bootstrap over toys and seeds (`eval.aggregate`), which draws the same toys and seeds for
+every setting: differences are paired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.aggregate import Bootstrap, Interval, Summary, summary
+from eval.scores import Point
+from experiments.runner import Runner, Together, Wanted
+from experiments.settings import Setting, Training
+from perfusion.training.run_folder import RunFolder
+
+X, Y = "prompt", "identity"
+
+
+@dataclass(frozen=True)
+class Line:
+    """Some settings in two scores: means (k, 2), and the same in B resamples, (B, k, 2)."""
+
+    means: np.ndarray
+    draws: np.ndarray
+
+
+@dataclass
+class Evidence:
+    """The scores of an experiment's settings.
+
+    Attributes:
+        groups: what each picture shows: single toys, or pairs.
+    """
+
+    runner: Runner
+    groups: Sequence[Together]
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    _known: dict[Setting, Summary] = field(default_factory=dict)
+
+    def points(self, setting: Setting) -> list[Point]:
+        return [self.runner.points[Wanted(setting, toys)] for toys in self.groups]
+
+    def summary(self, setting: Setting, label: str | None = None) -> Summary:
+        """A setting's scores over all toys, under the name that it has in this experiment."""
+        if setting not in self._known:
+            self._known[setting] = summary(self.points(setting), self.bootstrap)
+        found = self._known[setting]
+        return found if label is None else replace(found, method=label)
+
+    def line(self, settings: Sequence[Setting], x: str = X, y: str = Y) -> Line:
+        summaries = [self.summary(setting) for setting in settings]
+        means = np.array([[s.scores[name].mean for name in (x, y)] for s in summaries])
+        draws = np.array([[s.draws[name] for name in (x, y)] for s in summaries])  # (k, 2, B)
+        return Line(means, np.moveaxis(draws, -1, 0))
+
+    def number(self, make: Callable[..., float], *lines: Line) -> Interval:
+        """A number that is made of fronts, with its interval."""
+        mean = make(*(one.means for one in lines))
+        drawn = np.array([make(*rows) for rows in zip(*(one.draws for one in lines), strict=True)])
+        drawn = drawn[np.isfinite(drawn)]
+        if not len(drawn) or len(drawn) < self.bootstrap.resamples / 2:
+            return Interval(mean)
+        low, high = np.quantile(drawn, [(1 - self.bootstrap.level) / 2, (1 + self.bootstrap.level) / 2])
+        return Interval(mean, float(low), float(high))
+
+    def mean_difference(self, a: Sequence[Setting], b: Sequence[Setting], measure: str) -> Interval:
+        """How much higher the settings `a` score than `b`, the mean over pairs of them."""
+        lines = [self.line(settings, measure, measure) for settings in (a, b)]
+        return self.number(lambda p, q: float(np.mean(p[:, 0] - q[:, 0])), *lines)
+
+    def runs(self, training: Training) -> list[RunFolder]:
+        """The folders of a training, one for each toy."""
+        toys = dict.fromkeys(toy for group in self.groups for toy in group)
+        return [self.runner.run_folder(training, toy) for toy in toys]
+
+    def training_seconds(self, training: Training) -> list[float]:
+        """How long each training took, without loading and samples."""
+        found: list[Mapping[str, Any]] = [json.loads(run.metrics.read_text()) for run in self.runs(training)]
+        return [float(metrics["seconds"]["training"]) for metrics in found]
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,100 @@
+"""What an experiment is: a claim, what is drawn for it, and how the numbers judge it.
+
+An experiment is one file in `experiments/claims` with an `EXPERIMENT`; nothing else has to be changed for a new one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from experiments.evidence import Evidence, X, Y
+from experiments.protocol import Protocol
+from experiments.runner import Together, Wanted
+from experiments.settings import Setting, Training
+from experiments.verdict import Check, Verdict, combined
+
+
+@dataclass(frozen=True)
+class Series:
+    """Settings that are one line of a figure."""
+
+    label: str
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers that are no scores."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment has found.
+
+    Attributes:
+        key: the number that a hurried reader wants, in words.
+        tables: to be shown beside the scores.
+    """
+
+    checks: tuple[Check, ...]
+    key: str
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        return combined(self.checks)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One claim of the paper.
+
+    Attributes:
+        place: in the list of experiments.
+        source: where the paper says it.
+        test: what has to be true for the claim to hold, in words.
+        caveats: what the experiment cannot show.
+        judge: gives the numbers; the verdict follows from them.
+        pairs: whether two toys are in each picture.
+        x, y: scores of the figure, to the right and up.
+        trainings: what has to be trained, drawn or not.
+        notes: what people found out about a surprising verdict. Not computed.
+    """
+
+    id: str
+    place: int
+    claim: str
+    source: str
+    test: str
+    series: tuple[Series, ...]
+    judge: Callable[[Evidence], Finding]
+    caveats: str = ""
+    pairs: bool = False
+    x: str = X
+    y: str = Y
+    trainings: tuple[Training, ...] = ()
+    notes: str = ""
+
+    def groups(self, protocol: Protocol) -> tuple[Together, ...]:
+        """What its pictures show."""
+        return protocol.pairs if self.pairs else tuple((toy,) for toy in protocol.toys)
+
+    def wanted(self, protocol: Protocol) -> list[Wanted]:
+        """All that has to be drawn."""
+        return [Wanted(s, toys) for one in self.series for s in one.settings for toys in self.groups(protocol)]
+
+
+def experiments() -> list[Experiment]:
+    """All, in their places."""
+    from experiments import claims
+
+    modules: Sequence[str] = [module.name for module in pkgutil.iter_modules(claims.__path__)]
+    found = [importlib.import_module(f"experiments.claims.{name}").EXPERIMENT for name in modules]
+    return sorted(found, key=lambda experiment: experiment.place)

@@ -1,0 +1,151 @@
+"""From fronts to numbers and from numbers to verdicts, on made-up scores whose truth is known."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.aggregate import Bootstrap, Interval
+from eval.scores import Picture, Point
+from experiments import curves
+from experiments.evidence import Evidence
+from experiments.experiment import Experiment, experiments
+from experiments.protocol import Protocol
+from experiments.runner import Wanted
+from experiments.settings import BASE, Setting
+from experiments.verdict import Check, Verdict, combined
+
+DIAGONAL = np.array([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]])
+
+
+def test_a_front_leaves_out_what_is_dominated() -> None:
+    assert np.array_equal(curves.line(np.array([[0.4, 0.4], *DIAGONAL[::-1], DIAGONAL[0]])), DIAGONAL)
+
+
+def test_area_by_hand() -> None:
+    assert curves.area(np.array([[0.5, 0.4]])) == pytest.approx(0.2)
+    assert curves.area(DIAGONAL) == pytest.approx(0.2 * 0.8 + 0.6 * 0.5)
+
+
+def test_margin_by_hand() -> None:
+    assert curves.margin(DIAGONAL, np.array([0.4, 0.4])) == pytest.approx(0.1)
+    assert curves.margin(DIAGONAL, np.array([0.6, 0.6])) == pytest.approx(-0.1)
+    assert curves.margin(DIAGONAL, np.array([0.9, 0.1])) == pytest.approx(-0.1), "beyond the right end"
+    assert curves.margin(DIAGONAL, np.array([0.0, 0.9])) == pytest.approx(-0.1), "above the left end"
+    assert curves.margin(DIAGONAL, np.array([0.5, 0.5])) == pytest.approx(0, abs=1e-9)
+
+
+def test_height_and_gain_by_hand() -> None:
+    assert curves.height_at(DIAGONAL, 0.35) == pytest.approx(0.65) and curves.height_at(DIAGONAL, 0.1) == 0.8
+    assert np.isnan(curves.height_at(DIAGONAL, 0.81))
+    moved = DIAGONAL + np.array([0.05, 0])
+    assert curves.gain(moved, DIAGONAL, curves.levels(moved, DIAGONAL)) == pytest.approx(0.05)
+    above = DIAGONAL + np.array([0, 1.0])
+    assert curves.levels(above, DIAGONAL) == pytest.approx([1.0]), "the middle of the gap"
+
+
+@pytest.mark.parametrize(
+    ("interval", "above", "verdict"),
+    [
+        (Interval(0.2, 0.1, 0.3), True, Verdict.HOLDS),
+        (Interval(0.2, 0.1, 0.3), False, Verdict.FAILS),
+        (Interval(-0.2, -0.3, -0.1), True, Verdict.FAILS),
+        (Interval(-0.2, -0.3, -0.1), False, Verdict.HOLDS),
+        (Interval(0.2, -0.1, 0.3), True, Verdict.UNDECIDED),
+        (Interval(0.2), True, Verdict.UNDECIDED),
+        (Interval(float("nan"), float("nan"), float("nan")), True, Verdict.UNDECIDED),
+    ],
+)
+def test_an_interval_on_one_side_decides(interval: Interval, above: bool, verdict: Verdict) -> None:
+    assert Check("x", interval, above=above).verdict is verdict
+    shifted = Interval(*(None if v is None else v + 5 for v in (interval.mean, interval.low, interval.high)))
+    assert Check("x", shifted, threshold=5.0, above=above).verdict is verdict
+
+
+def test_all_deciding_checks_are_needed() -> None:
+    good, bad, open_ = (Check("x", Interval(v, v - 0.1, v + 0.1)) for v in (1.0, -1.0, 0.0))
+    beside = Check("x", bad.value, decides=False)
+    assert combined([good, good, beside]) is Verdict.HOLDS
+    assert combined([good, open_]) is Verdict.UNDECIDED and combined([good, open_, bad]) is Verdict.FAILS
+    assert combined([]) is combined([beside]) is Verdict.UNDECIDED
+
+
+class MadeUp:
+    """Stands for a runner: every setting has the scores that `truth` gives it, and some noise."""
+
+    def __init__(self, experiment: Experiment, truth: Callable[[Setting], tuple[float, float, float]]) -> None:
+        whole = Protocol()
+        self.protocol = replace(whole, prompts=whole.prompts[:4], pair_prompts=whole.pair_prompts[:4])
+        self.points: dict[Wanted, Point] = {}
+        for wanted in experiment.wanted(self.protocol):
+            means = truth(wanted.setting)
+            toys = " + ".join(toy.name for toy in wanted.toys)
+            # The noise of a toy, prompt and seed is the same for all settings but for a little, as in pictures.
+            shared = np.random.default_rng([ord(letter) for letter in toys])
+            own = np.random.default_rng([len(self.points)])
+            pictures, pairs = [], []
+            for k, template in enumerate(self.protocol.templates(*wanted.toys)):
+                for seed in self.protocol.seeds:
+                    noise = 0.1 * shared.standard_normal(2) + 0.02 * own.standard_normal(2)
+                    scores = dict(zip(("prompt", "identity"), means[:2] + noise, strict=True))
+                    pictures.append(Picture(Path(f"{len(pictures)}.png"), template, seed, "t", scores))
+                n = len(self.protocol.seeds)
+                pairs += [(k * n, k * n + j, means[2] + 0.001 * own.standard_normal()) for j in range(1, n)]
+            setting: dict[str, Any] = {**wanted.setting.dials, "setting": wanted.setting.name}
+            self.points[wanted] = Point(wanted.setting.label, toys, setting, tuple(pictures), tuple(pairs))
+
+
+def judged(experiment: Experiment, truth: Callable[[Setting], tuple[float, float, float]]) -> Verdict:
+    runner: Any = MadeUp(experiment, truth)
+    evidence = Evidence(runner, experiment.groups(runner.protocol), Bootstrap(80))
+    return experiment.judge(evidence).verdict
+
+
+def perfusion_front(setting: Setting) -> np.ndarray:
+    """A trade by β, the same in all experiments."""
+    beta = setting.beta if setting.beta is not None else 0.5
+    return np.array([0.4 + 0.5 * beta, 0.9 - 0.5 * beta, 0.1])
+
+
+# For each experiment: whether a setting is on the side that the claim favours.
+SIDES: dict[str, Callable[[Setting], bool]] = {
+    "pareto": lambda s: s.label == "perfusion",
+    "key_lock": lambda s: s.label == "perfusion",
+    "mask": lambda s: s.label == "perfusion",
+    "train_bias": lambda s: s.label == "perfusion",
+    "temperature": lambda s: s.tau is None,
+    "lock_types": lambda s: s.key_lock == "global",
+    "multi_concept": lambda s: s.label == "perfusion",
+    "one_shot": lambda s: s.label == "perfusion",
+}
+KNOWN = {experiment.id: experiment for experiment in experiments()}
+
+
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize(("better", "verdict"), [(0.15, Verdict.HOLDS), (-0.15, Verdict.FAILS)])
+def test_each_claim_holds_or_fails_by_its_numbers(name: str, better: float, verdict: Verdict) -> None:
+    def truth(setting: Setting) -> Any:
+        return perfusion_front(setting) + (better if setting.label != BASE and SIDES[name](setting) else 0)
+
+    assert judged(KNOWN[name], truth) is verdict
+
+
+@pytest.mark.parametrize("name", [name for name in SIDES if name not in ("one_shot", "pareto", "multi_concept")])
+def test_without_a_difference_a_claim_stays_undecided(name: str) -> None:
+    assert judged(KNOWN[name], perfusion_front) is Verdict.UNDECIDED
+
+
+def test_a_slight_loss_is_what_one_shot_claims() -> None:
+    assert judged(KNOWN["one_shot"], perfusion_front) is Verdict.HOLDS
+
+
+def test_the_registry() -> None:
+    found = experiments()
+    assert [one.id for one in found] == [
+        "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types"
+    ]  # fmt: skip
+    assert len({one.place for one in found}) == len(found)
+    assert all(one.claim and one.source and one.test for one in found)
