@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from experiments.settings import Setting, Training, config_of
 from experiments.snapshot_files import snapshot_file, step_of
 from perfusion import toyland
 from perfusion.config import ConfigError, TrainConfig
+from perfusion.files import atomic_write_text
 from perfusion.manifest import FILE_NAME
 from perfusion.training.run_folder import RunFolder
 
 WEIGHTS = Path(toyland.__file__).with_name("weights")
+SECONDS = "seconds.json"  # how long the pictures of each folder took
 _PICTURES = 192  # of one task, at most: small enough that all cores end at about the same time
 
 Together = tuple[Toy, ...]  # toys in one picture
@@ -48,29 +51,37 @@ class Wanted:
 class Runner:
     """Knows what is there and what is missing."""
 
-    def __init__(self, root: Path, protocol: Protocol) -> None:
-        self.root, self.protocol = root / weights_digest(), protocol
+    def __init__(self, root: Path, protocol: Protocol, changes: tuple[str, ...] = ()) -> None:
+        """`changes` are words of `python -m perfusion.train` for every training."""
+        self.root, self.protocol, self.changes = root / weights_digest(), protocol, changes
         self.points: dict[Wanted, Point] = {}
         self.document: Mapping[str, Any] = {}
+        self._seconds = _read_seconds(self.root / SECONDS)
 
     def config(self, training: Training, toy: Toy) -> TrainConfig:
         """Raises ConfigError for a setting that cannot be."""
-        return _config(training, toy, self.root)
+        return _config(replace(training, changes=(*training.changes, *self.changes)), toy, self.root)
 
     def run_folder(self, training: Training, toy: Toy) -> RunFolder:
         return RunFolder.of(self.config(training, toy))
 
-    def tasks(self, wanted: Iterable[Wanted]) -> list[Task]:
-        """What has to be done for these settings, the trainings of finished runs left out."""
+    def tasks(self, wanted: Iterable[Wanted], trainings: Iterable[Training] = ()) -> list[Task]:
+        """What has to be done for these settings, and to train these trainings, those that are finished left out.
+
+        Raises:
+            ConfigError: a setting that cannot be, or two that are the same.
+        """
         tasks: dict[str, Task] = {}
         groups: dict[Any, list[Wanted]] = {}
+        folders: dict[Path, Wanted] = {}
         for one in dict.fromkeys(wanted):
+            if (other := folders.setdefault(self.folder(one), one)) != one:
+                raise ConfigError(f"{one.name} is the same as {other.name}: expected different settings")
             groups.setdefault((one.setting.training, one.setting.share, one.toys), []).append(one)
         for (training, _, toys), members in groups.items():
             needs = []
             for toy in toys if training is not None else ():
-                task = self._training(training, toy)
-                if not self.run_folder(training, toy).finished:
+                if (task := self._training(training, toy)) is not None:
                     tasks.setdefault(task.name, task)
                     needs.append(task.name)
             each = len(self.protocol.templates(*toys)) * len(self.protocol.seeds)
@@ -78,6 +89,10 @@ class Runner:
             for start in range(0, len(members), at_once):
                 task = self._drawing(members[start : start + at_once], tuple(needs))
                 tasks[task.name] = task
+        for training in trainings:
+            for toy in self.protocol.toys:
+                if (task := self._training(training, toy)) is not None:
+                    tasks.setdefault(task.name, task)
         return list(tasks.values())
 
     def keep(self, outcome: Outcome) -> list[Wanted]:
@@ -86,15 +101,39 @@ class Runner:
             return []
         wanted: tuple[Wanted, ...] = outcome.task.about
         if outcome.error is None:
+            if outcome.task.size > 1:
+                self._spend({one: outcome.seconds / len(wanted) for one in wanted})
             self.points |= zip(wanted, outcome.value.points, strict=True)
             shown = {**self.document.get("references", {}), **outcome.value.document["references"]}
             self.document = {**outcome.value.document, "references": shown}
         return list(wanted)
 
-    def _training(self, training: Training, toy: Toy) -> Task:
+    def trained(self, trainings: Iterable[Training]) -> bool:
+        """Whether all toys have been learned by all of them."""
+        return all(self.run_folder(training, toy).finished for training in trainings for toy in self.protocol.toys)
+
+    def seconds(self, wanted: Wanted) -> float:
+        """How long the pictures of a setting took to draw, when they were drawn."""
+        return self._seconds.get(self._place(wanted), 0.0)
+
+    def _spend(self, spent: Mapping[Wanted, float]) -> None:
+        for one, seconds in spent.items():
+            self._seconds[self._place(one)] = round(self.seconds(one) + seconds, 1)
+        atomic_write_text(self.root / SECONDS, json.dumps(self._seconds, indent=1) + "\n")
+
+    def _place(self, wanted: Wanted) -> str:
+        return self.folder(wanted).relative_to(self.root).as_posix()
+
+    def training_name(self, training: Training, toy: Toy) -> str:
+        """Of the task."""
+        return f"train {training.label}, {toy.name}"
+
+    def _training(self, training: Training, toy: Toy) -> Task | None:
         config = self.config(training, toy)
+        if RunFolder.of(config).finished:
+            return None
         size = config.method["steps"] * config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
-        return Task(f"train {training.label}, {toy.name}", train, (config,), "train", size)
+        return Task(self.training_name(training, toy), train, (config,), "train", size)
 
     def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
         setting, toys, protocol = members[0].setting, members[0].toys, self.protocol
@@ -145,6 +184,10 @@ class Runner:
 
 
 _ANY = Training("base", "perfusion_toyland")  # whose backbone is the base model
+
+
+def _read_seconds(file: Path) -> dict[str, float]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 @functools.cache

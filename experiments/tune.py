@@ -103,7 +103,7 @@ class Search:
         trial = self.study.ask()
         point = {key: dimension.suggest(trial, key) for key, dimension in self.space.items()}
         words = settings_of(point)
-        return trial, dataclasses.replace(self.training, changes=(*words, *self.training.changes))
+        return trial, dataclasses.replace(self.training, changes=tuple(words))
 
 
 def dial(training: Training) -> tuple[Setting, ...]:
@@ -131,8 +131,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("toys, prompts, seeds, workers, trials: expected at least 1 of each")
     out = Path(config.out).expanduser()
     with alone(out):
-        runner = Runner(out, protocol)
-        searches = [_opened(name, runner.root, config.changes) for name in config.methods]
+        runner = Runner(out, protocol, tuple(config.changes))
+        searches = [_opened(name, runner.root) for name in config.methods]
         with Pool(config.workers, out / "log") as pool:
             rounds = [_round(number, searches, runner, pool, config) for number in range(config.trials)]
         text = "\n".join(map(_best, searches))
@@ -144,11 +144,11 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def _opened(name: str, root: Path, changes: Sequence[str]) -> Search:
+def _opened(name: str, root: Path) -> Search:
     """The search of a method, new or with the trials of former processes; its preset comes first, then what was
     stopped."""
     optuna = optuna_module()
-    training = dataclasses.replace(METHODS[name], changes=tuple(changes))
+    training = METHODS[name]
     space = read_space(training.preset)
     folder = root / "studies"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,179 @@
+"""`python -m experiments.paper`: every claim of the paper, tried on Toyland. `--help` says how it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from eval.aggregate import RESAMPLES, Bootstrap
+from experiments import results
+from experiments.evidence import Evidence
+from experiments.experiment import Experiment, experiments
+from experiments.page import IMAGES, page
+from experiments.pool import Outcome, Pool
+from experiments.progress import Progress, clock
+from experiments.protocol import Protocol
+from experiments.runner import Runner, Wanted, alone
+from perfusion.cli import parse_key_values, run_cli
+from perfusion.config import ConfigError
+from perfusion.files import atomic_write_text
+
+USAGE = """
+Try every claim of the paper on Toyland: train and draw what is missing, judge, and write
+
+  results/<id>.json      each experiment's numbers with their intervals, and its verdict
+  docs/results.md        all of them on one page, with figures in docs/images/results
+  <runs>/report          a page with the pictures behind every point
+
+  python -m experiments.paper                        everything; at most 90 minutes on two cores
+  python -m experiments.paper only=mask,pareto       some experiments
+  python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small
+
+Budgets on two cores: 60 seconds for a training of Perfusion, 4 minutes for 12 points of one concept's front. The same
+command goes on where it stopped; nothing is trained or drawn twice. What fails is listed at the end, and the rest goes
+on. Other weights of Toyland begin in a folder of their own; after a change to the code of a method, remove <runs>.
+"""
+
+
+@dataclass
+class PaperConfig:
+    """Command line."""
+
+    only: str | None = None  # ids of experiments with commas between them; null: all
+    concepts: int = len(Protocol.toys)  # of the held-out toys
+    prompts: int = len(Protocol.prompts)  # of the prompts
+    seeds: int = len(Protocol.seeds)  # pictures of each prompt
+    steps: int = Protocol.steps  # of the sampler
+    changes: list[str] = field(default_factory=list)  # words of perfusion.train, for every training
+    runs: str = "runs/paper"  # folder of trainings, pictures and the report
+    out: str | None = None  # folder of results/ and docs/; null: this one, of a small trial <runs>/small
+    workers: int = os.cpu_count() or 1  # processes, one thread each
+    resamples: int = RESAMPLES  # of the bootstrap that gives the intervals
+    report: bool = True  # make the page with all pictures, which needs plotly
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line entry point; the exit status, 1 if a task failed."""
+    config = parse_key_values(argv, PaperConfig, USAGE)
+    chosen = _chosen(config.only)
+    protocol = _protocol(config)
+    runs = Path(config.runs).expanduser()
+    whole = protocol == Protocol() and not config.changes
+    out = Path(config.out).expanduser() if config.out is not None else Path() if whole else runs / "small"
+    with alone(runs):
+        runner = Runner(runs, protocol, tuple(config.changes))
+        failures = _run(chosen, runner, config, out)
+        if runner.points and config.report:
+            _report(runner, Bootstrap(config.resamples))
+    for line in failures:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _chosen(only: str | None) -> list[Experiment]:
+    known = {experiment.id: experiment for experiment in experiments()}
+    names = [*known] if only is None else [name.strip() for name in only.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"only: found {unknown[0]!r}, expected some of {', '.join(known)}")
+    return [experiment for name, experiment in known.items() if name in names]
+
+
+def _protocol(config: PaperConfig) -> Protocol:
+    whole = Protocol()
+    for key, limit in (("concepts", len(whole.toys)), ("prompts", len(whole.prompts)), ("seeds", len(whole.seeds))):
+        if not 1 <= getattr(config, key) <= limit:
+            raise ConfigError(f"{key}: found {getattr(config, key)}, expected 1 to {limit}")
+    for key in ("steps", "workers", "resamples"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{key}: found {getattr(config, key)}, expected at least 1")
+    return replace(
+        whole,
+        toys=whole.toys[: config.concepts],
+        prompts=whole.prompts[: config.prompts],
+        pair_prompts=whole.pair_prompts[: config.prompts],
+        seeds=whole.seeds[: config.seeds],
+        steps=config.steps,
+    )
+
+
+def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out: Path) -> list[str]:
+    """Do what is missing, and judge each experiment as soon as all of it is there; gives what failed."""
+    wanted = {one.id: one.wanted(runner.protocol) for one in chosen}
+    tasks = runner.tasks((w for some in wanted.values() for w in some), (t for one in chosen for t in one.trainings))
+    needed = {one.id: {t.name for t in _tasks_of(tasks, one, wanted[one.id], runner)} for one in chosen}
+    progress = Progress(tasks, config.workers)
+    begun = time.monotonic()
+    over: set[str] = set()
+    failures: list[str] = []
+
+    def settle() -> None:
+        for one in [one for one in chosen if one.id in needed and needed[one.id] <= over]:
+            del needed[one.id]
+            failures.extend(_judge(one, wanted[one.id], runner, config, out, progress))
+
+    def done(outcome: Outcome) -> None:
+        runner.keep(outcome)
+        over.add(outcome.task.name)
+        progress.done(outcome)
+        settle()
+
+    print(f"{len(tasks)} tasks for {', '.join(wanted)}; about {clock(progress.seconds_left())} minutes", flush=True)
+    settle()
+    with Pool(config.workers, runner.root / "log") as pool:
+        pool.run(tasks, done)
+    print(f"results: {out / 'results'}, {out / 'docs' / 'results.md'}; {clock(time.monotonic() - begun)} minutes")
+    return progress.failures + failures
+
+
+def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
+    """The tasks that an experiment waits for."""
+    mine = {*wanted}
+    named = {runner.training_name(t, toy) for t in results.trainings_of(one) for toy in runner.protocol.toys}
+    return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
+
+
+def _judge(
+    one: Experiment, wanted: Sequence[Wanted], runner: Runner, config: PaperConfig, out: Path, progress: Progress
+) -> list[str]:
+    """Write an experiment's result, figures and the page anew; gives why it could not be judged."""
+    groups = one.groups(runner.protocol)
+    if not groups:
+        progress.say(f"{one.id}: left out, it needs two concepts")
+        return []
+    missing = [w.name for w in wanted if w not in runner.points]
+    if missing or not runner.trained(one.trainings):
+        return [f"{one.id}: not judged, {len(missing)} of {len(wanted)} sets of pictures are missing"]
+    evidence = Evidence(runner, groups, Bootstrap(config.resamples))
+    finding = one.judge(evidence)
+    content = results.document(one, finding, evidence)
+    results.write(out / "results", content)
+    if one.series:
+        from experiments.figures import draw
+
+        draw(one, evidence, runner.root / "figures", out / "docs" / IMAGES)
+    (out / "docs").mkdir(parents=True, exist_ok=True)
+    atomic_write_text(out / "docs" / "results.md", page(results.read_all(out / "results")))
+    progress.say(f"{one.id}: {finding.verdict.value} ({finding.key})")
+    return []
+
+
+def _report(runner: Runner, bootstrap: Bootstrap) -> None:
+    """One page with all pictures, and the record of scores that it is made from."""
+    from eval.report import ReportConfig, report
+    from eval.scores import merged, write_scores
+
+    scores = runner.root / "scores.json"
+    document = {**runner.document, "bootstrap": asdict(bootstrap), "summary": []}
+    write_scores(scores, document, [(point, {}) for point in merged(runner.points.values())])
+    out = str(runner.root / "report")
+    settings = {"x": "prompt", "y": "identity", "resamples": bootstrap.resamples}
+    report(ReportConfig(scores=str(scores), out=out, title="The paper's claims on Toyland", **settings))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
