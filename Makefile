@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logica
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format toyland toyland-report bench constraints clean
+.PHONY: help setup demo test test-slow lint format toyland toyland-report bench paper constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ toyland-report: setup ## Measure the Toyland weights against their bars
 
 bench: setup ## Measure speed as ratios and write benchmarks/latest.json and docs/performance.md
 	$(PYTHON) -m benchmarks page=docs/performance.md $(ARGS)
+
+paper: setup ## Try every claim of the paper on Toyland and write docs/results.md (at most 90 minutes)
+	$(PYTHON) -m experiments.paper $(ARGS)
 
 constraints: ## Pin the newest versions that work together in constraints.txt
 	@tools/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
