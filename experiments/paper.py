@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -60,6 +61,8 @@ class PaperConfig:
 def main(argv: Sequence[str]) -> int:
     """Command line entry point; the exit status, 1 if a task failed."""
     config = parse_key_values(argv, PaperConfig, USAGE)
+    if config.report and importlib.util.find_spec("plotly") is None:
+        raise ConfigError("report: needs plotly, pip install 'perfusion[report]'; or go without it, report=false")
     chosen = _chosen(config.only)
     protocol = _protocol(config)
     runs = Path(config.runs).expanduser()
@@ -110,11 +113,16 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
     begun = time.monotonic()
     over: set[str] = set()
     failures: list[str] = []
+    evidence: dict[bool, Evidence] = {}  # of single toys and of pairs: experiments share what they have in common
 
     def settle() -> None:
         for one in [one for one in chosen if one.id in needed and needed[one.id] <= over]:
             del needed[one.id]
-            failures.extend(_judge(one, wanted[one.id], runner, config, out, progress))
+            if not (groups := one.groups(runner.protocol)):
+                progress.say(f"{one.id}: left out, it needs two concepts")
+                continue
+            mine = evidence.setdefault(one.pairs, Evidence(runner, groups, Bootstrap(config.resamples)))
+            failures.extend(_judge(one, mine, out, progress))
 
     def done(outcome: Outcome) -> None:
         runner.keep(outcome)
@@ -137,18 +145,13 @@ def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], r
     return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
 
 
-def _judge(
-    one: Experiment, wanted: Sequence[Wanted], runner: Runner, config: PaperConfig, out: Path, progress: Progress
-) -> list[str]:
+def _judge(one: Experiment, evidence: Evidence, out: Path, progress: Progress) -> list[str]:
     """Write an experiment's result, figures and the page anew; gives why it could not be judged."""
-    groups = one.groups(runner.protocol)
-    if not groups:
-        progress.say(f"{one.id}: left out, it needs two concepts")
-        return []
+    runner = evidence.runner
+    wanted = one.wanted(runner.protocol)
     missing = [w.name for w in wanted if w not in runner.points]
     if missing or not runner.trained(one.trainings):
         return [f"{one.id}: not judged, {len(missing)} of {len(wanted)} sets of pictures are missing"]
-    evidence = Evidence(runner, groups, Bootstrap(config.resamples))
     finding = one.judge(evidence)
     content = results.document(one, finding, evidence)
     results.write(out / "results", content)

@@ -91,6 +91,7 @@ class MadeUp:
                 for seed in self.protocol.seeds:
                     noise = 0.1 * shared.standard_normal(2) + 0.02 * own.standard_normal(2)
                     scores = dict(zip(("prompt", "identity"), means[:2] + noise, strict=True))
+                    scores |= {"clip_t": scores["prompt"] / 4, "clip_i": scores["identity"]}
                     pictures.append(Picture(Path(f"{len(pictures)}.png"), template, seed, "t", scores))
                 n = len(self.protocol.seeds)
                 pairs += [(k * n, k * n + j, means[2] + 0.001 * own.standard_normal()) for j in range(1, n)]

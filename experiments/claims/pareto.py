@@ -32,7 +32,7 @@ NAMED = ("textual_inversion", "dreambooth", "custom_diffusion")  # by the claim;
 
 def judge(evidence: Evidence) -> Finding:
     """Each method's best setting against Perfusion's front."""
-    front = evidence.line(FRONT)
+    front, by_clip = evidence.line(FRONT), evidence.line(FRONT, "clip_t", "clip_i")
     checks = []
     for series in OTHERS:
         best = best_of(evidence, series.settings)
@@ -44,6 +44,8 @@ def judge(evidence: Evidence) -> Finding:
         higher = evidence.number(lambda a, b: height_at(a, b[0, 0]) - b[0, 1], front, point)
         if higher.mean == higher.mean:
             checks.append(Check(f"identity above {name} at its prompt accuracy", higher, decides=False))
+        clip = evidence.number(lambda a, b: margin(a, b[0]), by_clip, evidence.line([best], "clip_t", "clip_i"))
+        checks.append(Check(f"the margin over {name} in CLIP-T and CLIP-I", clip, decides=False))
         all_of = evidence.line(series.settings)
         larger = evidence.number(lambda a, b: area(a) - area(b), front, all_of)
         checks.append(Check(f"area below the front, above {title(series.label)}'s", larger, decides=False))
