@@ -25,10 +25,15 @@ X, Y = "prompt", "identity"
 
 @dataclass(frozen=True)
 class Line:
-    """Some settings in two scores: means (k, 2), and the same in B resamples, (B, k, 2)."""
+    """Some settings in two scores: means (k, 2), and the same in B resamples, (B, k, 2).
+
+    Attributes:
+        varied: whether there is anything to draw from; one concept with one seed says nothing of others.
+    """
 
     means: np.ndarray
     draws: np.ndarray
+    varied: bool
 
 
 @dataclass
@@ -58,14 +63,15 @@ class Evidence:
         summaries = [self.summary(setting) for setting in settings]
         means = np.array([[s.scores[name].mean for name in (x, y)] for s in summaries])
         draws = np.array([[s.draws[name] for name in (x, y)] for s in summaries])  # (k, 2, B)
-        return Line(means, np.moveaxis(draws, -1, 0))
+        varied = all(s.scores[name].low is not None for s in summaries for name in (x, y))
+        return Line(means, np.moveaxis(draws, -1, 0), varied)
 
     def number(self, make: Callable[..., float], *lines: Line) -> Interval:
         """A number that is made of fronts, with its interval."""
         mean = make(*(one.means for one in lines))
         drawn = np.array([make(*rows) for rows in zip(*(one.draws for one in lines), strict=True)])
         drawn = drawn[np.isfinite(drawn)]
-        if not len(drawn) or len(drawn) < self.bootstrap.resamples / 2:
+        if not all(one.varied for one in lines) or len(drawn) < self.bootstrap.resamples / 2:
             return Interval(mean)
         low, high = np.quantile(drawn, [(1 - self.bootstrap.level) / 2, (1 + self.bootstrap.level) / 2])
         return Interval(mean, float(low), float(high))

@@ -80,19 +80,17 @@ class Runner:
             groups.setdefault((one.setting.training, one.setting.share, one.toys), []).append(one)
         for (training, _, toys), members in groups.items():
             needs = []
-            for toy in toys if training is not None else ():
-                if (task := self._training(training, toy)) is not None:
-                    tasks.setdefault(task.name, task)
-                    needs.append(task.name)
+            for task in () if training is None else self._trainings(training, toys):
+                tasks.setdefault(task.name, task)
+                needs.append(task.name)
             each = len(self.protocol.templates(*toys)) * len(self.protocol.seeds)
             at_once = max(1, _PICTURES // each)
             for start in range(0, len(members), at_once):
                 task = self._drawing(members[start : start + at_once], tuple(needs))
                 tasks[task.name] = task
         for training in trainings:
-            for toy in self.protocol.toys:
-                if (task := self._training(training, toy)) is not None:
-                    tasks.setdefault(task.name, task)
+            for task in self._trainings(training, self.protocol.toys):
+                tasks.setdefault(task.name, task)
         return list(tasks.values())
 
     def keep(self, outcome: Outcome) -> list[Wanted]:
@@ -128,12 +126,15 @@ class Runner:
         """Of the task."""
         return f"train {training.label}, {toy.name}"
 
-    def _training(self, training: Training, toy: Toy) -> Task | None:
-        config = self.config(training, toy)
-        if RunFolder.of(config).finished:
-            return None
-        size = config.method["steps"] * config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
-        return Task(self.training_name(training, toy), train, (config,), "train", size)
+    def _trainings(self, training: Training, toys: Together) -> Iterator[Task]:
+        """What is not trained yet."""
+        for toy in toys:
+            config = self.config(training, toy)
+            if not RunFolder.of(config).finished:
+                # Pictures of the superclass are as many again as those of the concept.
+                pictures = config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
+                size = config.method["steps"] * pictures
+                yield Task(self.training_name(training, toy), train, (config,), "train", size)
 
     def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
         setting, toys, protocol = members[0].setting, members[0].toys, self.protocol

@@ -107,7 +107,7 @@ def by_scale(training: Training, scales: tuple[float, ...] = SCALES) -> tuple[Se
 
 def preset_value(training: Training, key: str) -> Any:
     """What a training's preset says of one of the method's options."""
-    return OmegaConf.load(CONF / "method" / f"{training.preset}.yaml")[key]
+    return OmegaConf.select(OmegaConf.load(CONF / "method" / f"{training.preset}.yaml"), key)
 
 
 def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainConfig:

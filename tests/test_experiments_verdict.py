@@ -143,6 +143,17 @@ def test_a_slight_loss_is_what_one_shot_claims() -> None:
     assert judged(KNOWN["one_shot"], perfusion_front) is Verdict.HOLDS
 
 
+def test_one_concept_with_one_seed_decides_nothing() -> None:
+    experiment = KNOWN["mask"]
+    runner: Any = MadeUp(experiment, lambda setting: (0.9 if SIDES["mask"](setting) else 0.1, 0.5, 0.1))
+    runner.protocol = replace(runner.protocol, toys=runner.protocol.toys[:1])
+    for wanted, point in runner.points.items():
+        runner.points[wanted] = replace(point, pictures=tuple(p for p in point.pictures if p.seed == 0), pairs=())
+    evidence = Evidence(runner, experiment.groups(runner.protocol), Bootstrap(20))
+    finding = experiment.judge(evidence)
+    assert finding.verdict is Verdict.UNDECIDED and all(check.value.low is None for check in finding.checks)
+
+
 def test_the_registry() -> None:
     found = experiments()
     assert [one.id for one in found] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from eval.aggregate import Interval
@@ -43,20 +44,18 @@ def judge(evidence: Evidence) -> Finding:
 
 
 def _stable_diffusion() -> Table:
-    """Files in the layouts of larger models, by writing them without weights."""
-    from perfusion.inspect import file_bytes, meta_backbone
+    """What a concept's tensors take in the layouts of larger models, which need no weights for that."""
+    from perfusion.inspect import meta_backbone
     from perfusion.methods.base import Word, build
 
     rows = []
+    backbones = [meta_backbone(layout, None) for layout in LAYOUTS]
     for training in TRAININGS:
         method = build({"name": training.label}, Word("<new*>", "object"))
-        cells = []
-        for layout in LAYOUTS:
-            backbone = meta_backbone(layout, None)
-            shapes = method.state_shapes(backbone)
-            cells.append(f"{file_bytes(method, shapes, backbone) / 1000:,.1f} kB")
-        rows.append((title(training.label), *cells))
-    return Table("In larger models, the published settings", ("method", *LAYOUTS.values()), tuple(rows))
+        numbers = [sum(math.prod(shape) for shape in method.state_shapes(backbone).values()) for backbone in backbones]
+        rows.append((title(training.label), *(f"{2 * count / 1000:,.1f} kB" for count in numbers)))
+    head = ("method", *LAYOUTS.values())
+    return Table("Tensors in half precision in larger models, with the published settings", head, tuple(rows))
 
 
 EXPERIMENT = Experiment(

@@ -1,0 +1,37 @@
+"""What workers do in the tests of the pool: nothing that takes time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+_kept: list[int] = []
+
+
+def double(number: int) -> int:
+    print(f"doubling {number}")
+    return 2 * number
+
+
+def remembered(number: int) -> list[int]:
+    """All numbers that this process was given so far."""
+    _kept.append(number)
+    return [*_kept]
+
+
+def fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def kill_once(marker: Path) -> str:
+    """Kill the process, but not where another one has been killed for the same marker."""
+    if marker.exists():
+        return "alive"
+    marker.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+    return "never"
+
+
+def threads() -> str | None:
+    return os.environ.get("OMP_NUM_THREADS")

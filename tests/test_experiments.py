@@ -1,0 +1,235 @@
+"""The whole way from an experiment to its page, with trainings of two steps and pictures of two."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from eval.scores import read_scores
+from experiments import paper, tune
+from experiments.page import page
+from experiments.pool import Outcome, Task
+from experiments.protocol import TABLE_TOYS, Protocol
+from experiments.runner import Runner, Wanted
+from experiments.settings import DREAMBOOTH, PERFUSION, TEXTUAL_INVERSION, Setting, by_beta, config_of
+from perfusion.cli import run_cli
+from perfusion.config import ConfigError
+from perfusion.manifest import read_manifest
+from perfusion.training.run_folder import RunFolder, read_config
+
+CHANGES = "method.steps=2,method.batch_size=1,backbone.covariance.count=50"
+
+
+class Inline:
+    """Stands for a pool: does everything in this process, and remembers it."""
+
+    calls: list[Task]
+
+    def __init__(self, size: int, logs: Path) -> None:
+        Inline.calls = []
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> None:
+        for task in tasks:
+            Inline.calls.append(task)
+            started = time.monotonic()
+            done(Outcome(task, task.call(*task.arguments), seconds=time.monotonic() - started))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("paper")
+
+
+def run(folder: Path, *words: str) -> int:
+    small = ["concepts=1", "prompts=2", "seeds=1", "steps=2", "workers=1", "resamples=20"]
+    cache = f"backbone.covariance.cache={folder}/covariance"
+    return run_cli(paper.main, [*small, f"runs={folder}/runs", f"changes=[{CHANGES},{cache}]", *words])
+
+
+@pytest.fixture(scope="module")
+def ran(folder: Path) -> Iterator[Path]:
+    """One experiment, with a real pool."""
+    assert run(folder, "only=mask", "report=false") == 0
+    (root,) = (path for path in (folder / "runs").iterdir() if (path / "trained").is_dir())
+    yield root
+
+
+def pictures(root: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in root.rglob("pictures/**/*.png")}
+
+
+def test_a_result_says_what_it_was_found_with(ran: Path, folder: Path) -> None:
+    found = json.loads((folder / "runs" / "small" / "results" / "mask.json").read_text())
+    assert (
+        found["id"] == "mask"
+        and found["verdict"] in ("holds", "fails", "undecided")
+        and "2305.01644" in found["source"]
+    )
+    assert found["provenance"]["versions"] and len(found["config_hash"]) == 12
+    assert found["protocol"]["concepts"][0]["name"] == TABLE_TOYS[0].name and found["protocol"]["seeds"] == [0]
+    assert [len(series["settings"]) for series in found["series"]] == [3, 3]
+    scores = found["series"][0]["settings"][0]["scores"]
+    assert {"identity", "prompt", "clip_i", "clip_t"} <= scores.keys() and {*scores["clip_i"]} == {
+        "mean",
+        "low",
+        "high",
+    }
+    assert found["seconds"]["training"] > 0 and found["seconds"]["drawing"] > 0
+    (decisive,) = (check for check in found["checks"] if check["decides"])
+    assert found["verdict"] == decisive["verdict"]
+
+
+def test_runs_and_pictures_can_be_used_by_hand(ran: Path) -> None:
+    runs = [path for path in (ran / "trained").iterdir() if path.is_dir()]
+    assert len(runs) == 2 and all(RunFolder(run).finished for run in runs)
+    assert {read_config(run / "config.yaml").method["masked_loss"] for run in runs} == {True, False}
+    folders = [path.parent for path in ran.rglob("pictures/**/manifest.json")]
+    assert len(folders) == 6
+    records = [record for path in folders for record in read_manifest(path)]
+    assert len(records) == 12 and {record.beta for record in records} == {0.4, 0.6, 0.8}
+    assert {record.method for record in records} == {"perfusion", "perfusion, no mask"}
+    assert {record.instance for record in records} == {TABLE_TOYS[0].instance}
+
+
+def test_nothing_is_made_twice_and_what_is_missing_is(
+    ran: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(paper, "Pool", Inline)
+    before = pictures(ran)
+    assert run(folder, "only=mask") == 0 and pictures(ran) == before
+    assert {task.kind for task in Inline.calls} == {"draw"}
+    assert "mask: " in capsys.readouterr().out
+    lost = next(iter(before))
+    lost.unlink()
+    assert run(folder, "only=mask", "report=false") == 0
+    after = pictures(ran)
+    assert {file for file in after if after[file] != before[file]} == {lost}, "one picture was missing"
+    with Image.open(lost) as image:
+        image.save(lost)  # without its text: nobody knows what made it
+    assert run(folder, "only=mask", "report=false") == 0
+    with Image.open(lost) as image:
+        assert "concept_hash" in getattr(image, "text", {})
+
+
+def test_the_report_has_all_points(ran: Path, folder: Path) -> None:
+    _, points = read_scores(ran / "scores.json")
+    assert len(points) == 6
+    assert "The paper&#x27;s claims on Toyland" in (ran / "report" / "index.html").read_text()[:1000]
+    page = (folder / "runs" / "small" / "docs" / "results.md").read_text()
+    assert "| [mask](#mask) |" in page and "![Identity and prompt accuracy](images/results/mask.png)" in page
+    assert (folder / "runs" / "small" / "docs" / "images" / "results" / "mask-clip.png").is_file()
+
+
+def test_a_failed_training_is_listed_and_the_rest_goes_on(
+    ran: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(Inline):
+        def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> None:
+            bad = [task for task in tasks if task.kind == "train"]
+            assert bad
+            for task in tasks:
+                if task in bad or {*task.needs} & {one.name for one in bad}:
+                    done(Outcome(task, error="its worker was killed by SIGKILL"))
+                else:
+                    super().run([task], done)
+
+    monkeypatch.setattr(paper, "Pool", Broken)
+    assert run(folder, "only=mask,one_shot", "report=false") == 1
+    said = capsys.readouterr()
+    assert "mask: " in said.out
+    assert "failed: train perfusion, 5 pictures, cat-101: its worker was killed by SIGKILL" in said.err
+    assert "failed: one_shot: not judged, 3 of 6 sets of pictures are missing" in said.err
+
+
+def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Path, tmp_path: Path) -> None:
+    protocol = Protocol(prompts=Protocol.prompts[:1], pair_prompts=Protocol.pair_prompts[:1], seeds=(0,), steps=2)
+    changes = (*CHANGES.split(","), f"backbone.covariance.cache={folder}/covariance")
+    runner = Runner(tmp_path, protocol, changes)
+    cat, dog = TABLE_TOYS[:2]
+    beta, (early, late) = Setting(PERFUSION, beta=0.5), (Setting(TEXTUAL_INVERSION, share=s) for s in (1 / 3, 1.0))
+    wanted = [Wanted(beta, (cat, dog)), Wanted(Setting(None), (cat,)), Wanted(early, (cat,)), Wanted(late, (cat,))]
+    pool: Any = Inline(1, tmp_path)
+    pool.run(runner.tasks(wanted), runner.keep)
+    both, base, first, last = (runner.points[one] for one in wanted)
+    assert both.concept == f"{cat.name} + {dog.name}" and both.pictures[0].prompt == "a photo of a <cat*> and a <dog*>"
+    assert "identity" in both.pictures[0].scores
+    assert base.method == "base" and "identity" in base.pictures[0].scores and base.pictures[0].training is None
+    assert (first.setting["setting"], last.setting["setting"]) == ("trained 1 steps", "trained 2 steps")
+    assert first.pictures[0].training != last.pictures[0].training
+
+
+def test_settings_become_configs_as_the_command_line_makes_them(tmp_path: Path) -> None:
+    toy = TABLE_TOYS[3]
+    config = config_of(DREAMBOOTH.changed("x", "method.steps=7"), toy, tmp_path)
+    assert (config.method["name"], config.method["steps"]) == ("dreambooth", 7)
+    assert (config.concept.superclass, config.concept.toyland.instance) == ("teddy", toy.instance)
+    assert RunFolder.of(config).path.parent == tmp_path / "trained" and "select" not in config.callbacks
+    with pytest.raises(ConfigError, match="method=nothing: no such option"):
+        config_of(PERFUSION.__class__("x", "nothing"), toy, tmp_path)
+    runner = Runner(tmp_path, Protocol())
+    same = PERFUSION.changed("another name")
+    with pytest.raises(ConfigError, match="is the same as"):
+        runner.tasks(Wanted(s, (toy,)) for t in (PERFUSION, same) for s in by_beta(t, (0.5,)))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("only=masks", "only: found 'masks', expected some of pareto"),
+        ("concepts=9", "concepts: found 9, expected 1 to 8"),
+        ("workers=0", "workers: found 0"),
+    ],
+)
+def test_mistakes(word: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, word) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tuning_goes_on_and_prints_a_preset(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(tune, "Pool", Inline)
+    cache = f"backbone.covariance.cache={folder}/covariance"
+    words = ["methods=[perfusion]", "toys=1", "prompts=1", "seeds=1", "steps=1", f"changes=[{CHANGES},{cache}]"]
+    assert run_cli(tune.main, [*words, "trials=1", f"out={folder}/tune"]) == 0
+    first = len(Inline.calls)
+    assert run_cli(tune.main, [*words, "trials=2", f"out={folder}/tune"]) == 0
+    assert len(Inline.calls) == first == 2, "a training and its pictures; the first trial is not repeated"
+    said = capsys.readouterr().out
+    assert "method.value_rate=0.03 method.embedding_rate=0.006" in said, "the preset comes first"
+    best = (folder / "tune" / "best.yaml").read_text()
+    assert best in said and "the best of 2 trials" in best and "\nvalue_rate: " in best
+    assert run_cli(tune.main, ["methods=[no]"]) == 2
+
+
+def test_a_page_from_results_alone() -> None:
+    made_up = {
+        "id": "mask", "place": 4, "claim": "It helps.", "source": "there", "verdict": "fails", "key": "−0.1 | of it",
+        "test": "Above 0.", "series": [], "tables": [{"title": "T", "head": ["a", "b"], "rows": [["1", "2"]]}],
+        "checks": [
+            {"what": "gain", "mean": -0.1, "low": -0.2, "high": -0.05, "expected": "above 0", "decides": True,
+             "verdict": "fails"},
+            {"what": "beside", "mean": 1.0, "low": None, "high": None, "expected": "above 0", "decides": False,
+             "verdict": "undecided"},
+        ],
+        "caveats": "Small.", "notes": "Because.", "config_hash": "0" * 12, "seconds": {"training": 60, "drawing": 120},
+        "provenance": {"git_commit": None, "git_dirty": None}, "protocol": {"prompts": [], "concepts": [], "seeds": []},
+    }  # fmt: skip
+    text = page([made_up])
+    assert "| [mask](#mask) | It helps. | **fails** | −0.1 \\| of it |" in text
+    assert "| gain | -0.100 | -0.200 to -0.050 | above 0 | **fails** |" in text
+    assert "| beside | 1.000 | – | above 0 | undecided (beside) |" in text
+    assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text and "Notes: Because." in text and "commit unknown" in text
