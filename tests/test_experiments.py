@@ -153,14 +153,14 @@ def test_a_failed_training_is_listed_and_the_rest_goes_on(
     assert "failed: one_shot: not judged, 3 of 6 sets of pictures are missing" in said.err
 
 
-def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Path, tmp_path: Path) -> None:
+def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Path) -> None:
     protocol = Protocol(prompts=Protocol.prompts[:1], pair_prompts=Protocol.pair_prompts[:1], seeds=(0,), steps=2)
     changes = (*CHANGES.split(","), f"backbone.covariance.cache={folder}/covariance")
-    runner = Runner(tmp_path, protocol, changes)
+    runner = Runner(folder / "runs", protocol, changes)
     cat, dog = TABLE_TOYS[:2]
     beta, (early, late) = Setting(PERFUSION, beta=0.5), (Setting(TEXTUAL_INVERSION, share=s) for s in (1 / 3, 1.0))
     wanted = [Wanted(beta, (cat, dog)), Wanted(Setting(None), (cat,)), Wanted(early, (cat,)), Wanted(late, (cat,))]
-    pool: Any = Inline(1, tmp_path)
+    pool: Any = Inline(1, folder)
     pool.run(runner.tasks(wanted), runner.keep)
     both, base, first, last = (runner.points[one] for one in wanted)
     assert both.concept == f"{cat.name} + {dog.name}" and both.pictures[0].prompt == "a photo of a <cat*> and a <dog*>"
