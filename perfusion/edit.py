@@ -31,9 +31,18 @@ from perfusion.rank_one import low_rank_update
 from perfusion.superclass_prompts import Replacements, SuperclassPrompts
 
 _OPEN = 0.5  # gate above which a concept is certainly there
-_TAKEN_OUT = ("unload_lora_weights, say", "detach() of every concept, then attach them again")
+_FUSED = ("fuse_qkv_projections", "call unfuse_qkv_projections()")
+_TAKEN_OUT = ("unload_lora_weights, say", "call detach() of every concept, then attach them again")
 
 __all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit", "gates_at", "holder_of", "unedited"]
+
+
+@dataclass
+class _Use:
+    """Whether an edited layer has a part in what its attention module computes."""
+
+    called: bool = False  # in the denoiser's latest call
+    by: object = None  # the attention processor that was there when it was called last
 
 
 class EditedProjection(nn.Module, BaseTunerLayer):
@@ -51,7 +60,7 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         object.__setattr__(self, "shared", shared)
-        self.site, self.kind = site.name, site.kind
+        self.site, self.kind, self.use = site.name, site.kind, _Use()
         plain: Any = self.get_base_layer()
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.train(base_layer.training)
@@ -62,6 +71,8 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         return [member.outputs[self.site] for member in self.shared.members]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a compiled graph with checkpoints could not take note of it
+            self.use.called = True
         prompt = self.shared.gate.prompt(x)
         stamp = self._stamp(x) if prompt.stamp else None
         known, output = prompt.outputs.get(self, (None, None))
@@ -146,7 +157,10 @@ class _Shared:
         # What can fail comes first: nothing is changed then.
         self._position = list(inspect.signature(denoiser.forward).parameters).index("encoder_hidden_states")
         self._layers = [(site, EditedProjection(site.projection, self, site)) for site in sites]
-        self._hook = denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        self._hooks = [
+            denoiser.register_forward_pre_hook(self._before_call, with_kwargs=True),
+            denoiser.register_forward_hook(self._after_call),
+        ]
         for site, layer in self._layers:
             setattr(site.parent, site.attribute, layer)
 
@@ -169,7 +183,8 @@ class _Shared:
             return
         if self.superclasses:
             self.superclasses.close()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for site, layer in self._layers:
             if holder := holder_of(layer, site.parent, site.attribute):
                 setattr(*holder, layer.base_layer)
@@ -198,11 +213,8 @@ class _Shared:
         for site, layer in self._layers:
             fused = isinstance(getattr(site.parent, "processor", None), FusedAttnProcessor2_0)
             if fused or holder_of(layer, site.parent, site.attribute) is None:
-                cause, remedy = ("fuse_qkv_projections", "unfuse_qkv_projections()") if fused else _TAKEN_OUT
-                raise EditError(
-                    f"{site.name}: found the concept's edit bypassed (by {cause}), which would silently draw without "
-                    f"the concept; expected the edit in its place: call {remedy}"
-                )
+                raise _bypassed(site, *(_FUSED if fused else _TAKEN_OUT))
+            layer.use.called = False
         if self.superclasses and not all(member.words for member in self.members):
             raise EditError(
                 "found concepts with global and with local key-locking attached together, expected one for all: set "
@@ -210,6 +222,28 @@ class _Shared:
             )
         context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self._position]
         self.gate.show(context)
+
+    def _after_call(self, denoiser: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Raise EditError if an attention processor computes K or V by itself.
+
+        One that has called the layer before may leave it out: some reuse what earlier steps gave.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        for site, layer in self._layers:
+            use, processor = layer.use, getattr(site.parent, "processor", None)
+            if use.called:
+                use.by = processor
+            elif use.by is not processor:
+                cause = f"the attention processor {type(processor).__name__}"
+                raise _bypassed(site, cause, f"set one that calls {site.attribute}, such as AttnProcessor2_0")
+
+
+def _bypassed(site: EditSite, cause: str, remedy: str) -> EditError:
+    return EditError(
+        f"{site.name}: found the concept's edit bypassed (by {cause}), which would silently draw without the concept; "
+        f"expected the edit in its place: {remedy}"
+    )
 
 
 class Edit:
@@ -247,7 +281,7 @@ def attach_edit(
 
     `outputs` has for the name of every site its target outputs (J, h), float32, or None for a locked projection. They
     and the gate are read at each call, so training them, or setting β, has its effect at once. Nothing of the denoiser
-    is changed but the attributes of the sites and one forward pre-hook.
+    is changed but the attributes of the sites and its forward hooks, one before and one after.
 
     With `join`, edits that were attached with `join` may be there already: then all of them act together, by Eq. 4.
 

@@ -10,12 +10,13 @@ import torch
 
 from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone
+from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept
 from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.methods.base import Word, build
 from perfusion.methods.perfusion import Perfusion
-from tests.pipelines import tiny_pipeline
+from tests.pipelines import tiny_pipeline, tiny_sdxl
 
 CAPTIONS = 50  # of C
 
@@ -25,6 +26,13 @@ def tiny_backbone(cache: Path) -> Backbone:
     covariance = CovarianceConfig(count=CAPTIONS, cache=str(cache))
     config = BackboneConfig(name="stable_diffusion", resolution=64, device="cpu", covariance=covariance)
     return StableDiffusionBackbone.around(tiny_pipeline(), config)
+
+
+def tiny_sdxl_backbone(cache: Path) -> StableDiffusionXLBackbone:
+    """SDXL's architecture with few channels and random weights."""
+    covariance = CovarianceConfig(count=CAPTIONS, cache=str(cache))
+    config = BackboneConfig(name="sdxl", resolution=64, device="cpu", covariance=covariance)
+    return StableDiffusionXLBackbone.around(tiny_sdxl(), config)
 
 
 def toyland_backbone(pipeline: Path, cache: Path) -> Backbone:

@@ -23,10 +23,9 @@ from perfusion.backbones.base import TokenError
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.cli import run_cli
 from perfusion.concept import Concept
-from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.inspect import main as inspect_main
 from perfusion.methods.base import Word
-from tests.concepts import untrained_concept
+from tests.concepts import tiny_sdxl_backbone, untrained_concept
 from tests.pipelines import sdxl_folder, tiny_sdxl
 
 BEAR = "a photo of <bear*> on the beach"
@@ -36,9 +35,7 @@ BOTH = "<cat*> and a red <bear*> in the snow"
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionXLBackbone:
-    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
-    config = BackboneConfig(name="sdxl", resolution=64, device="cpu", covariance=covariance)
-    return StableDiffusionXLBackbone.around(tiny_sdxl(), config)
+    return tiny_sdxl_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
