@@ -23,7 +23,8 @@ BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair | timing.
     "sampling_1": sampling.sampling_1,
     "sampling_8": sampling.sampling_8,
     "sampling_16_betas": sampling.sampling_16_betas,
-    "attach": attach.pairs,
+    "attach_first": attach.first,
+    "attach": attach.further,
     "train_memory": memory.amounts,
     "train_memory_checkpointing": memory.checkpointing,
 }

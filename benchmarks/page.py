@@ -27,7 +27,12 @@ ABOUT: dict[str, tuple[str, float | None]] = {
     "sampling_1": ("a whole call of the pipeline: one concept against none", 1.00),
     "sampling_8": ("the same with eight concepts attached, two of them in the prompt", 1.00),
     "sampling_16_betas": ("the same with 16 pictures in a batch, each with a strength of its own", 1.00),
-    "attach": ("attaching a concept and detaching it against encoding its superclass alone; goal: 0.2 s", None),
+    "attach_first": (
+        "attaching a concept to a model that was just loaded, and detaching it, against encoding its superclass alone; "
+        "goal: 0.2 s",
+        None,
+    ),
+    "attach": ("the same where a concept of this superclass has been before; goal: 0.2 s", None),
     "train_memory": ("what a training step keeps for the backward pass against what it has to keep", 1.05),
     "train_memory_checkpointing": ("the same with gradient checkpointing", 1.05),
 }

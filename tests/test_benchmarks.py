@@ -13,7 +13,6 @@ from PIL import Image
 
 from benchmarks import __main__ as command
 from benchmarks import (
-    attach,
     memory,
     page,
     pipelines,
@@ -327,9 +326,10 @@ def test_a_sampling_gives_pictures_on_either_side(name: str, pictures: int, monk
     assert pictures == 0
 
 
-def test_a_concept_is_attached_and_taken_out_again() -> None:
-    pair = next(attach.pairs(CPU))
-    assert (pair.name, pair.model) == ("attach", "toyland")
+@pytest.mark.parametrize("name", ["attach_first", "attach"])
+def test_a_concept_is_attached_and_taken_out_again(name: str) -> None:
+    pair = next(command.BENCHMARKS[name](CPU))
+    assert isinstance(pair, Pair) and (pair.name, pair.model) == (name, "toyland")
     encoding = pair.baseline()
     pair.subject()
     again = pair.baseline()

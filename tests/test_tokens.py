@@ -244,3 +244,20 @@ def test_the_memory_of_texts_is_bounded(pipe: StableDiffusionPipeline, monkeypat
     for number in range(10):
         assert memory.read(pipe.tokenizer, [str(number), "again"], str) == [str(number), "again"]
         assert len(memory._known) <= 3
+
+
+@pytest.mark.parametrize("own", [[], ["<mine>", "<yours>"]])
+def test_a_taught_tokenizer_reads_the_rest_as_before(own: list[str]) -> None:
+    """Also the words that a person added before."""
+    pipe = tiny_pipeline()
+    pipe.tokenizer.add_tokens(own)
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    stock, texts = pipe.tokenizer, ["a photo of a teddy bear", f"Xyzzy, the {' '.join(own)} cat!", ""]
+    before = stock(texts).input_ids
+    word = add_word(pipe, TOWERS, "<cat*>", "cat", vectors=2)
+    taught = pipe.tokenizer
+    assert taught is not stock and taught(texts).input_ids == before == stock(texts).input_ids
+    assert taught("a <cat*>").input_ids[2:-1] == [len(stock), len(stock) + 1]
+    assert "<cat*>_0" not in stock.get_vocab()
+    word.remove()
+    assert pipe.tokenizer is stock

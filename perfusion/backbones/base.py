@@ -54,6 +54,11 @@ class Encoding:
     concept: Tensor  # (B, N) bool: the last token of every occurrence of the word asked for
     extra: Mapping[str, Any] = field(default_factory=dict)  # further keywords of the denoiser, e.g. added_cond_kwargs
 
+    def mean_at_word(self) -> Tensor:
+        """(d,), float32, without gradients: the mean over all tokens where the word ends."""
+        context, marked = self.context.detach().float(), self.concept[..., None]
+        return (context * marked).sum((0, 1)) / marked.sum()
+
 
 class AddedToken(ABC):
     """A word added to every tokenizer and text encoder of a backbone, with trainable embeddings."""
@@ -131,6 +136,11 @@ class Backbone(ABC):
         Raises:
             TokenError: a prompt does not hold `word`, or it is cut off at the encoder's length.
         """
+
+    def mean_encoding(self, prompts: Sequence[str], word: str) -> Tensor:
+        """(d,), float32: the mean encoding of `word` over the prompts, all of which have it; raises as `encode`."""
+        with torch.no_grad():
+            return self.encode(prompts, word, padded=False).mean_at_word()
 
     @abstractmethod
     def check_token(self, placeholder: str, superclass: str) -> None:

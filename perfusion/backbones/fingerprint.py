@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,13 @@ from perfusion.backbones.tokens import ExtendedEmbedding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+
 DIGITS = 16  # of the sha256, in hexadecimal
 _SAMPLE = 64  # values of each tensor that are looked at before a digest is taken for granted
 
-# Module -> part of it -> how its weights looked, and their digest.
-_known: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[bytes, str]]] = weakref.WeakKeyDictionary()
+# Module -> what was reckoned from its weights -> how they looked, and the outcome.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[bytes, Any]]] = weakref.WeakKeyDictionary()
 
 
 def base_module(module: nn.Module) -> nn.Module:
@@ -59,19 +61,30 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return total.hexdigest()[:DIGITS]
 
 
-def remembered_digest(owner: nn.Module, part: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """`digest` of the weights of a `part` of `owner`, reckoned only if they may be others than the last time.
+def remembered(owner: nn.Module, what: Hashable, tensors: Iterable[tuple[str, Tensor]], reckon: Callable[[], T]) -> T:
+    """`reckon()`, which depends on `tensors`, weights of `owner`; reckoned only if they may be others than last time.
 
     They are the same if each lies where it lay, was not written to since, and its sampled values are what they were.
     Writing past autograd (`.data`, as in merging LoRA) is not counted by torch, therefore the samples; only a change of
     single values in that way would go unseen.
     """
+    looks = _looks(list(tensors))
+    known = _known.setdefault(owner, {})
+    if what not in known or known[what][0] != looks:
+        known[what] = looks, reckon()
+    return known[what][1]
+
+
+def remembered_digest(owner: nn.Module, part: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`digest` of the weights of a `part` of `owner`, as `remembered`."""
     listed = list(tensors)
-    looks = _looks(listed)
-    parts = _known.setdefault(owner, {})
-    if part not in parts or parts[part][0] != looks:
-        parts[part] = looks, digest(listed)
-    return parts[part][1]
+    return remembered(owner, part, listed, lambda: digest(listed))
+
+
+def forget(*owners: nn.Module) -> None:
+    """Remember nothing of these models, as though they had just been loaded."""
+    for owner in owners:
+        _known.pop(owner, None)
 
 
 def _looks(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
@@ -90,6 +103,15 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     for token, i in sorted(tokenizer.get_vocab().items()):
         total.update(f"{token} {i}\n".encode())
     return total.hexdigest()[:DIGITS]
+
+
+def reads_as_loaded(encoder: nn.Module, ids: Sequence[int]) -> bool:
+    """Whether the weights that a text encoder was loaded with say alone how it reads the tokens `ids`: none of them was
+    added, and there are neither adapters nor weights in the place of others."""
+    table = encoder.get_input_embeddings()  # type: ignore[operator]
+    added = isinstance(table, ExtendedEmbedding) and max(ids) >= table.first
+    replaced = (parameter for parameter in encoder.parameters() if hasattr(parameter, "replaced"))
+    return not added and not has_adapters(encoder) and next(replaced, None) is None
 
 
 def has_adapters(module: nn.Module) -> bool:

@@ -116,7 +116,10 @@ class ExtendedEmbedding(nn.Module):
         """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors."""
         # Its lists of merges and words are only read, and copying their tens of thousands of entries takes longest.
         tables = [value for value in vars(self.stock_tokenizer).values() if isinstance(value, (dict, list))]
-        extended = copy.deepcopy(self.stock_tokenizer, {id(table): table for table in tables if len(table) > _LARGE})
+        known: dict[int, Any] = {id(table): table for table in tables if len(table) > _LARGE}
+        if isinstance(rust := getattr(self.stock_tokenizer, "_tokenizer", None), tokenizers.Tokenizer):
+            known[id(rust)] = _twin(rust)
+        extended = copy.deepcopy(self.stock_tokenizer, known)
         for word in self.words:
             assert isinstance(word, WordVectors)
             _teach(extended, word.word, len(word.weight))
@@ -308,6 +311,17 @@ def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> None:
     tokenizer.add_tokens(added)
     ids = tokenizer.convert_tokens_to_ids(names)
     assert ids == list(range(first, first + vectors)), f"{names} got the ids {ids}, expected them from {first} on"
+
+
+def _twin(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy that can be taught words of its own, around the same vocabulary and merges, which never change."""
+    twin = tokenizers.Tokenizer(rust.model)
+    for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(twin, step, getattr(rust, step))
+    twin.encode_special_tokens = rust.encode_special_tokens
+    added = rust.get_added_tokens_decoder()
+    twin.add_tokens([token for _, token in sorted(added.items())])
+    return twin if twin.get_added_tokens_decoder() == added else copy.deepcopy(rust)
 
 
 def _put(encoder: PreTrainedModel, table: nn.Module) -> None:

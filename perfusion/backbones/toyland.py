@@ -44,9 +44,10 @@ class ToylandBackbone(StableDiffusionBackbone):
         """Whether `pipe` is of Toyland's kind: its number of latent channels and of text positions, and its words."""
         if not super().fits(pipe) or pipe.tokenizer is None:
             return False
-        shape = (pipe.unet.config.in_channels, pipe.tokenizer.model_max_length)
+        if (pipe.unet.config.in_channels, pipe.tokenizer.model_max_length) != (LATENT_CHANNELS, TEXT_POSITIONS):
+            return False
         known = pipe.tokenizer.get_vocab()
-        return shape == (LATENT_CHANNELS, TEXT_POSITIONS) and all(f"{word}</w>" in known for word in vocabulary())
+        return all(f"{word}</w>" in known for word in vocabulary())
 
     @classmethod
     def source(cls, config: BackboneConfig) -> loading.Source:

@@ -183,7 +183,7 @@ class Perfusion(Method):
     def on_step(self, encoding: Encoding) -> None:
         """i* follows the mean encoding of the concept's word (moving average), and C⁻¹i* follows i*."""
         gate = self._attached()
-        mean = _mean_at_word(encoding).to(gate.target_inputs)
+        mean = encoding.mean_at_word().to(gate.target_inputs)
         gate.move(torch.lerp(mean[None], gate.target_inputs, self.options.ema), self._directions)
 
     def state(self) -> dict[str, Tensor]:
@@ -272,8 +272,7 @@ class _Directions:
 def superclass_encoding(backbone: Backbone, superclass: str) -> Tensor:
     """s (d,), float32: the mean encoding of the superclass, at its last token, in the backbone's prompt templates."""
     prompts = [fill(template, superclass) for template in templates(backbone.config.prompts)]
-    with torch.no_grad():
-        return _mean_at_word(backbone.encode(prompts, superclass, padded=False))
+    return backbone.mean_encoding(prompts, superclass)
 
 
 def _weight(site: EditSite) -> Tensor:
@@ -281,12 +280,6 @@ def _weight(site: EditSite) -> Tensor:
     weight = site.projection.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _mean_at_word(encoding: Encoding) -> Tensor:
-    """(d,), float32: over all tokens where the word ends."""
-    context, marked = encoding.context.detach().float(), encoding.concept[..., None]
-    return (context * marked).sum((0, 1)) / marked.sum()
 
 
 def _check(options: PerfusionOptions) -> None:
