@@ -1,4 +1,4 @@
-"""A concept beside what diffusers offers: other pipelines on the same weights, offloading, LoRA, schedulers, ...
+"""A concept beside what diffusers offers: offloading, LoRA, schedulers, copies of the pipeline, ...
 
 Every way of drawing is held to the same: the concept is to be seen in it, and after `detach` it draws what it drew
 before, bit by bit. docs/compatibility.md names the tests of this file.
@@ -12,13 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    ControlNetModel,
-    DPMSolverMultistepScheduler,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-)
+from diffusers import DPMSolverMultistepScheduler
 from peft import LoraConfig
 from torch import Tensor
 
@@ -27,11 +21,7 @@ from perfusion.backbones.base import Backbone, TokenError
 from perfusion.concept import Concept
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, untrained_concept
-from tests.pipelines import RESOLUTION, tiny_pipeline
-
-PROMPT, PLAIN = "a photo of a <cat*> on the beach", "a photo of a cat on the beach"
-STEPS = 2
-CLOSED = 10.0  # β at which no gate is open
+from tests.drawing import CLOSED, PLAIN, PROMPT, call
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +35,6 @@ def concept(backbone: Backbone) -> Concept:
 
 
 Draw = Callable[[Any, str], Tensor]
-
-
-def call(pipe: Any, prompt: str | None = None, **more: Any) -> Tensor:
-    """Latents of one stock call."""
-    generator = torch.Generator().manual_seed(0)
-    given = {} if prompt is None else {"prompt": prompt}
-    return pipe(num_inference_steps=STEPS, generator=generator, output_type="latent", **given, **more).images
-
-
-def picture() -> Tensor:
-    return torch.rand(1, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(1))
 
 
 def with_embeddings(pipe: Any, prompt: str) -> Tensor:
@@ -134,47 +113,6 @@ def test_sequential_offload(tmp_path: Path) -> None:
         expected = call(backbone.pipe, PROMPT)
         backbone.pipe.enable_sequential_cpu_offload(device="cuda")
         torch.testing.assert_close(call(backbone.pipe, PROMPT).cpu(), expected, atol=1e-3, rtol=1e-3)
-
-
-PIPELINES: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {
-    "image to image": lambda parts: (
-        StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False),
-        {"image": picture(), "strength": 1.0},
-    ),
-    "inpainting": lambda parts: (
-        StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False),
-        {
-            "image": picture(),
-            "mask_image": torch.ones(1, 1, RESOLUTION, RESOLUTION),
-            "strength": 1.0,
-            "height": RESOLUTION,
-            "width": RESOLUTION,
-        },
-    ),
-    "ControlNet": lambda parts: (
-        StableDiffusionControlNetPipeline(
-            **parts, controlnet=ControlNetModel.from_unet(tiny_pipeline().unet), requires_safety_checker=False
-        ),
-        {"image": picture()},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", list(PIPELINES))
-def test_pipelines_on_the_same_weights(backbone: Backbone, concept: Concept, kind: str) -> None:
-    """The concept is attached to the pipeline itself, or to the one that it is made of afterwards."""
-    pipe, given = PIPELINES[kind](backbone.pipe.components)
-    pipe.set_progress_bar_config(disable=True)
-    before = call(pipe, PLAIN, **given)
-    with concept.attach(around(pipe, backbone.config)) as attached:
-        found = call(pipe, PROMPT, **given)
-        attached.beta = CLOSED
-        assert (found - call(pipe, PROMPT, **given)).abs().amax() > 1e-3
-    assert torch.equal(call(pipe, PLAIN, **given), before)
-    with concept.attach(backbone):
-        later, given = PIPELINES[kind](backbone.pipe.components)
-        later.set_progress_bar_config(disable=True)
-        assert torch.equal(call(later, PROMPT, **given), found)
 
 
 @pytest.mark.parametrize("first", ["lora", "concept"])
