@@ -175,20 +175,28 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         source(layout_folder("sd15"), layout="sd15")
 
 
+_TEXT = "cond_stage_model.transformer.text_model.encoder.layers.1"
+_OPEN_CLIP = "conditioner.embedders.1.model"
+
+
 @pytest.mark.parametrize(
-    ("drop", "message"),
+    ("layout", "drop", "message"),
     [
-        ("cond_stage_model.", "Weights for this component appear to be missing in the checkpoint"),
-        ("first_stage_model.encoder.mid", "lacks some of the weights of its UNet, autoencoder or"),
-        ("model.diffusion_model.out", "lacks some of the weights of its UNet, autoencoder or"),
+        ("sd15", "cond_stage_model.", "Weights for this component appear to be missing in the checkpoint"),
+        ("sd15", f"{_TEXT}.mlp.fc1.weight", "first text_encoder.encoder.layers.1.mlp.fc1.weight "),
+        ("sd15", "first_stage_model.decoder.conv_out.bias", "first vae.decoder.conv_out.bias "),
+        ("sd15", "model.diffusion_model.out.2.bias", "first unet.conv_out.bias "),
+        ("sdxl", f"{_OPEN_CLIP}.text_projection", "first text_encoder_2.text_projection.weight "),
+        ("sdxl", f"{_OPEN_CLIP}.ln_final.bias", "first text_encoder_2.text_model.final_layer_norm.bias "),
     ],
 )
-def test_checkpoints_that_are_not_whole_are_refused(drop: str, message: str, tmp_path: Path) -> None:
-    folder = tiny_pipeline_folder(tmp_path)
+def test_checkpoints_that_are_not_whole_are_refused(layout: str, drop: str, message: str, tmp_path: Path) -> None:
+    name, make = KINDS[layout]
+    folder = make(tmp_path)
     file = write_single_file(DiffusionPipeline.from_pretrained(folder), tmp_path / "x.safetensors", drop)
-    cls: Any = backbones.backbone_class("stable_diffusion")
-    with pytest.raises(BackboneError, match=rf"^backbone.path: .*{message}"):
-        cls.load(config_of("sd15", file, folder))
+    cls: Any = backbones.backbone_class(name)
+    with pytest.raises(BackboneError, match=rf"^backbone.path: .*x.safetensors.*{message}"):
+        cls.load(config_of(layout, file, folder))
 
 
 def test_a_checkpoint_says_that_it_predicts_the_velocity(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors import safe_open
+from torch import nn
 from transformers import CLIPTokenizer
 
 from perfusion.backbones.base import BackboneError
-from perfusion.backbones.layouts import available_layouts, layout_config
+from perfusion.backbones.layouts import available_layouts, layout_config, meta_pipeline
 from perfusion.toyland.tokenizer import END, START, byte_alphabet
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -51,17 +53,51 @@ def read_single_file(
         pipe = loader.from_single_file(
             str(checkpoint), config=str(layout), torch_dtype=dtype, local_files_only=True, **found, **parts
         )
-    except NotImplementedError as error:  # torch, asked for the dtype of weights that got no values
-        raise BackboneError(
-            f"backbone.path: {checkpoint} lacks some of the weights of its UNet, autoencoder or text encoder, expected "
-            f"a whole checkpoint of the layout {layout.name}"
-        ) from error
+    except NotImplementedError as error:  # torch, asked to move weights that got no values
+        raise _not_whole(checkpoint, layout, _missing_in(checkpoint, layout)) from error
+    if missing := _without_values(pipe):
+        raise _not_whole(checkpoint, layout, missing)
     with safe_open(checkpoint, framework="pt") as file:
         marks = {"v_pred", "ztsnr"} & set(file.keys())  # how fine-tuned SDXL checkpoints say what they predict
     if "v_pred" in marks:
         settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
         pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, **settings})
     return pipe
+
+
+def _not_whole(checkpoint: Path, layout: Path, missing: str) -> BackboneError:
+    return BackboneError(
+        f"backbone.path: {checkpoint} lacks some of its weights, first {missing} (as diffusers names it), expected a "
+        f"whole checkpoint of the layout {layout.name}"
+    )
+
+
+def _without_values(pipe: DiffusionPipeline) -> str | None:
+    """The first weight of a loaded pipeline that the checkpoint did not have, `<part>.<name>`."""
+    for part, model in pipe.components.items():
+        if isinstance(model, nn.Module):
+            for name, weight in model.named_parameters():
+                if weight.is_meta:
+                    return f"{part}.{name}"
+    return None
+
+
+def _missing_in(checkpoint: Path, layout: Path) -> str:
+    """The first weight of UNet or autoencoder that the checkpoint has not, found without reading any."""
+    with safe_open(checkpoint, framework="pt") as file:
+        there = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    whole: Any = meta_pipeline(str(layout))
+    for part in ("unet", "vae"):
+        model = getattr(whole, part)
+        convert: Any = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]["checkpoint_mapping_fn"]
+        try:
+            found = convert(config=dict(model.config), checkpoint=dict(there))
+        except KeyError as error:
+            return str(error.args[0])
+        for name, _ in model.named_parameters():
+            if name not in found:
+                return f"{part}.{name}"
+    return "one that it is not known by name"
 
 
 def layout_of(checkpoint: Path) -> str:
