@@ -25,6 +25,7 @@ from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
+from perfusion.backbones.moments import spelled_out
 from perfusion.concept_format import ConceptFileError, read, write
 from perfusion.config import ConfigError
 from perfusion.edit import PromptGate, gates_at
@@ -199,9 +200,9 @@ class Concept:
         for other in gates_at(backbone.edit_sites()[0]) if self.covariance else ():
             if other.covariance and other.covariance != self.covariance:
                 raise ConceptFileError(
-                    f"{self.source}: found the covariance {self.covariance} (captions:count:ridge), expected "
-                    f"{other.covariance}, that of {other.source}, which is attached: concepts that are drawn together "
-                    "must be trained with the same"
+                    f"{self.source}: found the covariance {spelled_out(self.covariance)}, expected "
+                    f"{spelled_out(other.covariance)}, that of {other.source}, which is attached: concepts that are "
+                    "drawn together must be trained with the same"
                 )
 
     def _check_tensors(self, method: Method, backbone: Backbone) -> None:

@@ -241,3 +241,15 @@ def test_without_a_c_the_config_is_what_can_be_said(captions: Path) -> None:
     assert moments.described(settings, None) == "mine.txt:7:0.01"
     assert moments.described(dataclasses.replace(settings, positions="words"), None) == "mine.txt:7:0.01:words"
     assert moments.described(dataclasses.replace(settings, matrix="C.npy"), None) == "matrix@?:0.01"
+
+
+@pytest.mark.parametrize(
+    ("covariance", "parts"),
+    [
+        ("everyday:10000:0.01", "captions:count:ridge"),
+        ("mine.txt@1a2b3c4d:800:0.01:words", "captions:count:ridge:positions"),
+        ("matrix@0123456789ab:0.01", "matrix@digest:ridge"),
+    ],
+)
+def test_the_parts_of_a_description_have_names(covariance: str, parts: str) -> None:
+    assert moments.spelled_out(covariance) == f"{covariance} ({parts})"

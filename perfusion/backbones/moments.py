@@ -132,6 +132,13 @@ def described(settings: CovarianceConfig, origin: Mapping[str, object] | None) -
     return f"{origin['name']}:{origin['count']}:{settings.ridge:g}{end}"
 
 
+def spelled_out(covariance: str) -> str:
+    """What `described` gave, with the names of its parts in brackets."""
+    parts = ["matrix@digest"] if covariance.startswith("matrix@") else ["captions", "count"]
+    parts += ["ridge", "positions"]
+    return f"{covariance} ({':'.join(parts[: covariance.count(':') + 1])})"
+
+
 def _plain(settings: CovarianceConfig) -> dict[str, object]:
     return {"count": settings.count, "positions": settings.positions}
 

@@ -75,7 +75,7 @@ def measure(command: CovarianceCommand) -> list[str]:
         KeyboardInterrupt: stopped; its message says where the same command goes on.
     """
     from perfusion import backbones
-    from perfusion.backbones.moments import factorised
+    from perfusion.backbones.moments import factorised, spelled_out
     from perfusion.covariance.matrix import save_matrix
     from perfusion.presets import backbone_config
 
@@ -92,7 +92,7 @@ def measure(command: CovarianceCommand) -> list[str]:
     settings, width = config.covariance, len(matrix.C)
     result = factorised(settings, matrix, width)
     lines = [
-        f"C of {backbone.covariance} (captions:count:ridge): {matrix.count:,} vectors of width {width}, "
+        f"C of {spelled_out(backbone.covariance)}: {matrix.count:,} vectors of width {width}, "
         f"positions {settings.positions}",
         f"condition number: {result.condition:.1e} with ridge {settings.ridge:g}, {_condition(matrix.C)} without",
         f"cache: {Path(settings.cache).expanduser()}",
