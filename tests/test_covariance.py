@@ -329,3 +329,18 @@ def test_a_state_that_cannot_be_written_costs_only_the_state(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         moment = accumulate(CAPTIONS, encode, 3, partial=PartialSum(KEY, tmp_path / "cache", every=0))
     assert moment.count == 44 and "not saved" in caplog.text
+
+
+def test_a_finished_sum_removes_those_that_it_supersedes(tmp_path: Path) -> None:
+    def abandoned(**inputs: object) -> Path:
+        partial = PartialSum({**KEY, **inputs}, tmp_path, every=0)
+        partial.save(accumulate(CAPTIONS[:3], encode, 3), 3, 3)
+        assert partial.path.is_file()
+        return partial.path
+
+    gone = [abandoned(count=5), abandoned(count=11)]
+    stay = [abandoned(count=12), abandoned(count=5, captions="other"), abandoned(), tmp_path / "0.partial.safetensors"]
+    stay[-1].write_bytes(b"no safetensors file")
+    cached_second_moment({**KEY, "count": 11}, lambda: accumulate(CAPTIONS, encode, 3), tmp_path)
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in stay), "a longer sum, or one of something else, may go on"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -36,8 +36,8 @@ def cached_second_moment(
     `key_inputs` names everything that the result depends on (fingerprints of text encoder and tokenizer, hash of the
     captions, selection of positions, dtype, ...) in JSON values; their order does not matter. The file is
     `cache_path(key_inputs, folder)`, and its metadata holds them all. A file that is damaged or belongs to other inputs
-    is logged as a warning and computed anew; so is a folder that cannot be written to. Once the file is there, the
-    `PartialSum` of the same inputs is removed.
+    is logged as a warning and computed anew; so is a folder that cannot be written to. Once the file is there, every
+    `PartialSum` that it supersedes is removed: of the same inputs, or of the same but a smaller `count`.
     Raises CovarianceError for a key input that JSON cannot hold.
     """
     inputs, path = _canonical(key_inputs), cache_path(key_inputs, folder)
@@ -50,7 +50,8 @@ def cached_second_moment(
     moment = compute()
     try:
         _write(path, moment, {"inputs": inputs})
-        _partial(path).unlink(missing_ok=True)
+        for superseded in _superseded(path, key_inputs):
+            superseded.unlink(missing_ok=True)
     except OSError as error:  # a lost cache costs time, not the run
         _log.warning("%s: second moment not cached (%s)", path, error)
     return moment
@@ -109,6 +110,22 @@ class PartialSum:
 
 def _partial(path: Path) -> Path:
     return path.with_suffix(f".partial{path.suffix}")
+
+
+def _superseded(path: Path, key_inputs: Mapping[str, object]) -> Iterator[Path]:
+    """The partial sums in the folder of the finished one at `path` that nobody will go on with."""
+    yield _partial(path)
+    others = {name: value for name, value in key_inputs.items() if name != "count"}
+    for file in path.parent.glob(_partial(Path("*.safetensors")).name):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found = json.loads((opened.metadata() or {})["inputs"])["inputs"]
+            count = found.pop("count")
+            smaller = found == others and count < key_inputs["count"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # of another format, or just being replaced
+        if smaller:
+            yield file
 
 
 def _canonical(key_inputs: Mapping[str, object]) -> str:
