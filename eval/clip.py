@@ -142,7 +142,7 @@ def _checked_weights(model: str, pretrained: str | None) -> tuple[str, dict[str,
     if tag := open_clip.get_pretrained_cfg(model, pretrained):
         preprocess = {key: tag.get(key) for key in ("mean", "std", "interpolation", "resize_mode")}
         quick = {"force_quick_gelu": True} if tag.get("quick_gelu") else {}
-        return _from_hub(model, pretrained, tag), {"force_preprocess_cfg": preprocess, **quick}
+        return _tagged(model, pretrained, tag), {"force_preprocess_cfg": preprocess, **quick}
     file = Path(pretrained).expanduser()
     if file.suffix != ".safetensors" and (file.suffix or file.exists()):
         raise ScorerError(f"pretrained={pretrained}: expected a .safetensors file (pickles are not read)")
@@ -151,19 +151,28 @@ def _checked_weights(model: str, pretrained: str | None) -> tuple[str, dict[str,
     return str(file), {}
 
 
-def _from_hub(model: str, pretrained: str, tag: dict[str, Any]) -> str:
+def _tagged(model: str, pretrained: str, tag: dict[str, Any]) -> str:
     """The safetensors file of a tag, in the hub's cache or downloaded into it."""
     repository, _, file = tag.get("hf_hub", "").rpartition("/")
     file = str(Path(file).with_suffix(".safetensors")) if file else HF_SAFE_WEIGHTS_NAME
     how = f"give pretrained=<safetensors file>, or {LOCAL_DIR}<folder> as the model"
     if not repository:
         raise ScorerError(f"scorer {model}/{pretrained}: published as a pickle only, which is not read; {how}")
+    return from_hub(f"scorer {model}/{pretrained}", repository, file, how)
+
+
+def from_hub(wanted_by: str, repository: str, file: str, instead: str) -> str:
+    """A file of a repository in the hub's cache, or downloaded into it; `instead` says what to do without network.
+
+    Raises:
+        ScorerError: it cannot be had; the message names the model, the file and the cause.
+    """
     try:
         return hf_hub_download(repository, file)
     except Exception as error:  # of the hub's own classes, requests' or the operating system's
         raise ScorerError(
-            f"scorer {model}/{pretrained}: looked for {file} of {repository} in the hub's cache and on the hub, found "
-            f"neither ({_first_line(error)}). Without network {how}"
+            f"{wanted_by}: looked for {file} of {repository} in the hub's cache and on the hub, found neither "
+            f"({_first_line(error)}). Without network {instead}"
         ) from error
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.clip import LOCAL_DIR, ScorerError, fingerprint
+from eval.clip import LOCAL_DIR, ScorerError, fingerprint, from_hub
 
 WEIGHTS = "model.safetensors"
 _AT_ONCE = 64  # images in one call of the model
@@ -93,10 +92,4 @@ def _weights(timm: Any, model: str, pretrained: str | None) -> str:
     how = f"give dino_pretrained=<safetensors file>, or {LOCAL_DIR}<folder> as the model"
     if not repository:
         raise ScorerError(f"dino={model}: timm knows no weights for it on the hub; {how}")
-    try:
-        return hf_hub_download(repository, WEIGHTS)
-    except Exception as error:  # of the hub's own classes, requests' or the operating system's
-        raise ScorerError(
-            f"dino={model}: looked for {WEIGHTS} of {repository} in the hub's cache and on the hub, found neither. "
-            f"Without network {how}"
-        ) from error
+    return from_hub(f"dino={model}", repository, WEIGHTS, how)

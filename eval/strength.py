@@ -186,15 +186,12 @@ def main(argv: Sequence[str]) -> None:
     import json
 
     config = parse_key_values(argv, StrengthConfig, USAGE)
-    from perfusion.backbones import backbone_class
     from perfusion.concept import Concept
     from perfusion.files import atomic_write_text
-    from perfusion.presets import backbone_config
+    from perfusion.presets import load_for
 
     concept = Concept.load(Path(config.concept).expanduser())
-    family = concept.fingerprint.get("family", "toyland")
-    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
-    with concept.attach(backbone_class(chosen.name).load(chosen)) as attached:
+    with concept.attach(load_for(concept.fingerprint, config)) as attached:
         found = measure(
             attached, config.references, config.grid, config.scorer, config.pretrained, config.steps, config.seed
         )

@@ -263,12 +263,9 @@ def _name(file: str, concept: Concept) -> str:
 
 def _attached(config: GenerateConfig, concepts: Sequence[Concept], stack: ExitStack) -> list[Attached]:
     """The concepts in a backbone that was loaded for them, until `stack` is closed."""
-    from perfusion.backbones import backbone_class
-    from perfusion.presets import backbone_config
+    from perfusion.presets import load_for
 
-    family = concepts[0].fingerprint.get("family", "toyland")
-    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
-    backbone = backbone_class(chosen.name).load(chosen)
+    backbone = load_for(concepts[0].fingerprint, config)
     attached: list[Attached] = []
     for concept in concepts:
         dials: Any = {name: value for name, value in _given(config).items() if name in concept.dials}

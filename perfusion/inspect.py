@@ -80,6 +80,7 @@ def inspect(config: InspectConfig) -> list[str]:
 
 def describe_concept(concept: Concept, path: Path) -> list[str]:
     """Everything that a concept file says, as lines; needs no model."""
+    from perfusion.backbones.moments import spelled_out
     from perfusion.concept_format import FORMAT_VERSION
 
     numbers = sum(tensor.numel() for tensor in concept.tensors.values())
@@ -92,7 +93,7 @@ def describe_concept(concept: Concept, path: Path) -> list[str]:
         ("superclass", concept.superclass),
         ("settings", settings),
         ("seed", str(concept.seed)),
-        ("covariance", f"{concept.covariance} (captions:count:ridge)" if concept.covariance else "none needed"),
+        ("covariance", spelled_out(concept.covariance) if concept.covariance else "none needed"),
         ("backbone", ", ".join(f"{part} {value}" for part, value in concept.fingerprint.items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in concept.versions.items())),
         ("commit", concept.commit or "none (not made in a checkout)"),
@@ -144,15 +145,12 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     """
     import torch
 
-    from perfusion.backbones import backbone_class
     from perfusion.edit import PromptGate
-    from perfusion.presets import backbone_config
+    from perfusion.presets import load_for
 
     assert config.prompt is not None
     concept.check_dial("beta")
-    family = concept.fingerprint.get("family", "toyland")
-    chosen = backbone_config(config.backbone or family, config.path, config.dtype, config.device, config.layout)
-    backbone = backbone_class(chosen.name).load(chosen)
+    backbone = load_for(concept.fingerprint, config)
     pipe: Any = backbone.pipe
     with concept.attach(backbone, beta=config.beta, tau=config.tau) as attached, torch.no_grad():
         gate = getattr(attached.method, "gate", None)

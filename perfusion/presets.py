@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from omegaconf import OmegaConf
 
@@ -12,6 +13,8 @@ from perfusion.config import CONF, BackboneConfig, ConfigError, checked
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    from perfusion.backbones import Backbone
 
 FOLDER = CONF / "backbone"
 
@@ -33,6 +36,28 @@ def backbone_config(
         known = ", ".join(sorted({*presets, *backbones.available()}))
         raise ConfigError(f"backbone: no backbone {name!r}; there are: {known}")
     return dataclasses.replace(config, path=path or config.path, layout=layout, dtype=dtype, device=device)
+
+
+class ModelOptions(Protocol):
+    """What the options of a command say of the backbone that a concept is put into."""
+
+    backbone: str | None  # None: the kind that the concept was trained on
+    path: str | None
+    layout: str | None
+    dtype: str
+    device: str
+
+
+def load_for(fingerprint: Mapping[str, str], options: ModelOptions) -> Backbone:
+    """A backbone for a concept with this fingerprint, of the kind that it was trained on unless the options say else.
+
+    Raises:
+        ConfigError: neither a backbone nor a preset.
+        BackboneError: it cannot be loaded; the message says why.
+    """
+    name = options.backbone or fingerprint.get("family", "toyland")
+    config = backbone_config(name, options.path, options.dtype, options.device, options.layout)
+    return backbones.backbone_class(config.name).load(config)
 
 
 def load(

@@ -8,32 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perfusion.backbones.base import Backbone, BackboneError
 from perfusion.config import BackboneConfig, ConfigError
+from perfusion.registry import modules_that_define
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-# What backbones are made of, and no backbones themselves.
-_PARTS = frozenset(
-    {
-        "base",
-        "captions",
-        "everyday",
-        "fingerprint",
-        "latent_diffusion",
-        "layouts",
-        "loading",
-        "moments",
-        "saving",
-        "single_file",
-        "tokens",
-    }
-)
 
 # How a pipeline was loaded, for as long as it lives: wrapped again, it is the same backbone.
 _configs: weakref.WeakKeyDictionary[DiffusionPipeline, BackboneConfig] = weakref.WeakKeyDictionary()
@@ -41,7 +25,7 @@ _configs: weakref.WeakKeyDictionary[DiffusionPipeline, BackboneConfig] = weakref
 
 def available() -> list[str]:
     """Names of the backbones in this package."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _PARTS)
+    return [*modules_that_define("BACKBONE", Path(__file__).parent)]
 
 
 def backbone_class(name: str) -> type[Backbone]:
