@@ -89,6 +89,19 @@ def test_the_loss_is_the_denoising_error_plus_weight_times_that_of_the_prior(nam
     torch.testing.assert_close(alone["denoising"], terms["denoising"])
 
 
+def test_a_step_begins_with_its_own_prompts_also_where_it_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone: Any = Linear()
+    prior = batch(1, 1, prompts=["a cat"])
+    method = build({"name": "dreambooth", "prompt": "a {}"}, WORD)
+    seen: list[list[float]] = []
+    monkeypatch.setattr(method, "on_step", lambda encoding: seen.append(encoding.context.flatten().tolist()))
+    length = float(len("a <cat*>"))
+    method.loss(backbone, batch(2, 0, prior=prior))
+    method.loss(backbone, batch(2, 0, prior=prior, step_prompts=["my <cat*>"] * 4))
+    method.loss(backbone, batch(2, 0, prior=prior, step_prompts=[]))
+    assert seen == [[length] * 2, [length] * 4]
+
+
 def test_joined_encodings_hold_both_prompts() -> None:
     backbone = Linear()
     first, second = backbone.encode(["a", "bb"], None), backbone.encode(["ccc"], None)

@@ -7,8 +7,8 @@ before `attach`.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.config import ConfigError, checked
-
-_PARTS = frozenset({"base", "merging", "prior", "weights"})  # what methods are made of, and no methods themselves
+from perfusion.registry import modules_that_define
 
 
 @dataclass
@@ -117,9 +116,18 @@ class Method(nn.Module, ABC):
         return []
 
     def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        """Loss terms, summed by the training loop: here the masked denoising error, see `masked_mean`."""
+        """Loss terms, summed by the training loop; a method changes `adapted` or `terms` instead."""
+        batch = self.adapted(batch)
         encoding = backbone.encode(batch.prompts, self.word.placeholder)
         self.start_step(backbone, batch, encoding)
+        return self.terms(backbone, batch, encoding)
+
+    def adapted(self, batch: Batch) -> Batch:
+        """The batch that is trained on: here without masks, if the options have a `masked_loss` that is off."""
+        return batch if getattr(self.options, "masked_loss", True) else dataclasses.replace(batch, masks=None)
+
+    def terms(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> dict[str, Tensor]:
+        """Loss terms of an adapted batch and its prompts' encodings: here the masked denoising error, `masked_mean`."""
         return {"denoising": masked_mean(squared_error(backbone, batch, encoding), batch.masks)}
 
 
@@ -152,9 +160,7 @@ def check_bounds(options: MethodOptions, bounds: Mapping[str, tuple[bool, str]])
 
 def available() -> list[str]:
     """Names of the methods in this package."""
-    from perfusion import methods
-
-    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name not in _PARTS)
+    return [*modules_that_define("METHOD", Path(__file__).parent)]
 
 
 def method_class(name: str) -> type[Method]:

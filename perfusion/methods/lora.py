@@ -11,7 +11,6 @@ rank 4, without pictures of the class. The script has one prompt, "a photo of sk
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from perfusion.backbones.fingerprint import base_module
 from perfusion.config import ConfigError
 from perfusion.edit import EditError, holder_of
 from perfusion.files import atomic_path
-from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds
+from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 
 ADAPTER = "concept"  # PEFT's name of it; every concept has layers of its own
 _PREFIX = "unet"  # of stock files: the part of the pipeline
@@ -164,9 +163,6 @@ class LoRA(Method):
     def parameter_groups(self) -> list[dict[str, Any]]:
         rates = {"lr": self.options.adapter_rate, "weight_decay": self.options.weight_decay}
         return [{"name": "adapter", "params": [*self.down, *self.up], **rates}]
-
-    def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        return super().loss(backbone, batch if self.options.masked_loss else dataclasses.replace(batch, masks=None))
 
     def state(self) -> dict[str, Tensor]:
         """For every projection `<its name>.lora_A.weight`, A (r, d), and `<its name>.lora_B.weight`, B (h, r)."""

@@ -55,15 +55,23 @@ class PriorMethod(Method):
             except PromptError as error:
                 raise ConfigError(f"method.{key}: {error}") from error
 
-    def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
+    def adapted(self, batch: Batch) -> Batch:
+        """With the one prompt of `prompt`, if there is one, for every picture."""
+        batch = super().adapted(batch)
+        if self.options.prompt is None:
+            return batch
+        prompt = fill(self.options.prompt, self.word.placeholder)
+        step = batch.step_prompts
+        return dataclasses.replace(
+            batch,
+            prompts=[prompt] * len(batch.prompts),
+            step_prompts=None if step is None else [prompt] * len(step),
+        )
+
+    def terms(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> dict[str, Tensor]:
         """`denoising`, and `prior`, weighted, where the batch has pictures for it; both come from one call."""
-        prompts = batch.prompts
-        if self.options.prompt is not None:
-            prompts = [fill(self.options.prompt, self.word.placeholder)] * len(prompts)
-        masks = batch.masks if self.options.masked_loss else None
-        encoding = backbone.encode(prompts, self.word.placeholder)
         if batch.prior is None:
-            return {"denoising": masked_mean(squared_error(backbone, batch, encoding), masks)}
+            return super().terms(backbone, batch, encoding)
         prior = batch.prior
         both = dataclasses.replace(
             batch,
@@ -73,7 +81,7 @@ class PriorMethod(Method):
         )
         error = squared_error(backbone, both, joined(encoding, backbone.encode(prior.prompts, None)))
         own, others = error.split([len(batch.latents), len(prior.latents)])
-        return {"denoising": masked_mean(own, masks), "prior": self.options.prior_weight * others.mean()}
+        return {"denoising": masked_mean(own, batch.masks), "prior": self.options.prior_weight * others.mean()}
 
 
 def joined(first: Encoding, second: Encoding) -> Encoding:

@@ -7,7 +7,6 @@ AdamW's usual weight decay (the paper: 5,000 steps of 8 at 5e-3).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from perfusion.backbones.base import AddedToken, Backbone
 from perfusion.edit import EditError
 from perfusion.files import atomic_path
-from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds
+from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 
 
 @dataclass
@@ -76,9 +75,6 @@ class TextualInversion(Method):
         vectors = [*self.embeddings.values()]
         rates = {"lr": self.options.embedding_rate, "weight_decay": self.options.weight_decay}
         return [{"name": "embedding", "params": vectors, **rates}]
-
-    def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        return super().loss(backbone, batch if self.options.masked_loss else dataclasses.replace(batch, masks=None))
 
     def state(self) -> dict[str, Tensor]:
         """`embedding.<encoder>` (vectors, d_e)."""
