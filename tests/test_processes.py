@@ -32,30 +32,61 @@ def losses(file: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(rows)]
 
 
+def small_run(tmp_path: Path) -> str:
+    """What trainings of this file have in common."""
+    return (
+        f"backbone=sd15 backbone.path={tiny_pipeline_folder(tmp_path)} backbone.device=cpu backbone.resolution=64 "
+        f"backbone.steps=2 backbone.covariance.count=100 backbone.covariance.cache={tmp_path / 'covariance'} "
+        "concept.toyland.count=3"
+    )
+
+
+def apart(one: Path, two: Path) -> dict[str, float]:
+    """How far the tensors of two concepts are from one another, as shares of their norms."""
+    first, second = load_file(one / "concept.safetensors"), load_file(two / "concept.safetensors")
+    assert first.keys() == second.keys()
+    found = {}
+    for name, tensor in first.items():
+        found[name] = ((second[name].float() - tensor.float()).norm() / tensor.float().norm()).item()
+    return found
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_concept_of_one(tmp_path: Path) -> None:
     """To 1e-4 of a tensor's norm: files hold half precision, and AdamW enlarges the rounding of small gradients."""
     scorer = make_scorer(tmp_path / "scorer", seed=10)
     words = (
-        f"backbone=sd15 backbone.path={tiny_pipeline_folder(tmp_path)} backbone.device=cpu backbone.resolution=64 "
-        f"backbone.steps=2 backbone.covariance.count=100 backbone.covariance.cache={tmp_path / 'covariance'} "
-        "method=perfusion method.steps=6 method.batch_size=4 method.ema=0.8 concept.toyland.count=3 "
+        f"{small_run(tmp_path)} method=perfusion method.steps=6 method.batch_size=4 method.ema=0.8 "
         f"callbacks.checkpoint.every=2 callbacks.select.scorer={scorer} callbacks.select.every=2 "
         "callbacks.select.steps=1"
     )
     train(tmp_path / "one", words, "")
     said = train(tmp_path / "two", words, "trainer.devices=2")
     assert said.count("run folder:") == 1 and said.count("concept:") == 1, said
-    one, two = (load_file(tmp_path / name / "concept.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        apart = (two[name].float() - tensor.float()).norm() / tensor.float().norm()
-        assert apart < 1e-4, (name, apart)
+    assert max(apart(tmp_path / "one", tmp_path / "two").values()) < 1e-4
     first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert first["step_kept"] == second["step_kept"]
     assert second["scores"] == pytest.approx(first["scores"], abs=1e-3)
     alone, together = (losses(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     assert len(alone) == 6 and together == pytest.approx(alone, rel=1e-3)
     assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_drawn_pictures_of_the_superclass(tmp_path: Path) -> None:
+    """The first draws them before there is a second; each step takes as many as one process would."""
+    words = (
+        f"{small_run(tmp_path)} method=custom_diffusion method.steps=3 method.batch_size=2 method.prior_images=3 "
+        f"method.prior_steps=1 concept.prior_cache={tmp_path / 'prior'} callbacks=none"
+    )
+    said = train(tmp_path / "two", words, "trainer.devices=2")
+    assert said.count("drawing 8 pictures of 'a photo of a ") == 1, said
+    (drawn,) = (tmp_path / "prior").iterdir()
+    assert len([*drawn.glob("*.png")]) == 8
+    assert "drawing" not in train(tmp_path / "one", words, "")
+    assert max(apart(tmp_path / "one", tmp_path / "two").values()) < 1e-3
+    alone, together = (losses(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert len(alone) == 3 and together == pytest.approx(alone, rel=1e-3)
 
 
 def config(device: str = "auto", **trainer: object) -> TrainConfig:
