@@ -67,3 +67,9 @@ def untrained_concept(backbone: Backbone, word: Word, seed: int, **options: Any)
     concept = Concept.of(method, backbone, seed)
     method.detach()
     return concept
+
+
+def things(backbone: Backbone) -> list[int]:
+    """What a concept may put something else in the place of."""
+    pipe: Any = backbone.pipe
+    return [id(pipe.tokenizer), *(id(module) for root in (pipe.unet, pipe.text_encoder) for module in root.modules())]

@@ -1,13 +1,6 @@
-"""The backbone seam, held by every backbone; then what is Stable Diffusion's or Toyland's own, and loading."""
+"""The backbone seam, held by every backbone."""
 
-import dataclasses
-import json
-import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,41 +8,15 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
-    EulerDiscreteScheduler,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionPipeline,
 )
-from omegaconf import OmegaConf
 from peft import LoraConfig
-from torch import Tensor
 
-import perfusion
-from perfusion import backbones, presets
-from perfusion.backbones import toyland
-from perfusion.backbones.base import AddedToken, Backbone, BackboneError, Encoding, TokenError
+from perfusion import backbones
+from perfusion.backbones.base import Backbone, Encoding, TokenError
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
-from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
-from perfusion.backbones.toyland import ToylandBackbone, toyland_captions
-from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig, checked
-from tests.pipelines import sd21_folder, sdxl_folder, tiny_pipeline, tiny_pipeline_folder, tiny_sdxl, toyland_folder
+from tests.backbone_kinds import KINDS, added, config_of, stock
 
-CONF = Path(__file__).resolve().parents[1] / "conf" / "backbone"
-# kind -> name of its backbone, builder of a folder with a small pipeline of the kind
-KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    "sd15": ("stable_diffusion", tiny_pipeline_folder),
-    "sd21": ("stable_diffusion", sd21_folder),
-    "sdxl": ("sdxl", sdxl_folder),
-    "toyland": ("toyland", toyland_folder),
-}
 PROMPTS = ["a photo of a {} on the beach", "{}", "a {} and a red {}, in the snow"]
-
-
-def config_of(name: str, folder: Path, cache: Path, **values: Any) -> BackboneConfig:
-    """The defaults of a backbone, for a small pipeline and few captions."""
-    config = backbones.default_config(name)
-    covariance = dataclasses.replace(config.covariance, count=40, cache=str(cache))
-    values = {"path": str(folder), "resolution": 64, "device": "cpu", "covariance": covariance} | values
-    return dataclasses.replace(config, **values)
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -65,32 +32,10 @@ def filled(word: str) -> list[str]:
     return [prompt.replace("{}", word) for prompt in PROMPTS]
 
 
-@contextmanager
-def added(backbone: Backbone, vectors: int = 1) -> Iterator[AddedToken]:
-    """`<cat*>` in the backbone, and out of it again whatever happens."""
-    token = backbone.add_token("<cat*>", "cat", vectors)
-    try:
-        yield token
-    finally:
-        token.remove()
-
-
-def stock(backbone: Backbone, prompts: list[str]) -> Tensor:
-    """What the stock pipeline encodes."""
-    pipe: Any = backbone.pipe
-    with torch.no_grad():
-        return pipe.encode_prompt(
-            prompts, device=backbone.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
-
-
 def words_of(backbone: Backbone) -> list[Any]:
     """What a new word is put into: the tokenizers, and the tables of the text encoders."""
     tokenizers = [part for name, part in backbone.pipe.components.items() if name.startswith("tokenizer")]
     return [*tokenizers, *(encoder.get_input_embeddings() for encoder in backbone.text_encoders().values())]
-
-
-# --- the seam -------------------------------------------------------------------------------------------------------
 
 
 def test_a_loaded_backbone_is_frozen(backbone: Backbone) -> None:
@@ -303,247 +248,3 @@ def test_short_encodings_are_the_beginning_of_padded_ones(backbone: Backbone) ->
     assert length < whole.context.shape[1] and short.concept.shape == (2, length)
     torch.testing.assert_close(short.context, whole.context[:, :length], rtol=1e-4, atol=1e-5)
     assert torch.equal(short.concept, whole.concept[:, :length]) and not whole.concept[:, length:].any()
-
-
-# --- loading --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
-def test_half_precision_loads_with_the_same_fingerprint(kind: str, tmp_path: Path) -> None:
-    name, build = KINDS[kind]
-    folder = build(tmp_path)
-    loaded = {
-        dtype: backbones.backbone_class(name).load(config_of(name, folder, tmp_path, dtype=str(dtype).split(".")[1]))
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    }
-    assert loaded[torch.float16].fingerprint() == loaded[torch.float32].fingerprint()
-    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    expected = loaded[torch.float32].latents(pixels)
-    for dtype, backbone in loaded.items():
-        parts = (backbone.pipe.unet, backbone.pipe.vae, *backbone.text_encoders().values())
-        assert backbone.dtype == dtype and {p.dtype for part in parts for p in part.parameters()} == {dtype}
-        latents = backbone.latents(pixels)
-        assert latents.dtype == dtype
-        torch.testing.assert_close(latents.float(), expected, rtol=0.05, atol=0.05)
-        token = backbone.add_token("<cat*>", "cat")
-        assert all(vectors.dtype == torch.float32 for vectors in token.embeddings().values())
-        encoding = backbone.encode(["a <cat*>"], "<cat*>")
-        assert encoding.context.dtype == dtype and encoding.context.requires_grad
-        predicted = backbone.predict(latents, torch.tensor([500]), encoding)
-        assert predicted.dtype == dtype and predicted.isfinite().all()
-
-
-def test_load_gives_a_stock_pipeline_that_is_known_again(tmp_path: Path) -> None:
-    folder = toyland_folder(tmp_path)
-    pipe = perfusion.load("toyland", path=str(folder), device="cpu")
-    assert type(pipe) is StableDiffusionPipeline
-    again = backbones.around(pipe)
-    assert isinstance(again, ToylandBackbone) and again.pipe is pipe and again.config.path == str(folder)
-
-
-def test_a_pipeline_of_the_user_finds_its_backbone(tmp_path: Path) -> None:
-    own = StableDiffusionPipeline.from_pretrained(toyland_folder(tmp_path))
-    toy = backbones.around(own)
-    assert isinstance(toy, ToylandBackbone) and toy.config == ToylandBackbone.defaults()
-    tiny = tiny_pipeline()
-    tiny.scheduler = EulerDiscreteScheduler.from_config(tiny.scheduler.config)
-    tiny.unet.requires_grad_(True)
-    scheduler = tiny.scheduler
-    backbone = backbones.around(tiny)
-    assert type(backbone) is StableDiffusionBackbone and backbone.config.resolution == 64
-    assert tiny.scheduler is scheduler and not any(p.requires_grad for p in tiny.unet.parameters())
-    latents, noise = torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
-    schedule = DDIMScheduler.from_config(tiny.scheduler.config)  # Euler's own add_noise means something else
-    expected = schedule.alphas_cumprod[500].sqrt() * latents
-    torch.testing.assert_close(backbone.add_noise(latents, noise, torch.tensor([500])), expected)
-
-
-def test_velocity_is_the_target_of_v_prediction() -> None:
-    config = BackboneConfig(name="stable_diffusion", resolution=64)
-    backbone = backbones.around(tiny_pipeline(scheduler={"prediction_type": "v_prediction"}), config)
-    latents, noise, steps = torch.ones(1, 4, 8, 8), torch.full((1, 4, 8, 8), 2.0), torch.tensor([300])
-    share = backbone.pipe.scheduler.alphas_cumprod[300]
-    expected = share.sqrt() * noise - (1 - share).sqrt() * latents  # arXiv 2202.00512
-    torch.testing.assert_close(backbone.target(latents, noise, steps), expected)
-    with pytest.raises(BackboneError, match="prediction_type 'sample', expected 'epsilon' or 'v_prediction'"):
-        backbones.around(tiny_pipeline(scheduler={"prediction_type": "sample"}), config)
-
-
-def test_an_own_textual_inversion_is_encoded_as_in_the_stock_pipeline() -> None:
-    pipe = tiny_pipeline()
-    pipe.load_textual_inversion(torch.randn(2, 32), token="<style>")
-    backbone = backbones.around(pipe)
-    prompt = "a photo of <cat*>, <style>"
-    with added(backbone, vectors=2):
-        assert torch.equal(backbone.encode([prompt], "<cat*>").context.detach(), stock(backbone, [prompt]))
-        assert "<style>_1" in pipe.tokenizer.get_vocab()
-
-
-def test_fused_projections_are_refused() -> None:
-    backbone = backbones.around(tiny_pipeline())
-    backbone.pipe.unet.fuse_qkv_projections()
-    with pytest.raises(BackboneError, match=r"attn2: its K and V projections are fused.*unfuse_qkv_projections"):
-        backbone.edit_sites()
-
-
-def test_compiled_parts_are_the_same_backbone() -> None:
-    class Compiled(torch.nn.Module):
-        """In the shape of torch.compile's wrapper, whose import takes seconds."""
-
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__()
-            self._orig_mod = module
-
-    backbone = backbones.around(tiny_pipeline())
-    names, fingerprint = [site.name for site in backbone.edit_sites()], backbone.fingerprint()
-    backbone.pipe.unet, backbone.pipe.text_encoder = Compiled(backbone.pipe.unet), Compiled(backbone.pipe.text_encoder)
-    again = StableDiffusionBackbone(backbone.pipe, backbone.config)
-    assert [site.name for site in again.edit_sites()] == names and again.fingerprint() == fingerprint
-
-
-def test_captions_from_adapted_encoders_are_not_cached(tmp_path: Path) -> None:
-    pipe = tiny_pipeline()
-    covariance = CovarianceConfig(count=30, cache=str(tmp_path / "cache"))
-    config = BackboneConfig(name="stable_diffusion", resolution=64, covariance=covariance)
-    plain = backbones.around(pipe, config).second_moment(progress=False)
-    files = sorted((tmp_path / "cache").iterdir())
-    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    adapted = backbones.around(pipe, config).second_moment(progress=False)
-    assert not torch.equal(adapted.factor, plain.factor) and sorted((tmp_path / "cache").iterdir()) == files
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"path": None}, r"backbone.path: stable_diffusion ships no weights; give backbone.path=<folder, .*> of a"),
-        ({"path": "/no/such/folder"}, "backbone.path: no folder /no/such/folder"),
-        ({"path": "nobody/nothing"}, "nobody/nothing is no folder here, and the hub did not give it"),
-        ({"dtype": "float8"}, "backbone.dtype: found 'float8', expected one of float32, float16, bfloat16"),
-        ({"device": "gpu"}, "backbone.device: found 'gpu', expected auto, cuda"),
-        ({"resolution": 100}, "backbone.resolution: found 100, expected a multiple of 8 pixels"),
-    ],
-)
-def test_configs_that_cannot_be_loaded_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
-    config = config_of("stable_diffusion", tiny_pipeline_folder(tmp_path), tmp_path, **values)
-    with pytest.raises(BackboneError, match=message):
-        StableDiffusionBackbone.load(config)
-    if "path" in values:
-        with pytest.raises(BackboneError, match=message):
-            backbones.check_words(config, "<cat*>", "cat")
-
-
-def no_index(folder: Path) -> None:
-    (folder / "model_index.json").unlink()
-
-
-def other_class(folder: Path) -> None:
-    index = folder / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
-
-
-def spoilt_index(folder: Path) -> None:
-    (folder / "model_index.json").write_text("{")
-
-
-def truncated(folder: Path) -> None:
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def pickled(folder: Path) -> None:
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-
-
-def no_tokenizer(folder: Path) -> None:
-    shutil.rmtree(folder / "tokenizer")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (no_index, "is not a diffusers pipeline: it holds no model_index.json"),
-        (other_class, "holds a StableDiffusionXLPipeline, expected a StableDiffusionPipeline"),
-        (spoilt_index, r"cannot read .*model_index\.json"),
-        (truncated, "cannot load .*pipeline: "),
-        (pickled, "cannot load .*pipeline: "),
-        (no_tokenizer, "cannot load .*pipeline: "),
-    ],
-)
-def test_folders_that_cannot_be_loaded_are_refused(damage: Callable, message: str, tmp_path: Path) -> None:
-    folder = tiny_pipeline_folder(tmp_path)
-    damage(folder)
-    with pytest.raises(BackboneError, match=f"^backbone.path: .*{message}"):
-        StableDiffusionBackbone.load(config_of("stable_diffusion", folder, tmp_path))
-
-
-def test_other_pipelines_are_refused() -> None:
-    other = StableDiffusionInstructPix2PixPipeline(**tiny_pipeline().components, requires_safety_checker=False)
-    with pytest.raises(BackboneError, match="no backbone fits a StableDiffusionInstructPix2PixPipeline"):
-        backbones.around(other)
-    with pytest.raises(BackboneError, match=r"expected a StableDiffusionPipeline; .*\*\*pipe.components"):
-        backbones.around(other, BackboneConfig(name="stable_diffusion"))
-    pipe = tiny_pipeline()
-    pipe.text_encoder = None
-    with pytest.raises(BackboneError, match="found a pipeline without a text_encoder, expected one with all"):
-        backbones.around(pipe)
-    xl = tiny_sdxl()
-    with pytest.raises(BackboneError, match="found a StableDiffusionXLPipeline, expected a StableDiffusionPipeline"):
-        backbones.around(xl, BackboneConfig(name="stable_diffusion"))
-    with pytest.raises(BackboneError, match="found a StableDiffusionPipeline, expected a StableDiffusionXLPipeline"):
-        backbones.around(tiny_pipeline(), BackboneConfig(name="sdxl"))
-    xl.text_encoder_2 = None
-    with pytest.raises(BackboneError, match="found a pipeline without a text_encoder_2"):
-        backbones.around(xl)
-
-
-# --- the registry and the presets -----------------------------------------------------------------------------------
-
-
-def test_the_registry_knows_every_backbone_and_no_other() -> None:
-    assert {name for name, _ in KINDS.values()} == set(backbones.available())
-    for name in backbones.available():
-        assert issubclass(backbones.backbone_class(name), Backbone)
-        assert backbones.default_config(name).name == name
-    for name in ("sd15", "base", "tokens", "latent_diffusion", "single_file"):
-        with pytest.raises(ConfigError, match=rf"backbone.name: no backbone '{name}'; there are: .*toyland"):
-            backbones.backbone_class(name)
-
-
-@pytest.mark.parametrize(
-    ("preset", "values"), [("sd15", {}), ("sd21", {"resolution": 768}), ("sdxl", {}), ("toyland", {})]
-)
-def test_the_presets_are_the_defaults(preset: str, values: dict[str, Any]) -> None:
-    config = checked(BackboneConfig, OmegaConf.load(CONF / f"{preset}.yaml"), "backbone")
-    assert config == dataclasses.replace(backbones.default_config(config.name), **values)
-
-
-# --- Toyland --------------------------------------------------------------------------------------------------------
-
-
-def test_toyland_says_how_to_build_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toyland, "WEIGHTS", tmp_path / "weights")
-    with pytest.raises(BackboneError, match=r"Toyland's weights are not in .*weights; run `make toyland`"):
-        perfusion.load()
-    shutil.copytree(toyland_folder(tmp_path), tmp_path / "weights")
-    assert isinstance(backbones.around(perfusion.load(device="cpu")), ToylandBackbone)
-
-
-def test_toyland_captions_are_of_its_world() -> None:
-    captions = list(toyland_captions(200))
-    assert captions[:20] == list(toyland_captions(20)) and len(set(captions)) > 180
-    words = {word for caption in captions for word in caption.split()}
-    assert words <= set(toyland.vocabulary()) and {"cat", "beach", "sketch", "hat"} <= words
-
-
-def test_the_public_face_is_lazy() -> None:
-    assert perfusion.load is presets.load and "Concept" in dir(perfusion)
-    with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        perfusion.lode  # noqa: B018
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        import subprocess
-        import sys
-
-        code = "import sys, perfusion; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,8 +15,8 @@ from perfusion.concept_format import ConceptFileError
 from perfusion.edit import Edit, EditedProjection, EditError, PromptGate, attach_edit
 from perfusion.methods.base import Word, build
 from perfusion.prompt_gate import JointGate
+from tests.benches import BETA, TAU, Bench, snapshot
 from tests.concepts import tiny_backbone, untrained_concept
-from tests.test_edit import BETA, TAU, Bench, snapshot
 
 
 class Apart:

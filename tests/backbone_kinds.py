@@ -1,0 +1,50 @@
+"""The backbones of every kind, small and with random weights."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perfusion import backbones
+from perfusion.backbones.base import AddedToken, Backbone
+from perfusion.config import BackboneConfig
+from tests.pipelines import sd21_folder, sdxl_folder, tiny_pipeline_folder, toyland_folder
+
+# kind -> name of its backbone, builder of a folder with a small pipeline of the kind
+KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "sd15": ("stable_diffusion", tiny_pipeline_folder),
+    "sd21": ("stable_diffusion", sd21_folder),
+    "sdxl": ("sdxl", sdxl_folder),
+    "toyland": ("toyland", toyland_folder),
+}
+
+
+def config_of(name: str, folder: Path, cache: Path, **values: Any) -> BackboneConfig:
+    """The defaults of a backbone, for a small pipeline and few captions."""
+    config = backbones.default_config(name)
+    covariance = dataclasses.replace(config.covariance, count=40, cache=str(cache))
+    values = {"path": str(folder), "resolution": 64, "device": "cpu", "covariance": covariance} | values
+    return dataclasses.replace(config, **values)
+
+
+@contextmanager
+def added(backbone: Backbone, vectors: int = 1) -> Iterator[AddedToken]:
+    """`<cat*>` in the backbone, and out of it again whatever happens."""
+    token = backbone.add_token("<cat*>", "cat", vectors)
+    try:
+        yield token
+    finally:
+        token.remove()
+
+
+def stock(backbone: Backbone, prompts: list[str]) -> Tensor:
+    """What the stock pipeline encodes."""
+    pipe: Any = backbone.pipe
+    with torch.no_grad():
+        return pipe.encode_prompt(
+            prompts, device=backbone.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
