@@ -13,7 +13,7 @@ import torch
 from perfusion.cli import run_cli
 from perfusion.toyland import measure, report
 from perfusion.toyland.captions import Caption, asked
-from perfusion.toyland.measure import Toyland, followed, identity_share, pixels_of
+from perfusion.toyland.measure import Toyland, followed, identity_share, pixels_of, share_right
 from perfusion.toyland.models import scheduler
 from perfusion.toyland.reader import HEADS, Reader, labels
 from perfusion.toyland.report import Row, at_least, at_most, table
@@ -40,6 +40,17 @@ def test_followed_is_what_was_asked_and_is_there() -> None:
     assert found == {
         "objects": True, "style": True, "place": True, "object0_superclass": False, "object0_body": True,
     }  # fmt: skip
+
+
+def test_share_right_takes_objects_in_the_better_order() -> None:
+    asks = {
+        "objects": "two", "style": "photo", "object0_superclass": "cat", "object0_body": "red",
+        "object1_superclass": "dog",
+    }  # fmt: skip
+    shown = {"objects": "two", "object0_superclass": "dog", "object1_superclass": "cat", "object1_body": "blue"}
+    read = {name: int(index[0]) for name, index in readings(shown).items()}
+    assert share_right(asks, read) == 0.8
+    assert share_right({"objects": "one", "object0_superclass": "cat"}, read) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,24 +11,39 @@ import torch
 from torch import nn
 
 from perfusion.toyland import reconstructions, train_diffusion
-from perfusion.toyland.captions import caption
+from perfusion.toyland.captions import asked, caption
 from perfusion.toyland.models import autoencoder, scheduler
 from perfusion.toyland.reconstructions import Pool, judged_scene
 from perfusion.toyland.train_autoencoder import draw_batch
 from perfusion.toyland.train_decoder import decoding_loss, train_decoder
-from perfusion.toyland.train_diffusion import denoising_loss, scene_weights, training_scene
+from perfusion.toyland.train_diffusion import denoising_loss, scene_weights, training_caption, training_scene
 from perfusion.toyland.train_scorer import altered, captions, contrastive_loss
-from perfusion.toyland.world import LIVING, is_held_out, sample_scene
+from perfusion.toyland.world import HELD_OUT, LIVING, is_held_out, sample_scene
 
 
 def test_pairs_and_worn_things_are_practised_more() -> None:
     scenes = [training_scene(seed) for seed in range(500)]
     assert sum(len(scene.objects) == 2 for scene in scenes) == 200
-    assert not any(is_held_out(scene) for scene in scenes)
     weights = scene_weights(scenes)
     assert weights.sum() == pytest.approx(1)
     worn = [sum(p.worn != "none" for p in scene.objects) for scene in scenes]
     assert all(weights[i] == pytest.approx(weights[worn.index(0)] * (1 + n)) for i, n in enumerate(worn))
+
+
+def test_held_out_pairs_are_seen_and_never_named() -> None:
+    scenes = [scene for seed in range(3000) if is_held_out(scene := training_scene(seed))]
+    assert len(scenes) > 50
+    rng = np.random.default_rng(0)
+    named = 0
+    for scene in scenes:
+        for said, counts in ((training_caption(scene, rng), False), (caption(scene, rng), True)):
+            wishes = asked(said) if said.nouns else {}
+            for k in range(len(said.nouns)):
+                kind = wishes[f"object{k}_superclass"]
+                pairs = {(kind, wishes.get("place")), (kind, wishes.get(f"object{k}_worn"))}
+                assert counts or not pairs & HELD_OUT
+                named += counts and bool(pairs & HELD_OUT)
+    assert named > len(scenes) / 3  # what else is said of the same scenes
 
 
 def test_half_of_the_steps_are_among_the_350_of_least_noise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from perfusion.toyland.world import (
     Placed,
     Scene,
     pick,
+    place_is_held_out,
+    wears_held_out,
 )
 
 MAX_WORDS = 20
@@ -109,7 +111,9 @@ def _adjectives(placed: Placed, rng: np.random.Generator) -> list[list[str]]:
     return groups
 
 
-def _object_chunks(index: int, placed: Placed, rng: np.random.Generator, short: bool, neutral: bool) -> list[_Chunk]:
+def _object_chunks(
+    index: int, placed: Placed, rng: np.random.Generator, short: bool, neutral: bool, name_held_out: bool
+) -> list[_Chunk]:
     """An object phrase: article, adjectives, noun, then eyes, worn thing and support."""
     instance = placed.instance
     chunks = [_Chunk([pick(rng, ARTICLES)])]
@@ -126,7 +130,7 @@ def _object_chunks(index: int, placed: Placed, rng: np.random.Generator, short: 
     if eyes_show and rng.random() < 0.15:
         chunks.append(_Chunk(["with", instance.detail, "eyes"], drop=5, tie=rng.random()))
     after: list[_Chunk] = []
-    if placed.worn != "none" and rng.random() < 0.85:
+    if placed.worn != "none" and rng.random() < 0.85 and (name_held_out or not wears_held_out(placed)):
         thing = [placed.worn] if placed.worn == "sunglasses" else ["a", placed.worn]
         after.append(_Chunk([pick(rng, WORN_PHRASES), *thing], drop=1, tie=rng.random()))
     if placed.support != "none" and rng.random() < 0.85:
@@ -162,8 +166,11 @@ def _assemble(chunks: list[_Chunk]) -> Caption:
     return Caption(_with_articles(words), tuple(nouns), tuple(tuple(adjectives.get(i, ())) for i in range(len(nouns))))
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A caption of the scene; wording varies and attributes are left out at random, a non-photo style never is."""
+def caption(scene: Scene, rng: np.random.Generator, name_held_out: bool = True) -> Caption:
+    """A caption of the scene; wording varies and attributes are left out at random, a non-photo style never is.
+
+    name_held_out: whether it may name both halves of a HELD_OUT pair; else it leaves the place or the worn thing out.
+    """
     short = rng.random() < 0.1
     neutral = scene.style == "photo" and not short and rng.random() < 0.1
     prefix = pick(rng, NEUTRAL_PREFIXES if neutral else PREFIXES[scene.style]).split()
@@ -171,11 +178,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     for index, placed in enumerate(scene.objects):
         if index:
             body.append(_Chunk(scene.relation.split()))
-        body += _object_chunks(index, placed, rng, short, neutral)
+        body += _object_chunks(index, placed, rng, short, neutral, name_held_out)
     if short and not prefix and len(scene.objects) == 1 and rng.random() < 0.6:
         body = body[1:]
     named = rng.random() < (0.06 if scene.place == "plain" else 0.85)
-    if named and not short:
+    if named and not short and (name_held_out or not place_is_held_out(scene)):
         place = _Chunk(pick(rng, PLACE_PHRASES[scene.place]).split(), drop=1, tie=rng.random())
         roll = rng.random()
         last_noun = max(i for i, chunk in enumerate(body) if chunk.noun)

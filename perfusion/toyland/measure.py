@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -165,9 +166,10 @@ def prompt_following(toyland: Toyland, count: int = 1000) -> dict[str, float]:
 
     Attributes are counted over the captions with one object that ask for them; `both superclasses` over those with two,
     whichever stands where; `colours bound` over those that give both objects a colour: each superclass is there with
-    its own. `clip_t_correlation` is Spearman's, of the scorer's image-text similarity with the share of attributes that
-    are right; `clip_i_correlation` that of the similarity with a render of the captioned scene with the share of the
-    scene's identity that is right.
+    its own. `clip_t_correlation` is Spearman's, of the scorer's image-text similarity with the share of what was asked
+    that is right, whichever object stands where. Captions differ in similarity by themselves, so `clip_t_correlation,
+    less the render's` takes that of the caption's own render off it. `clip_i_correlation` is that of the similarity
+    with this render with the share of the scene's identity that is right.
     """
     scenes = fresh_scenes(count)
     rng = np.random.default_rng(FIRST_SCENE)
@@ -189,13 +191,34 @@ def prompt_following(toyland: Toyland, count: int = 1000) -> dict[str, float]:
     result |= {f"{name} (pictures)": float(len(right)) for name, right in hits.items()}
 
     embedded = toyland.scorer.images(images)
-    clip_t = (embedded * toyland.scorer.texts([c.text for c in captions])).sum(1)
-    share = torch.tensor([sum(hit.values()) / len(hit) for hit in found])
+    drawn = toyland.scorer.images([picture(scene) for scene in scenes])
+    texts = toyland.scorer.texts([c.text for c in captions])
+    clip_t, at_best = (embedded * texts).sum(1), (drawn * texts).sum(1)
+    share = torch.tensor(
+        [share_right(asks, {name: int(index[i]) for name, index in read.items()}) for i, asks in enumerate(wanted)]
+    )
     result["clip_t_correlation"] = float(spearman_corrcoef(clip_t, share))
-    clip_i = (embedded * toyland.scorer.images([picture(scene) for scene in scenes])).sum(1)
+    result["clip_t_correlation, less the render's"] = float(spearman_corrcoef(clip_t - at_best, share))
+    clip_i = (embedded * drawn).sum(1)
     identity = torch.tensor([identity_share(read, i, scene) for i, scene in enumerate(scenes)])
     result["clip_i_correlation"] = float(spearman_corrcoef(clip_i, identity))
     return result
+
+
+def share_right(asks: Mapping[str, str], read: Mapping[str, int]) -> float:
+    """Share of what was asked that is read in a picture, its objects taken in the order that fits better."""
+
+    def share(order: Sequence[int]) -> float:
+        right = 0
+        for name, option in asks.items():
+            if name.startswith("object") and "_" in name:
+                index, _, attribute = name.removeprefix("object").partition("_")
+                name = f"object{order[int(index)]}_{attribute}"
+            right += HEADS[name].index(option) == read[name]
+        return right / len(asks)
+
+    orders = [range(OBJECTS)] if asks["objects"] == "one" else permutations(range(OBJECTS))
+    return max(share(tuple(order)) for order in orders)
 
 
 def _count_two(asks: Mapping[str, str], read: Mapping[str, int], hits: dict[str, list[bool]]) -> None:
@@ -246,7 +269,7 @@ def _encode(pipe: Any, prompts: list[str]) -> Tensor:
 def compositions(toyland: Toyland, each: int = 20) -> dict[str, float]:
     """Share of pictures with both halves of a pair, superclass and place or worn thing, right.
 
-    unseen: the pairs that the pipeline's training never showed. seen: the same places and worn things with other
+    unseen: the pairs that no caption of the pipeline's training names. seen: the same places and worn things with other
     superclasses. `unseen, reader on renders`: what the reader makes of renders of the unseen pairs, the most that it
     could find.
     """

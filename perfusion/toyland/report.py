@@ -79,7 +79,8 @@ READER = {"superclass": 0.98, "body": 0.97, "place": 0.99, "worn": 0.98, "suppor
 PROMPTS = {"superclass": 0.95, "body": 0.90, "place": 0.97, "worn": 0.85, "support": 0.90}
 PROMPTS |= {"sketch or mosaic": 0.97, "both superclasses": 0.75, "colours bound": 0.60}
 DROP = 0.02  # of the reader on reconstructions
-OTHERS = ("photo", "second", "pattern", "detail", "sleep", "objects", "clip_t_correlation", "clip_i_correlation")
+OTHERS = ("photo", "second", "pattern", "detail", "sleep", "objects")
+OTHERS += ("clip_t_correlation", "clip_t_correlation, less the render's", "clip_i_correlation")
 
 
 def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:

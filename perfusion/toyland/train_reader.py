@@ -1,6 +1,6 @@
 """Trains the attribute reader on fresh renders and on the autoencoder's reconstructions of others.
 
-It sees the HELD_OUT pairs, too, which the pipeline does not: it shall judge whether they were drawn.
+It learns the HELD_OUT pairs, too, of which the pipeline's captions are silent: it shall judge whether they were drawn.
 """
 
 from __future__ import annotations

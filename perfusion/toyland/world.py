@@ -37,7 +37,7 @@ PLACES = ("plain", "beach", "snow", "forest", "desert", "night", "city", "meadow
 STYLES = ("photo", "sketch", "mosaic")
 RELATIONS = ("and", "next to")
 
-# (superclass, place) and (superclass, worn) pairs kept out of training, to measure composition later.
+# (superclass, place) and (superclass, worn) pairs that no training caption names, to measure composition later.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     {
         ("robot", "beach"),
@@ -124,12 +124,19 @@ def sample_instance(rng: np.random.Generator, superclass: str | None = None, **f
     return instance
 
 
+def wears_held_out(placed: Placed) -> bool:
+    """Whether the object forms a HELD_OUT pair with what it wears."""
+    return (placed.instance.superclass, placed.worn) in HELD_OUT
+
+
+def place_is_held_out(scene: Scene) -> bool:
+    """Whether any object of the scene forms a HELD_OUT pair with its place."""
+    return any((placed.instance.superclass, scene.place) in HELD_OUT for placed in scene.objects)
+
+
 def is_held_out(scene: Scene) -> bool:
-    """Whether any object of the scene forms a HELD_OUT pair with its place or with what it wears."""
-    return any(
-        (p.instance.superclass, scene.place) in HELD_OUT or (p.instance.superclass, p.worn) in HELD_OUT
-        for p in scene.objects
-    )
+    """Whether the scene has a HELD_OUT pair: an object with its place or with what it wears."""
+    return place_is_held_out(scene) or any(wears_held_out(placed) for placed in scene.objects)
 
 
 def _allowed(options: Sequence[str], superclasses: Sequence[str], held_out: bool) -> tuple[str, ...]:
