@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from perfusion.toyland.reconstructions import Pool, judged_scene
 from perfusion.toyland.train_autoencoder import draw_batch
 from perfusion.toyland.train_decoder import decoding_loss, train_decoder
 from perfusion.toyland.train_diffusion import denoising_loss, scene_weights, training_caption, training_scene
+from perfusion.toyland.train_reader import fresh_scene
 from perfusion.toyland.train_scorer import altered, captions, contrastive_loss
-from perfusion.toyland.world import HELD_OUT, LIVING, is_held_out, sample_scene
+from perfusion.toyland.world import HELD_OUT, LIVING, STYLES, is_held_out, sample_scene
 
 
 def test_pairs_and_worn_things_are_practised_more() -> None:
@@ -63,6 +65,12 @@ def test_half_of_the_steps_are_among_the_350_of_least_noise(monkeypatch: pytest.
     alpha = scheduler().alphas_cumprod[steps]
     snr = alpha / (1 - alpha)
     assert float(loss) == pytest.approx(float((snr.clamp(1, 20) / (snr + 1)).mean()), rel=0.1)
+
+
+def test_the_reader_practises_what_it_mistakes() -> None:
+    scenes = [fresh_scene(seed) for seed in range(400)]
+    shares = Counter((len(scene.objects), scene.style) for scene in scenes)
+    assert shares == {(n, s): 100 if s == "photo" else 50 for n in (1, 2) for s in STYLES}
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -15,8 +15,9 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, label_tensors
-from perfusion.toyland.reconstructions import COUNT, Pool, judged_scene
+from perfusion.toyland.reconstructions import COUNT, Pool
 from perfusion.toyland.train_autoencoder import draw_scenes
+from perfusion.toyland.world import Scene, sample_scene
 
 RATE = 0.02
 FIRST_SCENE = 4_300_000_000
@@ -26,6 +27,15 @@ BLUR = (0.1, 0.8)  # generated images are a little softer than both
 def batch_size() -> int:
     """Pictures per step and process."""
     return 512 if device().type == "cuda" else 48
+
+
+def fresh_scene(seed: int) -> Scene:
+    """A scene to learn from: two objects in every second, a sketch or a mosaic in half of each.
+
+    The world has fewer of both; most of the reader's mistakes are in them.
+    """
+    style = ("photo", "sketch", "photo", "mosaic")[seed // 2 % 4]
+    return sample_scene(seed, objects=1 + seed % 2, held_out=True, style=style)
 
 
 def reading_loss(model: Reader, pixels: Tensor, right: dict[str, Tensor]) -> Tensor:
@@ -52,7 +62,7 @@ def train_reader(folder: Path, seconds: float, seed: int = 2, pool_size: int = C
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
         start = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * (size - half)
-        scenes = [judged_scene(start + i) for i in range(size - half)]
+        scenes = [fresh_scene(start + i) for i in range(size - half)]
         chosen = rng.integers(0, len(pool.scenes), half).tolist()
         pixels = torch.cat([draw_scenes(scenes)[0], pool.take(chosen)]).to(device())
         fresh = label_tensors(scenes)
