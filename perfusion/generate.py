@@ -33,6 +33,7 @@ Several strengths, one row of pictures each:  beta=0.4,0.55,0.7
 The strength with the best harmonic mean of CLIP-I and CLIP-T:  beta=auto
 Several concepts:  concept='[cat.safetensors, teddy.safetensors]' prompt='<cat*> and <teddy*> on the beach'
   with strengths of their own:  beta='[[0.6, 0.4]]'
+The base model beside them, its superclass in the concept's place:  beta=0.5,0.7,inf
 """
 
 GRID = "grid.png"
@@ -47,7 +48,7 @@ class GenerateConfig:
 
     concept: Any = MISSING  # concept file, or a list of files that are drawn together
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
-    beta: Any = None  # gate's threshold, a list, or auto: lower looks more like the concept; null: as the concept says
+    beta: Any = None  # gate's threshold, a list, or auto: lower is more of the concept, inf none; null: as it says
     tau: float | None = None  # gate's softness; null: as the concept says
     key_lock: str | None = None  # local or global: where the prompt's keys come from; null: as the concept says
     scale: float | None = None  # strength of a LoRA, 0 to 1 and beyond; null: as the concept says
@@ -207,8 +208,8 @@ def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None
         raise ConfigError(
             f"beta: found {config.beta!r}, expected a number, several as in beta=0.4,0.55,0.7, or auto{each}"
         )
-    if any(beta is not None and not math.isfinite(beta) for row in rows for beta in row):
-        raise ConfigError(f"beta: found {config.beta!r}, expected finite numbers")
+    if any(beta is not None and (math.isnan(beta) or beta == -math.inf) for row in rows for beta in row):
+        raise ConfigError(f"beta: found {config.beta!r}, expected finite numbers, or inf for the base model")
     return rows
 
 
@@ -313,9 +314,9 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _as_one(row: Sequence[float | None]) -> float | str | None:
-    """A setting of all concepts, in one number if they agree."""
+    """A setting of all concepts, in one number if they agree; infinity as text, which JSON has no number for."""
     if len({*row}) == 1:
-        return row[0]
+        return "inf" if row[0] == math.inf else row[0]
     return _joined("none" if beta is None else f"{beta:g}" for beta in row)
 
 

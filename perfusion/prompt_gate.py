@@ -6,6 +6,8 @@ For encodings e of a prompt and J concepts:
     g_j = sigmoid((r_j(e) − β) / τ)       how much of each concept is there instead
     e' + Σ_j g_j s_j                      what locked keys project: W e' + Σ_j g_j o*_j, for o*_j = W s_j
 
+A concept whose β is infinite is left out: its gate is 0, and the sums go over the others. Without others, e' = e.
+
 `perfusion.edit` brings these to the layers.
 """
 
@@ -85,22 +87,24 @@ class PromptGate(nn.Module):
         """β: a number, or a tensor (S,) with one value per sample, (J, 1) with one per concept, or (J, S).
 
         Row k of a batch takes value k mod S, so that S values serve the S prompts and the S empty prompts of guidance.
-        Setting it keeps a copy. Raises EditError for a value that is not finite or a tensor of another shape.
+        Setting it keeps a copy. `inf` leaves the concept out of the edit. Raises EditError for NaN, −inf, or a tensor
+        of another shape.
         """
         return self._beta
 
     @beta.setter
     def beta(self, value: float | Tensor) -> None:
-        self._beta = self._checked("beta", value, above=-math.inf)
+        self._beta = self._checked("beta", value, -math.inf, math.inf)
+        self._leaves_out = bool(torch.as_tensor(self._beta).isposinf().any())
 
     @property
     def tau(self) -> float | Tensor:
-        """τ > 0, in the forms of `beta`; raises EditError likewise."""
+        """τ > 0 and finite, in the forms of `beta`; raises EditError likewise."""
         return self._tau
 
     @tau.setter
     def tau(self, value: float | Tensor) -> None:
-        self._tau = self._checked("tau", value, above=0)
+        self._tau = self._checked("tau", value, 0, math.nextafter(math.inf, 0))
 
     def move(self, target_inputs: Tensor, directions: Directions) -> None:
         """Replace the i*_j and the C⁻¹i*_j, (J, d) each, by copies of these. Raises EditError for dependent i*_j."""
@@ -134,10 +138,25 @@ class PromptGate(nn.Module):
         with torch.autocast(e.device.type, enabled=False):  # half precision would round terms before they cancel
             r = self.similarity(e)
             g = gate(r, self._per_row("beta", len(e)), self._per_row("tau", len(e)))
-            remainder = low_rank_update(e.to(r.dtype), -self._components(r), self.target_inputs.to(e.device))
+            c = self._components(r) if not self.leaves_out else self._components_of(r, self.kept(len(e)).to(e.device))
+            remainder = low_rank_update(e.to(r.dtype), -c, self.target_inputs.to(e.device))
             locked = low_rank_update(remainder, g, self.superclass_inputs.to(e.device))
         stamp = None if torch.is_grad_enabled() else self._stamp(e)
         return EditedPrompt(remainder.to(e.dtype), locked.to(e.dtype), g, e, stamp, torch.is_grad_enabled())
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether β is infinite for a concept in any row."""
+        return self._leaves_out
+
+    def kept(self, rows: int) -> Tensor:
+        """(J, rows) bool: which concepts the edit has in which row of a batch; those of infinite β are left out.
+
+        Raises:
+            EditError: β has values for another number of samples.
+        """
+        beta = torch.as_tensor(self._per_row("beta", rows))
+        return ~beta.isposinf().expand(len(self.target_inputs), rows)
 
     def show(self, context: Tensor) -> None:
         """Prepare a call of the denoiser with `context` (B, N, d). Without gradients, the same one is prepared once."""
@@ -167,6 +186,20 @@ class PromptGate(nn.Module):
             return r  # r(i*) = 1
         return torch.linalg.solve(self.similarity(self.target_inputs.to(r)), r.flatten(1)).view_as(r)
 
+    def _components_of(self, r: Tensor, kept: Tensor) -> Tensor:
+        """c (J, B, N) likewise, but in each row for those concepts alone that `kept` (J, B) has there; 0 for others."""
+        r = torch.where(kept[..., None], r, 0)
+        if len(r) == 1:
+            return r
+        both = kept.T[:, :, None] & kept.T[:, None, :]  # (B, J, J)
+        one = torch.eye(len(r), dtype=torch.float64, device=r.device)
+        apart = self._inverse(torch.where(both, self.similarity(self.target_inputs.to(r)).double(), one))
+        return torch.einsum("bjk,kbn->jbn", apart.to(r), r)
+
+    def _inverse(self, overlap: Tensor) -> Tensor:
+        """Of r_j(i*_k) (..., J, J), float64."""
+        return torch.linalg.inv(overlap)
+
     def _per_row(self, name: str, rows: int) -> float | Tensor:
         value = getattr(self, name)
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[-1] in (1, rows):
@@ -175,7 +208,7 @@ class PromptGate(nn.Module):
             raise EditError(f"{name}: found {value.shape[-1]} values for a batch of {rows} rows, expected a divisor")
         return torch.cat([value] * (rows // value.shape[-1]), -1)
 
-    def _checked(self, name: str, value: float | Tensor, above: float) -> float | Tensor:
+    def _checked(self, name: str, value: float | Tensor, above: float, most: float) -> float | Tensor:
         if isinstance(value, Tensor):
             value = value.detach().clone()
             if value.dim() > 2 or (value.dim() == 2 and len(value) != len(self.target_inputs)):
@@ -184,8 +217,9 @@ class PromptGate(nn.Module):
                     f"(J, S) for J = {len(self.target_inputs)} concepts"
                 )
         numbers = torch.as_tensor(value)
-        if not bool((numbers.isfinite() & (numbers > above)).all()):
-            raise EditError(f"{name}: found {value}, expected finite values{' above 0' if above == 0 else ''}")
+        if not bool(((numbers > above) & (numbers.double() <= most)).all()):
+            expected = "finite values above 0" if above == 0 else "finite values, or inf to leave the concept out"
+            raise EditError(f"{name}: found {value}, expected {expected}")
         self.forget()
         return value
 
@@ -232,12 +266,18 @@ class JointGate(PromptGate):
         product = overlap * overlap.T
         return overlap.sign() * product.clamp(0, 1).sqrt()
 
+    @property
+    def leaves_out(self) -> bool:
+        return any(member.leaves_out for member in self.members)
+
     def _components(self, r: Tensor) -> Tensor:
+        return (self._inverse(self._overlap()).to(r) @ r.flatten(1)).view_as(r)
+
+    def _inverse(self, overlap: Tensor) -> Tensor:
         # The smallest eigenvalues say which directions are no more than rounding.
-        values, vectors = torch.linalg.eig(self._overlap())
+        values, vectors = torch.linalg.eig(overlap.cpu())
         inverse = torch.where(values.real > _SAME, 1 / values.real, 0.0)
-        apart = ((vectors * inverse) @ torch.linalg.inv(vectors)).real.to(r)
-        return (apart @ r.flatten(1)).view_as(r)
+        return ((vectors * inverse[..., None, :]) @ torch.linalg.inv(vectors)).real
 
     def _overlap(self) -> Tensor:
         """r_j(i*_k) (J, J), float64, on the CPU: MPS has neither float64 nor eigenvalues."""

@@ -182,7 +182,7 @@ def test_each_concept_can_have_its_own_settings() -> None:
         ("tau", 0.0, "tau: found 0.0, expected finite values above 0"),
         ("tau", torch.tensor([0.1, -0.1]), "tau: found"),
         ("beta", float("nan"), "beta: found nan, expected finite values"),
-        ("beta", torch.tensor([0.1, float("inf")]), "beta: found"),
+        ("beta", torch.tensor([0.1, float("nan")]), "beta: found"),
         ("beta", torch.zeros(3, 2), r"beta: found shape \(3, 2\), expected .* J = 1"),
         ("beta", torch.zeros(1, 1, 1), r"beta: found shape \(1, 1, 1\)"),
     ],

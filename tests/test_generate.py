@@ -163,6 +163,16 @@ def test_a_row_of_pictures_for_every_beta(concept: Path, backbone: Backbone) -> 
     assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 6
 
 
+@pytest.mark.parametrize("given", ["0.3,inf", "[0.3,.inf]"])
+def test_an_infinite_beta_is_the_base_model(concept: Path, backbone: Backbone, given: str) -> None:
+    assert run(concept, f"prompt={BEACH}", "num=1", f"beta={given}", "out=o") == 0
+    records = read_manifest("o")
+    assert [record.beta for record in records] == [0.3, "inf"]
+    assert records[1].file == "a-photo-of-cat-on-the-beach-0000-beta-inf.png"
+    own, plain = pixels(Path("o")).values()
+    assert [plain] == draw(backbone, ["a photo of cat on the beach"], [0]) != [own]
+
+
 def test_several_betas_in_one_batch(concept: Path, mug: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU draws them; the last batch is smaller. Kernels round differently for every batch shape."""
     words = (f"prompt={BEACH} and <mug*>", "num=2", "beta=[[0.1,0.9],[0.5,0.5],[0.9,0.1]]", "batch=4")

@@ -24,7 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"toyland"}),
     frozenset({"rank_one", "covariance", "data", "concept_format", "superclass_prompts"}),
     frozenset({"backbones", "prompt_gate"}),
-    frozenset({"edit", "manifest", "presets", "sampling"}),
+    frozenset({"edit", "left_out", "manifest", "presets", "sampling"}),
     frozenset({"methods"}),
     frozenset({"concept"}),
     frozenset({"training", "generate", "inspect", "convert", "covariance.__main__"}),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone, EditSite, Encoding
 from perfusion.data.prompts import fill, templates
 from perfusion.edit import EditError, PromptGate, attach_edit, unedited
+from perfusion.left_out import LeftOut
 from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds
 from perfusion.methods.weights import check_free, projection_places
 from perfusion.prompt_gate import JointGate
@@ -76,6 +77,7 @@ class Perfusion(Method):
 
     def _clear(self) -> None:
         self.gate: PromptGate | None = None  # None: not attached
+        self._left_out: LeftOut | None = None  # while β is infinite
         self.values, self.keys = nn.ParameterList(), nn.ParameterList()  # o*_V, trained o*_K: (1, h) for each site
         self.embeddings = nn.ParameterDict()  # text encoder -> (vectors, d_e)
 
@@ -133,12 +135,24 @@ class Perfusion(Method):
 
     @property
     def beta(self) -> float | Tensor:
-        """β of the gate now; see `PromptGate.beta` for the forms that it can be set to."""
+        """β of the gate now; see `PromptGate.beta` for the forms that it can be set to.
+
+        Where it is `inf`, the concept's word reads as its superclass, and without other concepts the picture is the
+        base model's to the bit. With values for S samples of which some are infinite, a call needs S prompts.
+        """
         return self._attached().beta
 
     @beta.setter
     def beta(self, value: float | Tensor) -> None:
-        self._attached().beta = value
+        gate = self._attached()
+        gate.beta = value
+        if self._left_out is not None:
+            self._left_out.close()
+            self._left_out = None
+        if gate.leaves_out:
+            words = LeftOut(self._token.encoders(), self._token.replacements, lambda rows: gate.kept(rows)[0])
+            self._undo.callback(words.close)
+            self._left_out = words
 
     @property
     def tau(self) -> float | Tensor:
