@@ -74,10 +74,11 @@ class Setting:
         """For people, and unique among the settings of a training."""
         parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials.items()]
         parts += [f"share-{self.share:.2f}"] if self.share != 1 else []
-        return "-".join(parts) or "as-trained"
+        return "-".join(parts) or ("the-superclass" if self.training is None else "as-trained")
 
 
 PERFUSION = Training("perfusion", "perfusion_toyland")
+FIVE_PICTURES = PERFUSION.changed("perfusion, 5 pictures", "concept.toyland.count=5")
 TRAINED_KEYS = PERFUSION.changed("perfusion, trained keys", "method.key_lock=none")
 TEXTUAL_INVERSION = Training("textual_inversion", "textual_inversion_toyland", shares=(1 / 3,))
 DREAMBOOTH = Training("dreambooth", "dreambooth_toyland", shares=(1 / 3,))

@@ -99,7 +99,7 @@ def test_runs_and_pictures_can_be_used_by_hand(ran: Path) -> None:
     assert len(folders) == 6
     records = [record for path in folders for record in read_manifest(path)]
     assert len(records) == 12 and {record.beta for record in records} == {0.4, 0.6, 0.8}
-    assert {record.method for record in records} == {"perfusion", "perfusion, no mask"}
+    assert {record.method for record in records} == {"perfusion, 5 pictures", "perfusion, 5 pictures, no mask"}
     assert {record.instance for record in records} == {TABLE_TOYS[0].instance}
 
 
@@ -149,7 +149,7 @@ def test_a_failed_training_is_listed_and_the_rest_goes_on(
     assert run(folder, "only=mask,one_shot", "report=false") == 1
     said = capsys.readouterr()
     assert "mask: " in said.out
-    assert "failed: train perfusion, 5 pictures, cat-101: its worker was killed by SIGKILL" in said.err
+    assert "failed: train perfusion, cat-101: its worker was killed by SIGKILL" in said.err
     assert "failed: one_shot: not judged, 3 of 6 sets of pictures are missing" in said.err
 
 

@@ -76,7 +76,9 @@ def test_all_deciding_checks_are_needed() -> None:
 class MadeUp:
     """Stands for a runner: every setting has the scores that `truth` gives it, and some noise."""
 
-    def __init__(self, experiment: Experiment, truth: Callable[[Setting], tuple[float, float, float]]) -> None:
+    def __init__(
+        self, experiment: Experiment, truth: Callable[[Setting], tuple[float, float, float]], noise: int = 0
+    ) -> None:
         whole = Protocol()
         self.protocol = replace(whole, prompts=whole.prompts[:4], pair_prompts=whole.pair_prompts[:4])
         self.points: dict[Wanted, Point] = {}
@@ -84,13 +86,13 @@ class MadeUp:
             means = truth(wanted.setting)
             toys = " + ".join(toy.name for toy in wanted.toys)
             # The noise of a toy, prompt and seed is the same for all settings but for a little, as in pictures.
-            shared = np.random.default_rng([ord(letter) for letter in toys])
-            own = np.random.default_rng([len(self.points)])
+            shared = np.random.default_rng([noise, *(ord(letter) for letter in toys)])
+            own = np.random.default_rng([noise, len(self.points)])
             pictures, pairs = [], []
             for k, template in enumerate(self.protocol.templates(*wanted.toys)):
                 for seed in self.protocol.seeds:
-                    noise = 0.1 * shared.standard_normal(2) + 0.02 * own.standard_normal(2)
-                    scores = dict(zip(("prompt", "identity"), means[:2] + noise, strict=True))
+                    off = 0.1 * shared.standard_normal(2) + 0.02 * own.standard_normal(2)
+                    scores = dict(zip(("prompt", "identity"), means[:2] + off, strict=True))
                     scores |= {"clip_t": scores["prompt"] / 4, "clip_i": scores["identity"]}
                     pictures.append(Picture(Path(f"{len(pictures)}.png"), template, seed, "t", scores))
                 n = len(self.protocol.seeds)
@@ -99,8 +101,8 @@ class MadeUp:
             self.points[wanted] = Point(wanted.setting.label, toys, setting, tuple(pictures), tuple(pairs))
 
 
-def judged(experiment: Experiment, truth: Callable[[Setting], tuple[float, float, float]]) -> Verdict:
-    runner: Any = MadeUp(experiment, truth)
+def judged(experiment: Experiment, truth: Callable[[Setting], tuple[float, float, float]], seed: int = 0) -> Verdict:
+    runner: Any = MadeUp(experiment, truth, seed)
     evidence = Evidence(runner, experiment.groups(runner.protocol), Bootstrap(80))
     return experiment.judge(evidence).verdict
 
@@ -115,7 +117,7 @@ def perfusion_front(setting: Setting) -> np.ndarray:
 SIDES: dict[str, Callable[[Setting], bool]] = {
     "pareto": lambda s: s.label == "perfusion",
     "key_lock": lambda s: s.label == "perfusion",
-    "mask": lambda s: s.label == "perfusion",
+    "mask": lambda s: s.label == "perfusion, 5 pictures",
     "train_bias": lambda s: s.label == "perfusion",
     "temperature": lambda s: s.tau is None,
     "lock_types": lambda s: s.key_lock == "global",
@@ -135,8 +137,10 @@ def test_each_claim_holds_or_fails_by_its_numbers(name: str, better: float, verd
 
 
 @pytest.mark.parametrize("name", [name for name in SIDES if name not in ("one_shot", "pareto", "multi_concept")])
-def test_without_a_difference_a_claim_stays_undecided(name: str) -> None:
-    assert judged(KNOWN[name], perfusion_front) is Verdict.UNDECIDED
+def test_without_a_difference_a_claim_mostly_stays_undecided(name: str) -> None:
+    """One in twenty 95 % intervals misses the truth, and one of a bootstrap over eight toys a little more often."""
+    verdicts = [judged(KNOWN[name], perfusion_front, seed) for seed in range(8)]
+    assert verdicts.count(Verdict.UNDECIDED) >= 6
 
 
 def test_a_slight_loss_is_what_one_shot_claims() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from experiments.curves import area, gain, levels
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import FEW_BETAS, PERFUSION, by_beta
+from experiments.settings import FEW_BETAS, FIVE_PICTURES, PERFUSION, by_beta
 from experiments.verdict import Check
 
 SLIGHTLY = 0.05  # of prompt accuracy: less than one asked-for thing in a picture of every ten
 ONE = by_beta(PERFUSION, FEW_BETAS)
-FIVE = by_beta(PERFUSION.changed("perfusion, 5 pictures", "concept.toyland.count=5"), FEW_BETAS)
+FIVE = by_beta(FIVE_PICTURES, FEW_BETAS)
 
 
 def judge(evidence: Evidence) -> Finding:
