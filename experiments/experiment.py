@@ -54,9 +54,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One claim of the paper.
+    """One claim.
 
     Attributes:
+        of_paper: whether it is a claim of the paper, which `make paper` tries; others are tried where `only=` names
+            them.
         place: in the list of experiments.
         source: where the paper says it.
         test: what has to be true for the claim to hold, in words.
@@ -81,6 +83,7 @@ class Experiment:
     y: str = Y
     trainings: tuple[Training, ...] = ()
     notes: str = ""
+    of_paper: bool = True
 
     def groups(self, protocol: Protocol) -> tuple[Together, ...]:
         """What its pictures show."""

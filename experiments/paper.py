@@ -33,6 +33,7 @@ Try every claim of the paper on Toyland: train and draw what is missing, judge, 
 
   python -m experiments.paper                        everything; at most 90 minutes on two cores
   python -m experiments.paper only=mask,pareto       some experiments
+  python -m experiments.paper only=covariance        one that is no claim of the paper
   python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small
 
 Budgets on two cores: 60 seconds for a training of Perfusion, 4 minutes for 12 points of one concept's front. The same
@@ -45,7 +46,7 @@ on. Other weights of Toyland begin in a folder of their own; after a change to t
 class PaperConfig:
     """Command line."""
 
-    only: str | None = None  # ids of experiments with commas between them; null: all
+    only: str | None = None  # ids of experiments with commas between them; null: all of the paper
     concepts: int = len(Protocol.toys)  # of the held-out toys
     prompts: int = len(Protocol.prompts)  # of the prompts
     seeds: int = len(Protocol.seeds)  # pictures of each prompt
@@ -80,7 +81,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _chosen(only: str | None) -> list[Experiment]:
     known = {experiment.id: experiment for experiment in experiments()}
-    names = [*known] if only is None else [name.strip() for name in only.split(",")]
+    of_paper = [name for name, experiment in known.items() if experiment.of_paper]
+    names = of_paper if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"only: found {unknown[0]!r}, expected some of {', '.join(known)}")
     return [experiment for name, experiment in known.items() if name in names]

@@ -19,6 +19,7 @@ from perfusion.files import atomic_write_text
 from perfusion.provenance import provenance
 
 VERSION = 1
+PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
 
 
 def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "id": experiment.id,
         "place": experiment.place,
         "claim": experiment.claim,
-        "source": f"Tewel et al. 2023 (arXiv 2305.01644): {experiment.source}",
+        "source": f"{PAPER}: {experiment.source}" if experiment.of_paper else experiment.source,
         "verdict": finding.verdict.value,
         "key": finding.key,
         "test": experiment.test,

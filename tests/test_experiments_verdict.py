@@ -123,6 +123,7 @@ SIDES: dict[str, Callable[[Setting], bool]] = {
     "lock_types": lambda s: s.key_lock == "global",
     "multi_concept": lambda s: s.label == "perfusion",
     "one_shot": lambda s: s.label == "perfusion",
+    "covariance": lambda s: s.label == "perfusion",
 }
 KNOWN = {experiment.id: experiment for experiment in experiments()}
 
@@ -161,7 +162,9 @@ def test_one_concept_with_one_seed_decides_nothing() -> None:
 def test_the_registry() -> None:
     found = experiments()
     assert [one.id for one in found] == [
-        "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types"
+        "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types",
+        "covariance",
     ]  # fmt: skip
+    assert [one.id for one in found if not one.of_paper] == ["covariance"]
     assert len({one.place for one in found}) == len(found)
     assert all(one.claim and one.source and one.test for one in found)
