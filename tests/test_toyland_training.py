@@ -25,7 +25,7 @@ from perfusion.toyland.world import HELD_OUT, LIVING, STYLES, is_held_out, sampl
 
 def test_pairs_and_worn_things_are_practised_more() -> None:
     scenes = [training_scene(seed) for seed in range(500)]
-    assert sum(len(scene.objects) == 2 for scene in scenes) == 200
+    assert sum(len(scene.objects) == 2 for scene in scenes) == 100
     weights = scene_weights(scenes)
     assert weights.sum() == pytest.approx(1)
     worn = [sum(p.worn != "none" for p in scene.objects) for scene in scenes]

@@ -93,17 +93,30 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
-def _adjectives(placed: Placed, rng: np.random.Generator) -> list[list[str]]:
+@dataclass(frozen=True)
+class Wording:
+    """What captions of a scene say of it.
+
+    Attributes:
+        name_held_out: whether one may name both halves of a HELD_OUT pair; else the place or the worn thing is left out.
+        thorough: whether one that describes a toy names all that has a word: both colours, the pattern, most eyes.
+    """
+
+    name_held_out: bool = True
+    thorough: bool = False
+
+
+def _adjectives(placed: Placed, rng: np.random.Generator, thorough: bool) -> list[list[str]]:
     """Groups of adjectives in order, each kept or dropped as a whole."""
     instance = placed.instance
     groups: list[list[str]] = []
     if placed.asleep and rng.random() < 0.8:
         groups.append(["sleeping"])
     roll = rng.random()
-    if roll < 0.2:
+    if roll < (0.1 if thorough else 0.2):
         return groups
     if instance.pattern != "plain":
-        if roll < 0.5:
+        if roll < 0.5 or thorough:
             groups.append([instance.second, instance.pattern])
         elif roll < 0.72:
             groups.append([instance.pattern])
@@ -112,7 +125,7 @@ def _adjectives(placed: Placed, rng: np.random.Generator) -> list[list[str]]:
 
 
 def _object_chunks(
-    index: int, placed: Placed, rng: np.random.Generator, short: bool, neutral: bool, name_held_out: bool
+    index: int, placed: Placed, rng: np.random.Generator, short: bool, neutral: bool, wording: Wording
 ) -> list[_Chunk]:
     """An object phrase: article, adjectives, noun, then eyes, worn thing and support."""
     instance = placed.instance
@@ -120,17 +133,17 @@ def _object_chunks(
     if neutral and rng.random() < 0.35:
         chunks.append(_Chunk([pick(rng, NEUTRAL_ADJECTIVES)], drop=6))
     if not short:
-        for group in _adjectives(placed, rng):
+        for group in _adjectives(placed, rng, wording.thorough):
             drop = 4 if len(group) == 2 else 2
             chunks.append(_Chunk(group, drop=drop, adjective_of=index, tie=rng.random()))
     chunks.append(_Chunk([instance.superclass], noun=True))
     if short:
         return chunks
     eyes_show = instance.superclass in LIVING and not placed.asleep and placed.worn != "sunglasses"
-    if eyes_show and rng.random() < 0.15:
+    if eyes_show and rng.random() < (0.6 if wording.thorough else 0.15):
         chunks.append(_Chunk(["with", instance.detail, "eyes"], drop=5, tie=rng.random()))
     after: list[_Chunk] = []
-    if placed.worn != "none" and rng.random() < 0.85 and (name_held_out or not wears_held_out(placed)):
+    if placed.worn != "none" and rng.random() < 0.85 and (wording.name_held_out or not wears_held_out(placed)):
         thing = [placed.worn] if placed.worn == "sunglasses" else ["a", placed.worn]
         after.append(_Chunk([pick(rng, WORN_PHRASES), *thing], drop=1, tie=rng.random()))
     if placed.support != "none" and rng.random() < 0.85:
@@ -166,11 +179,8 @@ def _assemble(chunks: list[_Chunk]) -> Caption:
     return Caption(_with_articles(words), tuple(nouns), tuple(tuple(adjectives.get(i, ())) for i in range(len(nouns))))
 
 
-def caption(scene: Scene, rng: np.random.Generator, name_held_out: bool = True) -> Caption:
-    """A caption of the scene; wording varies and attributes are left out at random, a non-photo style never is.
-
-    name_held_out: whether it may name both halves of a HELD_OUT pair; else it leaves the place or the worn thing out.
-    """
+def caption(scene: Scene, rng: np.random.Generator, wording: Wording = Wording()) -> Caption:
+    """A caption of the scene; wording varies and attributes are left out at random, a non-photo style never is."""
     short = rng.random() < 0.1
     neutral = scene.style == "photo" and not short and rng.random() < 0.1
     prefix = pick(rng, NEUTRAL_PREFIXES if neutral else PREFIXES[scene.style]).split()
@@ -178,11 +188,11 @@ def caption(scene: Scene, rng: np.random.Generator, name_held_out: bool = True) 
     for index, placed in enumerate(scene.objects):
         if index:
             body.append(_Chunk(scene.relation.split()))
-        body += _object_chunks(index, placed, rng, short, neutral, name_held_out)
+        body += _object_chunks(index, placed, rng, short, neutral, wording)
     if short and not prefix and len(scene.objects) == 1 and rng.random() < 0.6:
         body = body[1:]
     named = rng.random() < (0.06 if scene.place == "plain" else 0.85)
-    if named and not short and (name_held_out or not place_is_held_out(scene)):
+    if named and not short and (wording.name_held_out or not place_is_held_out(scene)):
         place = _Chunk(pick(rng, PLACE_PHRASES[scene.place]).split(), drop=1, tie=rng.random())
         roll = rng.random()
         last_noun = max(i for i, chunk in enumerate(body) if chunk.noun)
