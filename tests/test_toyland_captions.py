@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from perfusion.toyland.captions import CaptionError, asked, caption, parse
+from perfusion.toyland.captions import CaptionError, Wording, asked, caption, parse
 from perfusion.toyland.world import sample_scene
 
 
@@ -49,3 +49,18 @@ def test_what_a_prompt_asks_for(text: str, expected: dict[str, str]):
 def test_one_or_two_things(text: str, count: int):
     with pytest.raises(CaptionError, match=f"names {count} of Toyland's superclasses, expected one or two of cat, dog"):
         parse(text)
+
+
+def test_thorough_captions_name_the_looks() -> None:
+    scenes = [sample_scene(seed, objects=1) for seed in range(600)]
+    scenes = [scene for scene in scenes if scene.objects[0].instance.pattern != "plain"]
+
+    def share(wording: Wording) -> float:
+        rng = np.random.default_rng(0)
+        named = 0
+        for scene in scenes:
+            looks = scene.objects[0].instance
+            named += {looks.body, looks.second, looks.pattern} <= set(caption(scene, rng, wording).words)
+        return named / len(scenes)
+
+    assert share(Wording()) < 0.35 and share(Wording(thorough=True)) > 0.75

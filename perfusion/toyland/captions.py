@@ -98,7 +98,7 @@ class Wording:
     """What captions of a scene say of it.
 
     Attributes:
-        name_held_out: whether one may name both halves of a HELD_OUT pair; else the place or the worn thing is left out.
+        name_held_out: whether one may name both halves of a HELD_OUT pair; else place or worn thing is left out.
         thorough: whether one that describes a toy names all that has a word: both colours, the pattern, most eyes.
     """
 
