@@ -35,7 +35,7 @@ class DinoScorer:
         try:
             timm: Any = importlib.import_module("timm")
         except ImportError as error:
-            raise ScorerError("dino: needs timm; install it with `pip install 'perfusion[dino]'`") from error
+            raise ScorerError("dino: needs timm, the extra dino of this package; `make setup` installs it") from error
         if Path(model).expanduser().is_dir():
             model = f"{LOCAL_DIR}{model}"
         self.name = model if pretrained is None else f"{model}/{pretrained}"

@@ -225,7 +225,7 @@ def _plotly() -> str:
     try:
         offline: Any = importlib.import_module("plotly.offline")
     except ImportError as error:
-        raise ScoreError("the page needs plotly; install it with `pip install 'perfusion[report]'`") from error
+        raise ScoreError("the page needs plotly, the extra report of this package; `make setup` installs it") from error
     return offline.get_plotlyjs()
 
 

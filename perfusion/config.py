@@ -34,7 +34,7 @@ class ConfigError(ValueError):
 
 @dataclass
 class CovarianceConfig:
-    """Where the second moment `C` of the text encodings comes from (DESIGN: all positions, padding included)."""
+    """Where the second moment `C` of the text encodings comes from."""
 
     captions: str = "everyday"  # built-in set ("everyday", "toyland") or a text file, one caption per line
     count: int = 10_000  # captions taken

@@ -106,5 +106,5 @@ def test_models_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch):
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ScorerError, match=r"needs timm; install it with `pip install 'perfusion\[dino\]'`"):
+    with pytest.raises(ScorerError, match=r"needs timm, the extra dino of this package; `make setup` installs it"):
         DinoScorer(NAME)

@@ -102,7 +102,7 @@ def test_mistakes_are_named(scores: Path, tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(ScoreError, match=r"\.png: was scored, but cannot be read any more"):
         main([f"scores={own}", f"out={tmp_path / 'r'}"])
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
-    with pytest.raises(ScoreError, match=r"needs plotly; install it with `pip install 'perfusion\[report\]'`"):
+    with pytest.raises(ScoreError, match=r"needs plotly, the extra report of this package; `make setup` installs it"):
         main([f"scores={scores}", f"out={tmp_path / 'r'}"])
 
 

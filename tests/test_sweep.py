@@ -70,7 +70,7 @@ def test_presets_can_sweep_and_the_command_line_goes_before_them() -> None:
         (["seed=0,1", "method.steps=3,x", "trainer.devices=a", "concept.nmae=x"], ["concept.nmae", "'name'", "seed=0"]),
         (["seed=0,1", "run.dir=one"], ["jobs 0 (seed=0) and 1 (seed=1)", "folder one", "run.dir"]),
         (["run.root=a,b", "logger=csv,wandb"], ["jobs 0", "and 1", "logger=csv"]),
-        (["seed=0,1", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic", "perfusion[slurm]"]),
+        (["seed=0,1", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic", "submitit_slurm"]),
         (["from=runs/x", "seed=0,1"], ["from="]),
         (["concept=photos", "seed=0,1"], ["concept.", "not given"]),
         (["seed=0,1", "sed=1,2"], ["sed", "'seed'"]),

@@ -1,7 +1,7 @@
-"""The second moment C = E[e eᵀ] of text encodings: streamed, cached, factorised (DESIGN sections 1 and 7).
+"""The second moment C = E[e eᵀ] of text encodings: streamed, cached, factorised (docs/covariance.md).
 
-C is uncentred, and covers every position that the cross-attention sees: beginning, words, end and padding. Without the
-padding the similarity at padding positions is far from zero, and the edit damages every prompt.
+C is uncentred, and by default covers every position that the cross-attention sees: beginning, words, end and padding.
+Without the padding the similarity at padding positions is far from zero, and the edit damages every prompt.
 """
 
 from __future__ import annotations

@@ -131,10 +131,9 @@ def explained(error: HydraException) -> ConfigError:
     if isinstance(error, MissingConfigException) and "hydra/launcher/" in str(error.missing_cfg_file):
         name = str(error.missing_cfg_file).rpartition("/")[2]
         there = ", ".join(sorted(error.options or ()))
-        extra = name.partition("_")[0]
         return ConfigError(
             f"hydra/launcher={name}: no such launcher here, there are: {there}. joblib, submitit_local, submitit_slurm "
-            f"and ray come with extras of this package: pip install perfusion[{extra}]"
+            f"and ray come with the extras joblib, submitit and ray of this package (docs/sweeps.md says how to add one)"
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
