@@ -133,7 +133,7 @@ def explained(error: HydraException) -> ConfigError:
         there = ", ".join(sorted(error.options or ()))
         return ConfigError(
             f"hydra/launcher={name}: no such launcher here, there are: {there}. joblib, submitit_local, submitit_slurm "
-            f"and ray come with the extras joblib, submitit and ray of this package (docs/sweeps.md says how to add one)"
+            f"and ray come with the extras joblib, submitit and ray of this package (docs/sweeps.md says how)"
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
