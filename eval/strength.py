@@ -38,7 +38,7 @@ class StrengthConfig:
     concept: str = MISSING  # concept file
     references: Any = None  # pictures of the concept; null: those that it was trained on, as its run folder names them
     grid: list[float] = field(default_factory=lambda: list(GRID))  # values of β
-    scorer: str | None = None  # open_clip model, or local-dir:<folder>; null: Toyland's own on Toyland
+    scorer: str | None = None  # toyland, an open_clip name, or a folder; null: Toyland's own on Toyland
     pretrained: str | None = None  # the scorer's weights: a file or a tag
     backbone: str | None = None  # toyland, sd15, ...; null: the kind that the concept was trained on
     path: str | None = None  # backbone's folder, .safetensors file or hub id; null: what it ships

@@ -48,7 +48,7 @@ class GenerateConfig:
 
     concept: Any = MISSING  # concept file, or a list of files that are drawn together
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
-    beta: Any = None  # gate's threshold, a list, or auto: lower is more of the concept, inf none; null: as it says
+    beta: Any = None  # gate's threshold, a list, or auto: lower is more of the concept; null: its own
     tau: float | None = None  # gate's softness; null: as the concept says
     key_lock: str | None = None  # local or global: where the prompt's keys come from; null: as the concept says
     scale: float | None = None  # strength of a LoRA, 0 to 1 and beyond; null: as the concept says
@@ -63,7 +63,7 @@ class GenerateConfig:
     steps: int | None = None  # denoising steps; null: the backbone's
     guidance: float | None = None  # classifier-free guidance; null: the backbone's
     references: Any = None  # for beta=auto: pictures of the concept; null: those that it was trained on
-    scorer: str | None = None  # for beta=auto: open_clip model; null: Toyland's own on Toyland
+    scorer: str | None = None  # for beta=auto: toyland, an open_clip name, or a folder; null: Toyland's own on Toyland
     pretrained: str | None = None  # for beta=auto: the scorer's weights, a file or a tag
     batch: int = 8  # pictures at once on a GPU; a CPU takes one at a time, so that none depends on the others
 
