@@ -84,7 +84,9 @@ def describe_concept(concept: Concept, path: Path) -> list[str]:
     from perfusion.concept_format import FORMAT_VERSION
 
     numbers = sum(tensor.numel() for tensor in concept.tensors.values())
-    settings = ", ".join(f"{key} {value}" for key, value in concept.settings.items())
+    settings = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in concept.settings.items()
+    )
     facts = [
         ("file", f"{path} ({path.stat().st_size:,} bytes)"),
         ("format", f"version {FORMAT_VERSION}"),
