@@ -141,6 +141,8 @@ def read_scores(path: PathLike) -> tuple[dict[str, Any], list[Point]]:
         ScoreError: no such file, no record of scores, or one of another version.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ScoreError(f"{path}: found no such file, expected what `python -m eval.score` writes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

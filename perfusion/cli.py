@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 _OURS = ("perfusion", "eval", "experiments")
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # what a user can mend
+# What a user can mend.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 

@@ -87,7 +87,9 @@ def read_package(path: Path, index: int = 0) -> Foreign:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no pickle of tensors fails in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"{path}: found no pickle of tensors alone ({reason})") from error
+        raise ConversionError(
+            f"{path}: found no pickle of tensors alone ({reason}), expected what {PACKAGE} saved"
+        ) from error
     if not isinstance(content, dict) or set(KEYS) - set(content):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ConversionError(f"{path}: found {found}, expected {', '.join(KEYS)}, as {PACKAGE} writes them")

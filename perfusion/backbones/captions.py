@@ -45,8 +45,8 @@ def caption_stream(name_or_path: str, count: int) -> Captions:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         raise ConfigError(
-            f"{_KEY}.captions: {name_or_path!r} is neither a set of captions that this backbone has "
-            f"({', '.join(BUILT_IN)}) nor a file"
+            f"{_KEY}.captions: found no file {name_or_path!r}, expected a text file or a built-in set: "
+            f"{', '.join(BUILT_IN)}, on Toyland also toyland"
         )
     if size := sum(1 for _ in islice(_lines(path), count)):
         return Captions(size, lambda: _lines(path))

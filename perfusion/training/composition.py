@@ -108,6 +108,8 @@ def _former(source: str, words: Sequence[str]) -> TrainConfig:
     """The config of a former run with the overrides of a command line."""
     path = Path(source).expanduser()
     path = path / "config.yaml" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"from={source}: found no file {path}, expected the folder of a run, or its config.yaml")
     try:
         values = OmegaConf.load(path)
     except Exception as error:  # YAML errors are of many kinds
@@ -133,7 +135,7 @@ def explained(error: HydraException) -> ConfigError:
         there = ", ".join(sorted(error.options or ()))
         return ConfigError(
             f"hydra/launcher={name}: no such launcher here, there are: {there}. joblib, submitit_local, submitit_slurm "
-            f"and ray come with the extras joblib, submitit and ray of this package (docs/sweeps.md says how)"
+            f"and ray come with extras of this package: see docs/sweeps.md"
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")

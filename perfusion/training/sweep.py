@@ -158,10 +158,12 @@ def read(path: Path) -> Sweep:
         ConfigError: the file cannot be read, or is another kind of file.
     """
     file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{file}: found no such file, expected the {FILE} of a sweep, or the folder that holds it")
     try:
         return Sweep(file, [Job(**job) for job in json.loads(file.read_text(encoding="utf-8"))["jobs"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: expected the list of a sweep's jobs: {error!r}") from error
+        raise ConfigError(f"{file}: expected the list of a sweep's jobs, found none: {error!r}") from error
 
 
 def result_of(job: Job, skipped: bool = False) -> Result:
