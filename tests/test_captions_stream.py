@@ -81,7 +81,7 @@ def test_the_stream_is_lazy() -> None:
 
 
 def test_what_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"captions: 'everyda' is neither .*everyday.* nor a file"):
+    with pytest.raises(ConfigError, match=r"captions: found no file 'everyda', expected .*everyday"):
         caption_stream("everyda", 1)
     with pytest.raises(ConfigError, match="count: found 0, expected at least 1"):
         caption_stream("everyday", 0)

@@ -188,9 +188,10 @@ def test_a_stopped_sweep_stops_its_job_and_says_how_to_go_on() -> None:
 
 def test_the_list_of_jobs_is_refused_if_it_is_none(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"jobs": [{"x": 1}]}')
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="expected the list of a sweep's jobs"):
-            sweep.read(path)
+    with pytest.raises(ConfigError, match="expected the list of a sweep's jobs"):
+        sweep.read(tmp_path)
+    with pytest.raises(ConfigError, match="nowhere: found no such file, expected the sweep.json of a sweep"):
+        sweep.read(tmp_path / "nowhere")
 
 
 def test_the_table_of_a_sweep_can_be_had_without_running_it(capfd: pytest.CaptureFixture[str]) -> None:
