@@ -190,7 +190,7 @@ def test_the_list_of_jobs_is_refused_if_it_is_none(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"jobs": [{"x": 1}]}')
     with pytest.raises(ConfigError, match="expected the list of a sweep's jobs"):
         sweep.read(tmp_path)
-    with pytest.raises(ConfigError, match="nowhere: found no such file, expected the sweep.json of a sweep"):
+    with pytest.raises(ConfigError, match=r"nowhere: found no such file, expected the sweep\.json"):
         sweep.read(tmp_path / "nowhere")
 
 
