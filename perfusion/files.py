@@ -4,6 +4,7 @@ The new content is written beside its destination (so that the final rename stay
 disk, and moved over the destination in one step. A symbolic link at the destination is replaced, not followed.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -18,10 +19,20 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     """Gives a path to write to; what was written there becomes `path` when the block ends without an exception.
 
     For writers that want a file name, such as `safetensors.torch.save_file` or `PIL.Image.save`: the temporary name
-    ends in the same suffix. The folder must exist. When the block raises, `path` is as it was before and nothing is
-    left beside it; a block that writes no file raises `FileNotFoundError`.
+    ends in the same suffix. When the block raises, `path` is as it was before and nothing is left beside it; a block
+    that writes no file raises `FileNotFoundError`.
+
+    Raises:
+        NotADirectoryError: no such folder, before the block begins.
+        IsADirectoryError: `path` is a folder, likewise.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise NotADirectoryError(
+            errno.ENOTDIR, f"expected a folder to write {path.name} into, found none", str(path.parent)
+        )
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, "expected a file to write, found a folder", str(path))
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary

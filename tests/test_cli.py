@@ -1,13 +1,15 @@
 """`key=value` command lines."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import MISSING
 
-from perfusion.cli import parse_key_values
+from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
+from perfusion.files import atomic_write_text
 
 
 @dataclass
@@ -80,3 +82,16 @@ def test_help_lists_every_key_with_default_and_comment(capsys: pytest.CaptureFix
     assert "(required)" in lines["prompt"] and "what to draw" in lines["prompt"]
     assert "4" in lines["num"] and "pictures" in lines["num"] and "how large" in lines["inner.size"]
     assert "null" in lines["beta"] and "false" in lines["fast"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("there", "expected a file to write, found a folder: 'there'"), ("gone/x.json", "found none: 'gone'")],
+)
+def test_a_file_that_cannot_be_there_is_a_users_mistake(
+    path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    assert run_cli(lambda words: atomic_write_text(words[0], "text"), [path]) == 2
+    assert message in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path):
 
 
 def test_the_folder_must_exist(tmp_path: Path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(NotADirectoryError):
         atomic_write_bytes(tmp_path / "missing" / "file", b"")
 
 
