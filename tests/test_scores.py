@@ -93,5 +93,5 @@ def test_records_that_cannot_be_used(tmp_path: Path, content: object, message: s
     (tmp_path / "x.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ScoreError, match=rf"x\.json: {message}"):
         read_scores(tmp_path / "x.json")
-    with pytest.raises(ScoreError, match=r"none\.json: not readable"):
+    with pytest.raises(ScoreError, match=r"none\.json: found no such file"):
         read_scores(tmp_path / "none.json")
