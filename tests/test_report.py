@@ -93,7 +93,7 @@ def test_mistakes_are_named(scores: Path, tmp_path: Path, capsys: pytest.Capture
         (["y=identity"], "nothing has both scores; there are"),
         (["side=2"], "side: found 2, expected at least 8 pixels"),
         (["reference=[1,2,3]"], "expected two numbers"),
-        (["scores=none.json"], "none.json: not readable"),
+        (["scores=none.json"], "none.json: found no such file"),
     ):
         assert run_cli(main, [f"scores={scores}", f"out={tmp_path / 'r'}", *words]) == 2
         assert message in capsys.readouterr().err
