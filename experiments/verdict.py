@@ -45,6 +45,11 @@ class Check:
         return Verdict.UNDECIDED
 
 
+def signed(number: float) -> str:
+    """A difference in words, also one that there is not."""
+    return f"{number:+.3f}" if number == number else "not comparable"
+
+
 def combined(checks: Iterable[Check]) -> Verdict:
     """Of a claim that needs all of its checks: it fails with one of them, and holds with all.
 

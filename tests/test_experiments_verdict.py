@@ -43,8 +43,15 @@ def test_height_and_gain_by_hand() -> None:
     assert np.isnan(curves.height_at(DIAGONAL, 0.81))
     moved = DIAGONAL + np.array([0.05, 0])
     assert curves.gain(moved, DIAGONAL, curves.levels(moved, DIAGONAL)) == pytest.approx(0.05)
+
+
+def test_fronts_without_a_common_identity() -> None:
     above = DIAGONAL + np.array([0, 1.0])
-    assert curves.levels(above, DIAGONAL) == pytest.approx([1.0]), "the middle of the gap"
+    assert curves.levels(above, DIAGONAL) == pytest.approx([0.8]), "the upper end of the lower one"
+    assert curves.gain(above, DIAGONAL, curves.levels(above, DIAGONAL)) == pytest.approx(0.8 - 0.2)
+    for beside in (DIAGONAL + np.array([0.7, -1.0]), np.array([[0.9, 0.1]])):
+        assert not len(curves.levels(beside, DIAGONAL)), "less identity, more prompt accuracy: which is better?"
+        assert np.isnan(curves.gain(beside, DIAGONAL, curves.levels(beside, DIAGONAL)))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +149,18 @@ def test_without_a_difference_a_claim_mostly_stays_undecided(name: str) -> None:
     """One in twenty 95 % intervals misses the truth, and one of a bootstrap over eight toys a little more often."""
     verdicts = [judged(KNOWN[name], perfusion_front, seed) for seed in range(8)]
     assert verdicts.count(Verdict.UNDECIDED) >= 6
+
+
+def test_fronts_that_cannot_be_compared_decide_nothing() -> None:
+    """A method that gives up identity and wins prompt accuracy has not moved its front."""
+
+    def truth(setting: Setting) -> Any:
+        return np.array([0.9, 0.1, 0.1]) if setting.label == "perfusion" else np.array([0.2, 0.8, 0.1])
+
+    runner: Any = MadeUp(KNOWN["key_lock"], truth)
+    evidence = Evidence(runner, KNOWN["key_lock"].groups(runner.protocol), Bootstrap(40))
+    finding = KNOWN["key_lock"].judge(evidence)
+    assert finding.verdict is Verdict.UNDECIDED and "not comparable" in finding.key
 
 
 def test_a_slight_loss_is_what_one_shot_claims() -> None:

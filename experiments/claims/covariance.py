@@ -6,7 +6,7 @@ from experiments.curves import area, gain, levels
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
 from experiments.settings import BASE_MODEL, FEW_BETAS, PERFUSION, by_beta
-from experiments.verdict import Check
+from experiments.verdict import Check, signed
 
 CHOICES = {
     "words alone": "backbone.covariance.positions=words",
@@ -34,7 +34,9 @@ def judge(evidence: Evidence) -> Finding:
         checks.append(Check(f"prompt accuracy of {name}, at the same β", prompt, decides=False))
         more = evidence.number(lambda a, b: area(a) - area(b), own, other)
         checks.append(Check(f"area of {name}", more, decides=False))
-    return Finding(tuple(checks), f"prompt accuracy {checks[0].value.mean:+.3f} over words alone, at the same identity")
+    return Finding(
+        tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} over words alone, at the same identity"
+    )
 
 
 EXPERIMENT = Experiment(

@@ -6,7 +6,7 @@ from experiments.curves import area, gain, levels
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
 from experiments.settings import BASE_MODEL, FEW_BETAS, PERFUSION, TRAINED_KEYS, by_beta
-from experiments.verdict import Check
+from experiments.verdict import Check, signed
 
 LOCAL = by_beta(PERFUSION, FEW_BETAS)
 GLOBAL = by_beta(PERFUSION, FEW_BETAS, key_lock="global")
@@ -34,7 +34,7 @@ def judge(evidence: Evidence) -> Finding:
         ),
         Check("area gained", evidence.number(lambda a, b: area(a) - area(b), local, none), decides=False),
     )
-    return Finding(checks, f"prompt accuracy {same.mean:+.3f} at the same identity")
+    return Finding(checks, f"prompt accuracy {signed(same.mean)} at the same identity")
 
 
 EXPERIMENT = Experiment(

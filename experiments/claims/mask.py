@@ -6,7 +6,7 @@ from experiments.curves import area, gain, levels
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
 from experiments.settings import FEW_BETAS, FIVE_PICTURES, by_beta
-from experiments.verdict import Check
+from experiments.verdict import Check, signed
 
 WITH = by_beta(FIVE_PICTURES, FEW_BETAS)
 WITHOUT = by_beta(FIVE_PICTURES.changed("perfusion, 5 pictures, no mask", "method.masked_loss=false"), FEW_BETAS)
@@ -27,7 +27,7 @@ def judge(evidence: Evidence) -> Finding:
         ),
         Check("area gained", evidence.number(lambda a, b: area(a) - area(b), masked, plain), decides=False),
     )
-    return Finding(checks, f"prompt accuracy {same.mean:+.3f} at the same identity")
+    return Finding(checks, f"prompt accuracy {signed(same.mean)} at the same identity")
 
 
 EXPERIMENT = Experiment(

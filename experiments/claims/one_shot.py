@@ -6,7 +6,7 @@ from experiments.curves import area, gain, levels
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
 from experiments.settings import FEW_BETAS, FIVE_PICTURES, PERFUSION, by_beta
-from experiments.verdict import Check
+from experiments.verdict import Check, signed
 
 SLIGHTLY = 0.05  # of prompt accuracy: less than one asked-for thing in a picture of every ten
 ONE = by_beta(PERFUSION, FEW_BETAS)
@@ -28,7 +28,7 @@ def judge(evidence: Evidence) -> Finding:
         ),
         Check("area lost", evidence.number(lambda a, b: area(b) - area(a), one, five), decides=False),
     )
-    return Finding(checks, f"prompt accuracy {-loss.mean:+.3f} with one picture, at the same identity")
+    return Finding(checks, f"prompt accuracy {signed(-loss.mean)} with one picture, at the same identity")
 
 
 EXPERIMENT = Experiment(
