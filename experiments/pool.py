@@ -120,9 +120,11 @@ class Pool:
         return outcomes
 
     def _idle(self) -> _Worker | None:
-        for worker in self._workers:
-            if worker.task is None:
+        for worker in [worker for worker in self._workers if worker.task is None]:
+            if worker.process.is_alive():
                 return worker
+            self._end(worker)  # killed while it had nothing to do
+            self._workers.remove(worker)
         if len(self._workers) == self.size:
             return None
         self._workers.append(_started(self.logs / f"worker-{len(self._workers)}.log"))

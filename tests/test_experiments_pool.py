@@ -56,6 +56,16 @@ def test_a_worker_keeps_what_it_has(tmp_path: Path) -> None:
         assert pool.run(tasks)["3"].value == [0, 1, 2, 3]
 
 
+def test_a_worker_that_is_killed_while_idle_is_replaced(tmp_path: Path) -> None:
+    with Pool(1, tmp_path / "log") as pool:
+        pool.run([task("a", pool_tasks.double, 1)])
+        (killed,) = pool._workers
+        killed.process.kill()
+        killed.process.join()
+        assert pool.run([task("b", pool_tasks.double, 2)])["b"].value == 4
+        assert [worker is killed for worker in pool._workers] == [False]
+
+
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     program = (
         "import os, signal, time\n"
