@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -72,10 +73,10 @@ def main(argv: Sequence[str]) -> int:
     with alone(runs):
         runner = Runner(runs, protocol, tuple(config.changes))
         failures = _run(chosen, runner, config, out)
+        for line in failures:
+            print(f"failed: {line}", file=sys.stderr)
         if runner.points and config.report:
             _report(runner, Bootstrap(config.resamples))
-    for line in failures:
-        print(f"failed: {line}", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -124,7 +125,11 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
                 progress.say(f"{one.id}: left out, it needs two concepts")
                 continue
             mine = evidence.setdefault(one.pairs, Evidence(runner, groups, Bootstrap(config.resamples)))
-            failures.extend(_judge(one, mine, out, progress))
+            try:
+                failures.extend(_judge(one, mine, out, progress))
+            except Exception as error:  # what is still to be trained and drawn does not depend on it
+                traceback.print_exc()
+                failures.append(f"{one.id}: not judged, {type(error).__name__}: {error}")
 
     def done(outcome: Outcome) -> None:
         runner.keep(outcome)

@@ -153,6 +153,19 @@ def test_a_failed_training_is_listed_and_the_rest_goes_on(
     assert "failed: one_shot: not judged, 3 of 6 sets of pictures are missing" in said.err
 
 
+def test_an_experiment_that_cannot_be_judged_is_listed_and_the_rest_goes_on(
+    ran: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("no such number")
+
+    monkeypatch.setattr(paper, "Pool", Inline)
+    monkeypatch.setattr(paper.results, "document", broken)
+    assert run(folder, "only=mask", "report=false") == 1
+    assert len(Inline.calls) == 2, "all tasks were done"
+    assert "failed: mask: not judged, ZeroDivisionError: no such number" in capsys.readouterr().err
+
+
 def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Path) -> None:
     protocol = Protocol(prompts=Protocol.prompts[:1], pair_prompts=Protocol.pair_prompts[:1], seeds=(0,), steps=2)
     changes = (*CHANGES.split(","), f"backbone.covariance.cache={folder}/covariance")
