@@ -137,7 +137,7 @@ def _draw(job: Job, looks: Sequence[Look], concepts: Sequence[Concept], backbone
             prepare=dial,
         )
         for (look, record), image in zip(missing, images, strict=True):
-            save_png(look.folder, image, record)
+            save_png(look.folder, image, record, flush=False)  # `_is_there` looks into it
     for folder, mine in records.items():
         known = {record.file: record for record in known_records(folder)}
         write_manifest(folder, {**known, **{record.file: record for record in mine}}.values())

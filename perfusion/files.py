@@ -15,12 +15,16 @@ PathLike = str | os.PathLike[str]
 
 
 @contextmanager
-def atomic_path(path: PathLike) -> Iterator[Path]:
+def atomic_path(path: PathLike, flush: bool = True) -> Iterator[Path]:
     """Gives a path to write to; what was written there becomes `path` when the block ends without an exception.
 
     For writers that want a file name, such as `safetensors.torch.save_file` or `PIL.Image.save`: the temporary name
     ends in the same suffix. When the block raises, `path` is as it was before and nothing is left beside it; a block
     that writes no file raises `FileNotFoundError`.
+
+    Without `flush` nothing waits for the disk, which takes longer than to draw a small picture: a killed process still
+    leaves a whole file or none, but after a crash of the machine `path` may be damaged. For what is checked when it is
+    read, and can be made again.
 
     Raises:
         NotADirectoryError: no such folder, before the block begins.
@@ -36,11 +40,12 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary
-        _flush(temporary, os.O_RDWR)
+        if flush:
+            _flush(temporary, os.O_RDWR)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # gone already after `replace`
-    if os.name == "posix":  # Windows has no handle of a folder to flush
+    if flush and os.name == "posix":  # Windows has no handle of a folder to flush
         _flush(path.parent, os.O_RDONLY)
 
 

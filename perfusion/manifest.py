@@ -56,13 +56,16 @@ class ImageRecord:
     instance: int | None = None  # of a toy that Toyland draws: the seed of its looks, as in `concept.toyland.instance`
 
 
-def save_png(folder: PathLike, image: Image.Image, record: ImageRecord) -> None:
-    """Write a picture as `record.file` in `folder`, atomically, with everything known about it as PNG text chunks."""
+def save_png(folder: PathLike, image: Image.Image, record: ImageRecord, flush: bool = True) -> None:
+    """Write a picture as `record.file` in `folder`, atomically, with everything known about it as PNG text chunks.
+
+    `flush`: see `atomic_path`.
+    """
     info = PngInfo()
     for key, value in _known(record).items():
         if key != "file":
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    with atomic_path(Path(folder) / record.file) as temporary:
+    with atomic_path(Path(folder) / record.file, flush) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
 
 

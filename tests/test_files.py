@@ -82,6 +82,9 @@ def test_content_reaches_the_disk_before_the_rename(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", spy_replace)
     atomic_write_bytes(tmp_path / "file", b"content")
     assert calls == ["fsync file", "replace", "fsync folder"]
+    with atomic_path(tmp_path / "again", flush=False) as temporary:
+        temporary.write_bytes(b"content")
+    assert calls[3:] == ["replace"] and (tmp_path / "again").read_bytes() == b"content"
 
 
 def test_permissions_follow_the_umask(tmp_path: Path):
