@@ -35,10 +35,17 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     lines = [_HEAD, "| | claim | verdict | number |", "|---|---|---|---|"]
     for one in results:
         lines.append(f"| [{one['id']}](#{one['id']}) | {one['claim']} | **{one['verdict']}** | {_cell(one['key'])} |")
-    lines += [_CAVEATS, *_protocol(results)]
+    lines += [_CAVEATS, *_several_weights(results), *_protocol(results)]
     for one in results:
         lines += _section(one)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _several_weights(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len({one["weights"] for one in results}) == 1:
+        return []
+    made = "; ".join(f"{one['id']} with {one['weights']}" for one in results)
+    return [f"- **Not all of this was made with the same weights of Toyland**: {made}.", ""]
 
 
 def _protocol(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -97,7 +104,8 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         lines += [f"Notes: {one['notes']}", ""]
     seconds = one["seconds"]
     lines += [
-        f"Config {one['config_hash']}, commit {(made['git_commit'] or 'unknown')[:12]}"
+        f"Toyland's weights {one['weights']}, config {one['config_hash']}, "
+        f"commit {(made['git_commit'] or 'unknown')[:12]}"
         f"{', changed since' if made['git_dirty'] else ''}; {seconds['training'] / 60:.0f} minutes of one core in "
         f"training and {seconds['drawing'] / 60:.0f} in drawing, shared with other experiments. "
         f"All numbers: [results/{one['id']}.json](../results/{one['id']}.json).",

@@ -16,7 +16,6 @@ from experiments.protocol import Protocol, Toy
 from experiments.settings import Training
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
-from perfusion.provenance import provenance
 
 VERSION = 1
 PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
@@ -59,9 +58,10 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         ),
         "bootstrap": asdict(evidence.bootstrap),
         "runs": runs,
+        "weights": evidence.runner.weights,
         "config_hash": _hash([runs, protocol.steps, protocol.guidance, protocol.seeds, experiment.test]),
         "seconds": _seconds(experiment, evidence, used),
-        "provenance": provenance(),
+        "provenance": evidence.runner.made_with,
     }
 
 
@@ -83,7 +83,7 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     for path in folder.glob("*.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            assert content["version"] == VERSION
+            assert content["version"] == VERSION and content["weights"]
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise ConfigError(f"{path}: no result of this version ({error}); remove it to have it made anew") from error
         found.append(content)

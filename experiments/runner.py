@@ -27,6 +27,7 @@ from perfusion import toyland
 from perfusion.config import ConfigError, TrainConfig
 from perfusion.files import atomic_write_text
 from perfusion.manifest import FILE_NAME
+from perfusion.provenance import provenance
 from perfusion.training.run_folder import RunFolder
 
 WEIGHTS = Path(toyland.__file__).with_name("weights")
@@ -53,7 +54,9 @@ class Runner:
 
     def __init__(self, root: Path, protocol: Protocol, changes: tuple[str, ...] = ()) -> None:
         """`changes` are words of `python -m perfusion.train` for every training."""
-        self.root, self.protocol, self.changes = root / weights_digest(), protocol, changes
+        self.weights = weights_digest()
+        self.root, self.protocol, self.changes = root / self.weights, protocol, changes
+        self.made_with = provenance()  # now: results that are written later would count as changes of the checkout
         self.points: dict[Wanted, Point] = {}
         self.document: Mapping[str, Any] = {}
         self._seconds = _read_seconds(self.root / SECONDS)

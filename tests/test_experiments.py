@@ -77,7 +77,7 @@ def test_a_result_says_what_it_was_found_with(ran: Path, folder: Path) -> None:
         and found["verdict"] in ("holds", "fails", "undecided")
         and "2305.01644" in found["source"]
     )
-    assert found["provenance"]["versions"] and len(found["config_hash"]) == 12
+    assert found["provenance"]["versions"] and len(found["config_hash"]) == 12 and found["weights"] == ran.name
     assert found["protocol"]["concepts"][0]["name"] == TABLE_TOYS[0].name and found["protocol"]["seeds"] == [0]
     assert [len(series["settings"]) for series in found["series"]] == [3, 3]
     scores = found["series"][0]["settings"][0]["scores"]
@@ -238,7 +238,8 @@ def test_a_page_from_results_alone() -> None:
             {"what": "beside", "mean": 1.0, "low": None, "high": None, "expected": "above 0", "decides": False,
              "verdict": "undecided"},
         ],
-        "caveats": "Small.", "notes": "Because.", "config_hash": "0" * 12, "seconds": {"training": 60, "drawing": 120},
+        "caveats": "Small.", "notes": "Because.", "weights": "a1", "config_hash": "0" * 12,
+        "seconds": {"training": 60, "drawing": 120},
         "provenance": {"git_commit": None, "git_dirty": None}, "protocol": {"prompts": [], "concepts": [], "seeds": []},
     }  # fmt: skip
     text = page([made_up])
@@ -246,3 +247,4 @@ def test_a_page_from_results_alone() -> None:
     assert "| gain | -0.100 | -0.200 to -0.050 | above 0 | **fails** |" in text
     assert "| beside | 1.000 | – | above 0 | undecided (beside) |" in text
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text and "Notes: Because." in text and "commit unknown" in text
+    assert "same weights" not in text and "same weights" in page([made_up, {**made_up, "id": "size", "weights": "b2"}])
