@@ -153,7 +153,8 @@ class Pool:
 
 
 def _first_ready(waiting: Sequence[Task], outcomes: dict[str, Outcome]) -> Task | None:
-    return next((task for task in waiting if all(name in outcomes for name in task.needs)), None)
+    done = {name for name, outcome in outcomes.items() if outcome.error is None}
+    return next((task for task in waiting if {*task.needs} <= done), None)
 
 
 def _missed(task: Task, outcomes: dict[str, Outcome]) -> str | None:

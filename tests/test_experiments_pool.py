@@ -50,6 +50,17 @@ def test_a_task_that_fails_or_whose_worker_is_killed_costs_itself_alone(tmp_path
     assert "doubling 4" in said and "ValueError: no such cat" in said
 
 
+def test_what_needs_a_task_that_was_not_tried_is_not_tried(tmp_path: Path) -> None:
+    tasks = [
+        task("a", pool_tasks.fail, "no"),
+        task("b", pool_tasks.double, 1, needs=("a",)),
+        task("c", pool_tasks.double, 2, needs=("b",)),
+    ]
+    with Pool(1, tmp_path) as pool:
+        outcomes = pool.run(tasks)
+    assert [outcomes[name].error for name in "bc"] == ["not tried, for a failed", "not tried, for b failed"]
+
+
 def test_a_worker_keeps_what_it_has(tmp_path: Path) -> None:
     tasks = [task(str(k), pool_tasks.remembered, k) for k in range(4)]
     with Pool(1, tmp_path) as pool:
