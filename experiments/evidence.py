@@ -60,10 +60,12 @@ class Evidence:
         return found if label is None else replace(found, method=label)
 
     def line(self, settings: Sequence[Setting], x: str = X, y: str = Y) -> Line:
+        """NaN where a setting has no such score, as diversity where every prompt has one picture."""
         summaries = [self.summary(setting) for setting in settings]
-        means = np.array([[s.scores[name].mean for name in (x, y)] for s in summaries])
-        draws = np.array([[s.draws[name] for name in (x, y)] for s in summaries])  # (k, 2, B)
-        varied = all(s.scores[name].low is not None for s in summaries for name in (x, y))
+        none, never = Interval(float("nan")), np.full(self.bootstrap.resamples, np.nan)
+        means = np.array([[s.scores.get(name, none).mean for name in (x, y)] for s in summaries])
+        draws = np.array([[s.draws.get(name, never) for name in (x, y)] for s in summaries])  # (k, 2, B)
+        varied = all(s.scores.get(name, none).low is not None for s in summaries for name in (x, y))
         return Line(means, np.moveaxis(draws, -1, 0), varied)
 
     def number(self, make: Callable[..., float], *lines: Line) -> Interval:

@@ -45,9 +45,9 @@ class Check:
         return Verdict.UNDECIDED
 
 
-def signed(number: float) -> str:
+def signed(number: float, digits: int = 3) -> str:
     """A difference in words, also one that there is not."""
-    return f"{number:+.3f}" if number == number else "not comparable"
+    return f"{number:+.{digits}f}" if number == number else "not comparable"
 
 
 def combined(checks: Iterable[Check]) -> Verdict:

@@ -167,6 +167,14 @@ def test_a_slight_loss_is_what_one_shot_claims() -> None:
     assert judged(KNOWN["one_shot"], perfusion_front) is Verdict.HOLDS
 
 
+def test_one_picture_of_each_prompt_says_nothing_of_diversity() -> None:
+    experiment = KNOWN["lock_types"]
+    runner: Any = MadeUp(experiment, perfusion_front)
+    runner.points = {wanted: replace(point, pairs=()) for wanted, point in runner.points.items()}
+    finding = experiment.judge(Evidence(runner, experiment.groups(runner.protocol), Bootstrap(20)))
+    assert finding.verdict is Verdict.UNDECIDED and finding.key == "diversity not comparable with global locking"
+
+
 def test_one_concept_with_one_seed_decides_nothing() -> None:
     experiment = KNOWN["mask"]
     runner: Any = MadeUp(experiment, lambda setting: (0.9 if SIDES["mask"](setting) else 0.1, 0.5, 0.1))

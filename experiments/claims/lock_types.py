@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments.claims.key_lock import GLOBAL, LOCAL, NONE, SERIES
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding
-from experiments.verdict import Check
+from experiments.verdict import Check, signed
 
 
 def judge(evidence: Evidence) -> Finding:
@@ -29,7 +29,7 @@ def judge(evidence: Evidence) -> Finding:
             decides=False,
         ),
     )
-    return Finding(checks, f"diversity {varied.mean:+.4f} with global locking")
+    return Finding(checks, f"diversity {signed(varied.mean, 4)} with global locking")
 
 
 EXPERIMENT = Experiment(
