@@ -22,9 +22,8 @@ def atomic_path(path: PathLike, flush: bool = True) -> Iterator[Path]:
     ends in the same suffix. When the block raises, `path` is as it was before and nothing is left beside it; a block
     that writes no file raises `FileNotFoundError`.
 
-    Without `flush` nothing waits for the disk, which takes longer than to draw a small picture: a killed process still
-    leaves a whole file or none, but after a crash of the machine `path` may be damaged. For what is checked when it is
-    read, and can be made again.
+    Without `flush` nothing waits for the disk: a killed process still leaves a whole file or none, but after a crash of
+    the machine `path` may be damaged. For many files that are checked when they are read, and can be made again.
 
     Raises:
         NotADirectoryError: no such folder, before the block begins.
