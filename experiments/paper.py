@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
     runs = Path(config.runs).expanduser()
     whole = protocol == Protocol() and not config.changes
     out = Path(config.out).expanduser() if config.out is not None else Path() if whole else runs / "small"
+    results.read_all(out / "results")  # that the page will show as well: better now than after an hour
     with alone(runs):
         runner = Runner(runs, protocol, tuple(config.changes))
         failures = _run(chosen, runner, config, out)

@@ -210,6 +210,16 @@ def test_mistakes(word: str, message: str, folder: Path, capsys: pytest.CaptureF
     assert message in capsys.readouterr().err
 
 
+def test_a_result_that_cannot_be_read_is_found_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "out" / "results" / "mask.json"
+    old.parent.mkdir(parents=True)
+    old.write_text('{"version": 0}')
+    assert run(tmp_path, f"out={tmp_path}/out") == 2
+    assert f"{old}: no result of this version" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_tuning_goes_on_and_prints_a_preset(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
