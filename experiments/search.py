@@ -33,7 +33,7 @@ SPACES = Path(__file__).with_name("spaces")
 _ERROR, _FOLDER = "error", "folder"  # attributes of trials
 
 USAGE = """
-Look for the settings of a method that score best. Needs Optuna: pip install perfusion[search]
+Look for the settings of a method that score best. Needs Optuna, the extra `search` of this project
 
 usage: python -m experiments.search search.space=<name or file> [search.key=value ...] [words of perfusion.train ...]
 
@@ -272,7 +272,7 @@ def optuna_module() -> ModuleType:
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError(f"a search needs Optuna, pip install perfusion[search]: {error}") from error
+        raise ConfigError(f"a search needs Optuna, the extra `search` of this project: {error}") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -40,8 +40,8 @@ from perfusion.config import CONF, ConfigError
 from perfusion.files import atomic_write_text
 
 USAGE = """
-Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna: pip install
-perfusion[search]. About 40 seconds for a trial on two cores: an hour for 12 trials of the 5 methods.
+Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna, the
+extra `search` of this project. About 40 seconds for a trial on two cores: an hour for 12 trials of the 5 methods.
 
   python -m experiments.tune                                    all methods
   python -m experiments.tune methods=[perfusion,lora] trials=20
