@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
     """Command line entry point; the exit status, 1 if a task failed."""
     config = parse_key_values(argv, PaperConfig, USAGE)
     if config.report and importlib.util.find_spec("plotly") is None:
-        raise ConfigError("report: found no plotly, expected it (the extra `report` of this project); or go without it, report=false")
+        raise ConfigError(
+            "report: found no plotly, expected it (the extra `report` of this project); or go without it, report=false"
+        )
     chosen = _chosen(config.only)
     protocol = _protocol(config)
     runs = Path(config.runs).expanduser()

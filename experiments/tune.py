@@ -41,7 +41,8 @@ from perfusion.files import atomic_write_text
 
 USAGE = """
 Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna, the
-extra `search` of this project. About 40 seconds for a trial on two cores: an hour for 12 trials of the 5 methods.
+extra `search` of this project. About two minutes for a trial on two cores: two hours for 12 trials
+of the 5 methods.
 
   python -m experiments.tune                                    all methods
   python -m experiments.tune methods=[perfusion,lora] trials=20
