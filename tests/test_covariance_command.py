@@ -128,7 +128,7 @@ def test_without_a_file_the_next_command_finds_the_cache(
         ("backbone=sd16", "backbone: no backbone 'sd16'"),
         ("captoins=x", "captoins: unknown key; did you mean 'captions'?"),
         ("matrix=C.npy", "matrix: unknown key"),
-        ("captions=no/such.txt", "backbone.covariance.captions: 'no/such.txt' is neither"),
+        ("captions=no/such.txt", "backbone.covariance.captions: found no file 'no/such.txt'"),
         ("count=0", "backbone.covariance.count: found 0, expected at least 1"),
         ("count=many", "count: "),
         ("positions=some", "backbone.covariance.positions: found 'some', expected all or words"),

@@ -206,7 +206,7 @@ def test_captions_and_positions_are_checked_before_a_model_is_loaded(pipe: Any, 
     check()
     with pytest.raises(ConfigError, match=r"backbone\.covariance\.positions: found 'word', expected all or words"):
         check(positions="word")
-    with pytest.raises(ConfigError, match=r"backbone\.covariance\.captions: 'no/such' is neither"):
+    with pytest.raises(ConfigError, match=r"backbone\.covariance\.captions: found no file 'no/such', expected"):
         check(captions="no/such")
     for captions in ("everyday", "toyland"):
         with pytest.raises(ConfigError, match=r"backbone\.covariance\.count: found 0, expected at least 1"):
