@@ -25,8 +25,8 @@ _CAVEATS = """
 - Identity and prompt accuracy are read by a small classifier, which errs as well
   ([model card](../perfusion/toyland/weights/README.md)), for all methods alike.
 - Intervals come from few concepts. A bootstrap over few of them is somewhat too narrow.
-- Trained were all methods on the same pictures, with settings from the same number of trials on other concepts
-  ([experiments.md](experiments.md)).
+- Trained were all methods on the same pictures, with the settings of `conf/method/<method>_toyland.yaml`;
+  [experiments.md](experiments.md) says where those come from.
 """
 
 

@@ -15,12 +15,13 @@ from typing import Any
 from eval.aggregate import RESAMPLES, Bootstrap
 from experiments import results
 from experiments.evidence import Evidence
+from experiments.exclusive import alone
 from experiments.experiment import Experiment, experiments
 from experiments.page import IMAGES, page
 from experiments.pool import Outcome, Pool
 from experiments.progress import Progress, clock
 from experiments.protocol import Protocol
-from experiments.runner import Runner, Wanted, alone
+from experiments.runner import Runner, Wanted
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     whole = protocol == Protocol() and not config.changes
     out = Path(config.out).expanduser() if config.out is not None else Path() if whole else runs / "small"
     results.read_all(out / "results")  # that the page will show as well: better now than after an hour
-    with alone(runs):
+    with alone(runs, "runs="):
         runner = Runner(runs, protocol, tuple(config.changes))
         failures = _run(chosen, runner, config, out)
         for line in failures:

@@ -7,12 +7,10 @@ would be true.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,19 +212,3 @@ def weights_digest() -> str:
         with open(file, "rb") as opened:
             total.update(file.relative_to(WEIGHTS).as_posix().encode() + hashlib.file_digest(opened, "sha256").digest())
     return total.hexdigest()[:12]
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process.
-
-    Raises:
-        ConfigError: another one works there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process works there; wait for it, or choose another out=") from None
-        yield

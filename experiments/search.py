@@ -7,14 +7,12 @@ up again with the same settings, whose runs resume.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 from omegaconf import MISSING, OmegaConf
 
+from experiments.exclusive import alone
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError, checked
 from perfusion.files import atomic_write_text
@@ -104,7 +103,7 @@ def main(argv: Sequence[str], execute: Callable[[Sequence[str]], list[sweep.Resu
         pass  # composes: a key that is none is found here
     folder = Path(settings.root).expanduser() / settings.name
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder, "search.name="):  # so a trial that nobody finishes was stopped
         study = open_study(folder, settings, space, words)
         _search(study, settings, space, words, execute)
         return _report(study, settings, folder)
@@ -156,7 +155,7 @@ def open_study(folder: Path, settings: SearchConfig, space: Mapping[str, Dimensi
             "choose another search.name="
         )
     study.set_user_attr("asked", asked)
-    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # nobody else works on it: see `_alone`
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # nobody else works on it: see `alone`
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)
     return study
@@ -253,17 +252,6 @@ def settings_of(point: Mapping[str, Any]) -> list[str]:
 
 def _first(dimension: Dimension) -> Any:
     return dimension.low if dimension.choices is None else dimension.choices[0]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the study: one process at a time, so that a trial which nobody finishes was stopped."""
-    with open(folder / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is searching here; choose another search.name=") from None
-        yield
 
 
 @functools.cache

@@ -18,10 +18,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from eval.aggregate import concept_scores
+from experiments.exclusive import alone
 from experiments.pool import Pool
 from experiments.progress import Progress
 from experiments.protocol import TUNING
-from experiments.runner import Runner, Wanted, alone
+from experiments.runner import Runner, Wanted
 from experiments.search import Dimension, optuna_module, read_space, settings_of
 from experiments.settings import (
     CUSTOM_DIFFUSION,
@@ -131,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
     if min(len(protocol.toys), len(protocol.prompts), len(protocol.seeds), config.workers, config.trials) < 1:
         raise ConfigError("toys, prompts, seeds, workers, trials: expected at least 1 of each")
     out = Path(config.out).expanduser()
-    with alone(out):
+    with alone(out, "out="):
         runner = Runner(out, protocol, tuple(config.changes))
         searches = [_opened(name, runner.root) for name in config.methods]
         with Pool(config.workers, out / "log") as pool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from experiments.curves import area, gain, levels
+from experiments.comparison import gained
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
 from experiments.settings import BASE_MODEL, FEW_BETAS, PERFUSION, TRAINED_KEYS, by_beta
-from experiments.verdict import Check, signed
+from experiments.verdict import signed
 
 LOCAL = by_beta(PERFUSION, FEW_BETAS)
 GLOBAL = by_beta(PERFUSION, FEW_BETAS, key_lock="global")
@@ -21,20 +21,8 @@ SERIES = (
 
 def judge(evidence: Evidence) -> Finding:
     """At the same identity, and at the same β."""
-    local, none = evidence.line(LOCAL), evidence.line(NONE)
-    at = levels(local.means, none.means)
-    same = evidence.number(lambda a, b: gain(a, b, at), local, none)
-    checks = (
-        Check("prompt accuracy gained by locking, at the same identity", same),
-        Check("the same at the same β", evidence.mean_difference(LOCAL, NONE, "prompt"), decides=False),
-        Check(
-            "identity gained by locking, at the same β",
-            evidence.mean_difference(LOCAL, NONE, "identity"),
-            decides=False,
-        ),
-        Check("area gained", evidence.number(lambda a, b: area(a) - area(b), local, none), decides=False),
-    )
-    return Finding(checks, f"prompt accuracy {signed(same.mean)} at the same identity")
+    checks = gained(evidence, LOCAL, NONE, "locking")
+    return Finding(tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
 
 
 EXPERIMENT = Experiment(

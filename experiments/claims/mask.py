@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from experiments.curves import area, gain, levels
+from experiments.comparison import gained
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
 from experiments.settings import FEW_BETAS, FIVE_PICTURES, by_beta
-from experiments.verdict import Check, signed
+from experiments.verdict import signed
 
 WITH = by_beta(FIVE_PICTURES, FEW_BETAS)
 WITHOUT = by_beta(FIVE_PICTURES.changed("perfusion, 5 pictures, no mask", "method.masked_loss=false"), FEW_BETAS)
@@ -14,20 +14,8 @@ WITHOUT = by_beta(FIVE_PICTURES.changed("perfusion, 5 pictures, no mask", "metho
 
 def judge(evidence: Evidence) -> Finding:
     """What the mask gains."""
-    masked, plain = evidence.line(WITH), evidence.line(WITHOUT)
-    at = levels(masked.means, plain.means)
-    same = evidence.number(lambda a, b: gain(a, b, at), masked, plain)
-    checks = (
-        Check("prompt accuracy gained by the mask, at the same identity", same),
-        Check("the same at the same β", evidence.mean_difference(WITH, WITHOUT, "prompt"), decides=False),
-        Check(
-            "identity gained by the mask, at the same β",
-            evidence.mean_difference(WITH, WITHOUT, "identity"),
-            decides=False,
-        ),
-        Check("area gained", evidence.number(lambda a, b: area(a) - area(b), masked, plain), decides=False),
-    )
-    return Finding(checks, f"prompt accuracy {signed(same.mean)} at the same identity")
+    checks = gained(evidence, WITH, WITHOUT, "the mask")
+    return Finding(tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
 
 
 EXPERIMENT = Experiment(

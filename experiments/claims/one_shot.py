@@ -40,6 +40,6 @@ EXPERIMENT = Experiment(
     f"claim holds if the 95 % interval lies below {SLIGHTLY}, and fails if it lies above.",
     series=(Series("1 picture", ONE), Series("5 pictures", FIVE)),
     judge=judge,
-    caveats="Both are trained for as many steps, which were tuned for one picture. The first of the five pictures is "
+    caveats="Both are trained for as many steps, which were chosen for one picture. The first of the five pictures is "
     "the one of the one-shot training, on a plain background; the others are set in other places.",
 )

@@ -42,5 +42,5 @@ EXPERIMENT = Experiment(
     series=(*LOW, HIGH),
     judge=judge,
     caveats="All are drawn at the same three β, which may suit one of them better than the others; the other settings "
-    f"were tuned together with β {OWN:g}.",
+    f"were chosen together with β {OWN:g}.",
 )

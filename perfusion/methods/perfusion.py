@@ -6,7 +6,6 @@ the word's encodings by a moving average; the keys are locked to the superclass,
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from perfusion.backbones.base import Backbone, EditSite, Encoding
 from perfusion.data.prompts import fill, templates
 from perfusion.edit import EditError, PromptGate, attach_edit, unedited
 from perfusion.left_out import LeftOut
-from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds
+from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 from perfusion.methods.weights import check_free, projection_places
 from perfusion.prompt_gate import JointGate
 from perfusion.rank_one import precision_times
@@ -182,9 +181,6 @@ class Perfusion(Method):
         if value != self._lock.name:
             self._lock = KeyLock[value]
             self._edit.lock(self._token.encoders(), self._token.replacements if self._lock is GLOBAL else None)
-
-    def loss(self, backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
-        return super().loss(backbone, batch if self.options.masked_loss else dataclasses.replace(batch, masks=None))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [
