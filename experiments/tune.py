@@ -46,7 +46,7 @@ extra `search` of this project. About two minutes for a trial on two cores: two 
 of the 5 methods.
 
   python -m experiments.tune                                    all methods
-  python -m experiments.tune methods=[perfusion,lora] trials=20
+  python -m experiments.tune methods=perfusion,lora trials=20
 
 The first trial of a method is its preset, conf/method/<method>_toyland.yaml, as it stands; what else is tried says
 experiments/spaces/<method>_toyland.yaml. The same command goes on where it stopped; more trials= go on with a search
@@ -71,7 +71,7 @@ METHODS = {
 class TuneConfig:
     """Command line."""
 
-    methods: list[str] = field(default_factory=lambda: [*METHODS])  # which
+    methods: str | None = None  # which, with commas between them; null: all
     trials: int = 12  # of each method, those of former runs included
     out: str = "runs/tune"  # folder
     workers: int = 2  # processes, one thread each
@@ -127,14 +127,16 @@ def main(argv: Sequence[str]) -> int:
         seeds=TUNING.seeds[: config.seeds],
         steps=config.steps,
     )
-    if unknown := [name for name in config.methods if name not in METHODS]:
+    names = METHODS if config.methods is None else config.methods.split(",")
+    methods = list(dict.fromkeys(name.strip() for name in names))
+    if unknown := [name for name in methods if name not in METHODS]:
         raise ConfigError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
     if min(len(protocol.toys), len(protocol.prompts), len(protocol.seeds), config.workers, config.trials) < 1:
         raise ConfigError("toys, prompts, seeds, workers, trials: expected at least 1 of each")
     out = Path(config.out).expanduser()
     with alone(out, "out="):
         runner = Runner(out, protocol, tuple(config.changes))
-        searches = [_opened(name, runner.root) for name in config.methods]
+        searches = [_opened(name, runner.root) for name in methods]
         with Pool(config.workers, out / "log") as pool:
             rounds = [_round(number, searches, runner, pool, config) for number in range(config.trials)]
         text = "\n".join(map(_best, searches))

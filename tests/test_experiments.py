@@ -226,7 +226,7 @@ def test_tuning_goes_on_and_prints_a_preset(
     pytest.importorskip("optuna")
     monkeypatch.setattr(tune, "Pool", Inline)
     cache = f"backbone.covariance.cache={folder}/covariance"
-    words = ["methods=[perfusion]", "toys=1", "prompts=1", "seeds=1", "steps=1", f"changes=[{CHANGES},{cache}]"]
+    words = ["methods=perfusion", "toys=1", "prompts=1", "seeds=1", "steps=1", f"changes=[{CHANGES},{cache}]"]
     assert run_cli(tune.main, [*words, "trials=1", f"out={folder}/tune"]) == 0
     first = len(Inline.calls)
     assert run_cli(tune.main, [*words, "trials=2", f"out={folder}/tune"]) == 0
@@ -235,7 +235,7 @@ def test_tuning_goes_on_and_prints_a_preset(
     assert "method.value_rate=0.03 method.embedding_rate=0.006" in said, "the preset comes first"
     best = (folder / "tune" / "best.yaml").read_text()
     assert best in said and "the best of 2 trials" in best and "\nvalue_rate: " in best
-    assert run_cli(tune.main, ["methods=[no]"]) == 2
+    assert run_cli(tune.main, ["methods=no"]) == 2
 
 
 def test_a_page_from_results_alone() -> None:
