@@ -33,6 +33,27 @@ class ScorerError(ValueError):
     """A scoring model that cannot be had; says what was looked for and how to give it."""
 
 
+def named_scorer(
+    model: str | None, pretrained: str | None, device: str | torch.device, foreign: str | None, keys: str = ""
+) -> ClipScorer:
+    """The scorer called `model`; None is Toyland's own, which is for pictures of Toyland alone.
+
+    Args:
+        model, pretrained, device: see `ClipScorer`.
+        foreign: a clause that says which pictures are not of Toyland, for the message; None if all are.
+        keys: what the keys `scorer` and `pretrained` begin with, for the message.
+
+    Raises:
+        ScorerError: none is named where Toyland's own cannot judge, or there is none by that name.
+    """
+    if model is None and foreign is not None:
+        raise ScorerError(
+            f"{keys}scorer: not given, and {foreign}; name an open_clip model with its weights, as in "
+            f"{keys}scorer=ViT-B-32 {keys}pretrained=<file or tag>"
+        )
+    return ClipScorer(model or "toyland", pretrained, device)
+
+
 class ClipScorer:
     """A frozen open_clip model.
 

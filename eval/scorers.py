@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.attributes import load_reader
-from eval.clip import ClipScorer, ScorerError, fingerprint
+from eval.clip import ClipScorer, ScorerError, fingerprint, named_scorer
 from eval.dino import DinoScorer
 from eval.folders import ImageFolder
 from perfusion.backbones.loading import resolve_device
@@ -66,12 +66,8 @@ def clip_scorer(name: str | None, pretrained: str | None, device: str, folders: 
         ScorerError: there is none by that name, or none was named for pictures of other models.
         BackboneError: no such device.
     """
-    if name is None and not all(_of_toyland(folder) for folder in folders):
-        raise ScorerError(
-            "scorer: not given, and not all pictures are Toyland's; name an open_clip model with its weights, as in "
-            "scorer=ViT-B-32 pretrained=<file or tag>, or scorer=toyland"
-        )
-    return ClipScorer(name or "toyland", pretrained, resolve_device(device))
+    foreign = None if all(_of_toyland(folder) for folder in folders) else "not all pictures are Toyland's"
+    return named_scorer(name, pretrained, resolve_device(device), foreign)
 
 
 def dino_scorer(name: str | None, pretrained: str | None, device: str) -> DinoScorer | None:

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from eval.clip import ClipScorer
+from eval.clip import named_scorer
 from eval.metrics import clip_scores
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
@@ -37,7 +37,7 @@ class SelectBestStep(Callback):
 
     Args:
         every: k, in optimizer steps; the last step counts, too, step 0 does not.
-        scorer, pretrained: the scoring model, see `ClipScorer`.
+        scorer, pretrained: the scoring model, see `ClipScorer`; default: Toyland's own, on Toyland alone.
         prompts: templates with one `{}` for the concept; default: the validation prompts that go with the backbone.
         steps: denoising steps of a sample: fewer than for a good picture are enough to choose by.
         guidance: default: the backbone's.
@@ -46,12 +46,13 @@ class SelectBestStep(Callback):
 
     Raises:
         ConfigError: `every` below 1, no prompts.
+        ScorerError: in `setup`, see `named_scorer`.
     """
 
     def __init__(
         self,
         every: int = 25,
-        scorer: str = "toyland",
+        scorer: str | None = None,
         pretrained: str | None = None,
         prompts: Sequence[str] | None = None,
         steps: int = 25,
@@ -79,7 +80,8 @@ class SelectBestStep(Callback):
         word = method.word
         templates = self.templates or sample_templates(backbone.config.prompts)
         self._prompts = [fill(template, word.placeholder) for template in templates]
-        scorer = ClipScorer(self.scorer_name, self.pretrained, backbone.device)
+        foreign = None if backbone.family == "toyland" else f"this is {backbone.family} (or callbacks=none)"
+        scorer = named_scorer(self.scorer_name, self.pretrained, backbone.device, foreign, "callbacks.select.")
         self._scorer = scorer
         self._texts = scorer.text_embeddings([fill(template, word.superclass) for template in templates])
         self._references = scorer.image_embeddings(pictures(trainer.datamodule.examples.pixels))  # type: ignore[attr-defined]

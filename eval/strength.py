@@ -79,8 +79,8 @@ def measure(
         scorer, pretrained: see `ClipScorer`; None: Toyland's own, on Toyland.
 
     Raises:
-        ConfigError: an empty grid, a method without a gate, no scorer for this backbone, no references.
-        ScorerError, ConceptImageError: the scorer or the references cannot be read.
+        ConfigError: an empty grid, a method without a gate, no references.
+        ScorerError, ConceptImageError: no scorer for this backbone; the scorer or the references cannot be read.
     """
     import torch
 
@@ -171,14 +171,11 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
 
 
 def _scorer(attached: Attached, scorer: str | None, pretrained: str | None) -> ClipScorer:
-    from eval.clip import ClipScorer
+    from eval.clip import named_scorer
 
-    if scorer is None and attached.backbone.family != "toyland":
-        raise ConfigError(
-            f"scorer: not given; on {attached.backbone.family} name an open_clip model with its weights, as in "
-            "scorer=ViT-L-14 pretrained=<file or tag>"
-        )
-    return ClipScorer(scorer or "toyland", pretrained, attached.backbone.device)
+    family = attached.backbone.family
+    foreign = None if family == "toyland" else f"this is {family}"
+    return named_scorer(scorer, pretrained, attached.backbone.device, foreign)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -47,6 +47,9 @@ def test_presets_lie_in_the_package_of_a_wheel_and_beside_it_in_a_checkout(tmp_p
 def test_every_experiment_composes_and_fits_every_schema(name: str) -> None:
     config = compose(f"+experiment={name}", *(GIVEN if name.startswith("photos") else []))
     assert config.experiment == name, "an experiment names its folder of runs"
+    assert ("select" in config.callbacks) == (config.backbone.name == "toyland"), (
+        "Toyland's scorer judges Toyland alone"
+    )
     checked(method_class(config.method["name"]).Options, config.method, "method")
     check_keywords(config.trainer)
 

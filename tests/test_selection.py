@@ -212,10 +212,16 @@ def test_the_prompts_are_those_that_go_with_the_backbone(method, backbone, score
     assert counted == [8]
 
 
-def test_a_mistake_is_found_before_the_first_step(method, backbone, scorer, tmp_path) -> None:
+def test_a_mistake_is_found_before_the_first_step(method, backbone, scorer, tmp_path, monkeypatch) -> None:
     start = method.state()
     with pytest.raises(ScorerError, match="no such folder"):
         fit(method, backbone, tmp_path, SelectBestStep(scorer="local-dir:nowhere"))
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ScorerError, match=r"callbacks\.select\.scorer: not given, and"),
+    ):
+        patched.setattr(type(backbone), "family", "stable_diffusion")
+        fit(method, backbone, tmp_path, SelectBestStep())
     with pytest.raises(PromptError, match=r"expected one \{\}"):
         fit(method, backbone, tmp_path, SelectBestStep(scorer=scorer, prompts=["a cat"]))
     assert same(method.state(), start)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from eval import strength
-from eval.clip import ClipScorer
+from eval.clip import ClipScorer, ScorerError
 from eval.metrics import clip_scores
 from eval.strength import GRID, Strength, best, main, measure, reference_pictures, table
 from perfusion.backbones.base import Backbone
@@ -118,7 +118,10 @@ def test_what_cannot_be_measured_is_refused(attached: Attached, tmp_path: Path) 
         measure(attached, None, [])
     stable = tiny_backbone(tmp_path / "cache")
     concept = untrained_concept(stable, Word("<toy*>", "cat"), 0)
-    with concept.attach(stable) as held, pytest.raises(ConfigError, match="scorer: not given; on stable_diffusion"):
+    with (
+        concept.attach(stable) as held,
+        pytest.raises(ScorerError, match="scorer: not given, and this is stable_diffusion"),
+    ):
         measure(held, None, [0.5])
 
 
