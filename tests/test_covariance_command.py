@@ -21,6 +21,7 @@ from perfusion.config import BackboneConfig
 from perfusion.covariance import cache
 from perfusion.covariance.__main__ import CovarianceCommand, main, measure, next_command
 from perfusion.covariance.matrix import load_matrix
+from perfusion.presets import backbone_config
 from perfusion.training import composition
 from tests.pipelines import toyland_folder
 
@@ -167,3 +168,14 @@ def test_a_layout_is_used_and_handed_on(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"backbone\.layout: found 'sd21_base'"):
         measure(command)
     assert "backbone.layout=sd21_base" in next_command(command, default_config("toyland"), None)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_the_next_command_trains_on_the_users_pictures(name: str, tmp_path: Path) -> None:
+    command = CovarianceCommand(backbone=name, path="/models/a b", out=str(tmp_path / "C.safetensors"))
+    config = backbone_config(name, command.path, command.dtype, "cpu", None)
+    configs: list[Any] = []
+    composition.run(shlex.split(next_command(command, config, tmp_path / "C.safetensors"))[3:], configs.append)
+    (found,) = configs
+    assert found.backbone.path == "/models/a b" and found.backbone.covariance.matrix == command.out
+    assert found.concept.images == "photos/" and found.method["name"] == "perfusion" and found.method["steps"] == 400

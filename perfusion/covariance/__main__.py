@@ -28,8 +28,9 @@ Examples:
   python -m perfusion.covariance backbone=toyland
   python -m perfusion.covariance backbone=sd15 path=/models/sd15 captions=captions.txt count=100000 out=C.safetensors
   python -m perfusion.covariance backbone=sd15 path=/models/sd15 positions=words out=words.safetensors
-Then, with the keys that it prints:
-  python -m perfusion.train backbone=sd15 backbone.path=/models/sd15 backbone.covariance.matrix=C.safetensors ...
+Then, as it prints, with your own pictures:
+  python -m perfusion.train +experiment=photos_sd15 backbone.path=/models/sd15 \\
+      backbone.covariance.matrix=C.safetensors concept.images=photos/ concept.superclass=dog
 
 A key that is not given has the value of the preset conf/backbone/<backbone>.yaml, as in training. The names that keys
 have in training, such as backbone.path= and backbone.covariance.count=, are understood, too.
@@ -103,8 +104,11 @@ def measure(command: CovarianceCommand) -> list[str]:
 
 
 def next_command(command: CovarianceCommand, config: BackboneConfig, out: Path | None) -> str:
-    """The training that finds this C: in `out` if there is one, else in the cache."""
-    words = {"backbone": command.backbone}
+    """The training that finds this C: in `out` if there is one, else in the cache. Off Toyland the pictures are the
+    user's, and named by examples here."""
+    on_toyland = command.backbone == "toyland"
+    words = {} if on_toyland else {"+experiment": "photos_sdxl" if command.backbone == "sdxl" else "photos_sd15"}
+    words["backbone"] = command.backbone
     if command.path is not None:
         words["backbone.path"] = command.path
     if command.layout is not None:
@@ -116,6 +120,8 @@ def next_command(command: CovarianceCommand, config: BackboneConfig, out: Path |
     for key in _SETTINGS:
         if getattr(command, key) is not None and (out is None or key == "ridge"):
             words[f"backbone.covariance.{key}"] = str(getattr(config.covariance, key))
+    if not on_toyland:
+        words |= {"concept.images": "photos/", "concept.superclass": "dog"}
     return " ".join(["python -m perfusion.train", *(f"{key}={shlex.quote(value)}" for key, value in words.items())])
 
 
