@@ -45,23 +45,14 @@ def margin(points: np.ndarray, point: np.ndarray) -> float:
 
 
 def levels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Identities that two fronts both have, evenly spread.
-
-    Where one front lies above the other there is one such level, the upper end of the lower front: the higher one
-    attains it, with the prompt accuracy of its own lower end or more. If that is less than the lower front has there,
-    nobody knows what the higher one would have had further down, and there is no level at all.
-    """
-    lower, higher = sorted((line(a), line(b)), key=lambda on: on[0, 1])
-    low, high = max(lower[-1, 1], higher[-1, 1]), lower[0, 1]
-    if low <= high:
-        return np.linspace(low, high, _LEVELS)
-    return np.array([high]) if higher[-1, 0] >= lower[0, 0] else np.array([])
+    """Identities that two fronts both attain, evenly spread from the lower of their lower ends to the lower of their
+    upper ends."""
+    ends = [(on[-1, 1], on[0, 1]) for on in (line(a), line(b))]
+    return np.linspace(min(low for low, _ in ends), min(high for _, high in ends), _LEVELS)
 
 
 def gain(a: np.ndarray, b: np.ndarray, at: np.ndarray) -> float:
-    """How much more prompt accuracy front `a` has than `b`, the mean over some identities. Beyond the end of a front
-    counts what it has at its end. NaN where there are none."""
-    if not len(at):
-        return float("nan")
+    """How much more prompt accuracy front `a` has than `b`, the mean over some identities, at most those of their upper
+    ends. Below its lower end a front attains what it has there."""
     found = [np.interp(at, on[::-1, 1], on[::-1, 0]) for on in (line(a), line(b))]
     return float(np.mean(found[0] - found[1]))

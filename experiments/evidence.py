@@ -1,12 +1,13 @@
 """What was measured, as experiments ask for it: a setting's scores, a front, and numbers made of fronts with intervals.
 
 All intervals come from one bootstrap over toys and seeds (`eval.aggregate`), which draws the same toys and seeds for
-every setting: differences are paired.
+every setting: differences are paired. Those of numbers that verdicts rest on are widened for the few toys there are.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,14 +70,21 @@ class Evidence:
         return Line(means, np.moveaxis(draws, -1, 0), varied)
 
     def number(self, make: Callable[..., float], *lines: Line) -> Interval:
-        """A number that is made of fronts, with its interval."""
+        """A number that is made of fronts, with its interval: ± t_{n−1} √(n / (n−1)) standard deviations of the draws,
+        for n toys. Percentiles alone are too narrow for few toys: over eight they miss the truth in a tenth of all
+        cases instead of a twentieth (Hesterberg, The American Statistician 69(4), 2015). They serve where there is one
+        toy, whose seeds alone are drawn."""
         mean = make(*(one.means for one in lines))
         drawn = np.array([make(*rows) for rows in zip(*(one.draws for one in lines), strict=True)])
         drawn = drawn[np.isfinite(drawn)]
         if not all(one.varied for one in lines) or len(drawn) < self.bootstrap.resamples / 2:
             return Interval(mean)
-        low, high = np.quantile(drawn, [(1 - self.bootstrap.level) / 2, (1 + self.bootstrap.level) / 2])
-        return Interval(mean, float(low), float(high))
+        level, n = self.bootstrap.level, len(self.groups)
+        if n == 1:
+            low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+            return Interval(mean, float(low), float(high))
+        off = t_quantile((1 + level) / 2, n - 1) * math.sqrt(n / (n - 1)) * float(np.std(drawn))
+        return Interval(mean, mean - off, mean + off)
 
     def mean_difference(self, a: Sequence[Setting], b: Sequence[Setting], measure: str) -> Interval:
         """How much higher the settings `a` score than `b`, the mean over pairs of them."""
@@ -92,6 +100,15 @@ class Evidence:
         """How long each training took, without loading and samples."""
         found: list[Mapping[str, Any]] = [json.loads(run.metrics.read_text()) for run in self.runs(training)]
         return [float(metrics["seconds"]["training"]) for metrics in found]
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Of Student's t, for a probability of at least a half: with t = √ν tan θ its density is that of cos^{ν−1} θ."""
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (degrees - 1)
+    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    angle = np.interp(2 * probability - 1, cumulative / cumulative[-1], angles)
+    return float(math.sqrt(degrees) * np.tan(angle))
 
 
 def folder_bytes(folder: Path) -> int:

@@ -29,18 +29,18 @@ from perfusion.files import atomic_write_text
 USAGE = """
 Try every claim of the paper on Toyland: train and draw what is missing, judge, and write
 
-  results/<id>.json      each experiment's numbers with their intervals, and its verdict
-  docs/results.md        all of them on one page, with figures in docs/images/results
-  <runs>/report          a page with the pictures behind every point
+  results/<id>.json           each experiment's numbers with their intervals, and its verdict
+  docs/results.md             all of them on one page, with figures in docs/images/results
+  <runs>/<weights>/report/    a page with the pictures behind every point; <weights> is a hash of Toyland's weights
 
-  python -m experiments.paper                        everything; by estimate 90 minutes on two cores
+  python -m experiments.paper                        everything; an estimated 90 minutes on two cores
   python -m experiments.paper only=mask,pareto       some experiments
   python -m experiments.paper only=covariance        one that is no claim of the paper
   python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small
 
 Budgets on two cores: 60 seconds for a training of Perfusion, 4 minutes for 12 points of one concept's front. The same
 command goes on where it stopped; nothing is trained or drawn twice. What fails is listed at the end, and the rest goes
-on. Other weights of Toyland begin in a folder of their own; after a change to the code of a method, remove <runs>.
+on. Other weights of Toyland begin in a folder of their own; after a change to the code of a method, remove that one.
 """
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from eval.aggregate import Interval, Summary, as_json
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding
-from experiments.protocol import Protocol, Toy
+from experiments.protocol import Protocol
+from experiments.runner import Together
 from experiments.settings import Training
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
@@ -53,9 +54,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "axes": [experiment.x, experiment.y],
         "caveats": experiment.caveats,
         "notes": experiment.notes,
-        "protocol": described(
-            protocol, [*dict.fromkeys(toy for group in evidence.groups for toy in group)], experiment
-        ),
+        "protocol": described(protocol, evidence.groups, experiment),
         "bootstrap": asdict(evidence.bootstrap),
         "runs": runs,
         "weights": evidence.runner.weights,
@@ -90,9 +89,11 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda content: content["place"])
 
 
-def described(protocol: Protocol, toys: Sequence[Toy], experiment: Experiment) -> dict[str, Any]:
+def described(protocol: Protocol, groups: Sequence[Together], experiment: Experiment) -> dict[str, Any]:
     """What was drawn of every setting."""
+    toys = dict.fromkeys(toy for group in groups for toy in group)
     return {
+        "groups": len(groups),
         "concepts": [{"name": toy.name, **asdict(toy.looks)} for toy in toys],
         "prompts": [
             list(alternatives) for alternatives in (protocol.pair_prompts if experiment.pairs else protocol.prompts)

@@ -48,23 +48,17 @@ of the 5 methods.
   python -m experiments.tune                                    all methods
   python -m experiments.tune methods=perfusion,lora trials=20
 
-The first trial of a method is its preset, conf/method/<method>_toyland.yaml, as it stands; what else is tried says
-experiments/spaces/<method>_toyland.yaml. The same command goes on where it stopped; more trials= go on with a search
-that was over. The best settings are printed as they go into the preset, and written to <out>/best.yaml.
+The first trial of a method is its preset, conf/method/<method>_toyland.yaml, as it stands;
+experiments/spaces/<method>_toyland.yaml lists what else is tried. The same command resumes; a larger trials= extends a
+finished search. The best settings are printed as they go into the preset, and written to <out>/best.yaml.
 """
-_ERROR = "error"  # attribute of a trial
+_ERROR, _AT = "error", "at"  # attributes of a trial: why it failed; what was found, and where on the dial
+_ASKED = "asked"  # attribute of a study: all that its trials have in common
 _STARTUP = 4  # trials before the sampler learns from them
 
-METHODS = {
-    training.label: training
-    for training in (
-        PERFUSION,
-        dataclasses.replace(TEXTUAL_INVERSION, shares=(1 / 3, 2 / 3)),
-        dataclasses.replace(DREAMBOOTH, shares=(1 / 3, 2 / 3)),
-        dataclasses.replace(CUSTOM_DIFFUSION, shares=(1 / 3, 2 / 3)),
-        LORA,
-    )
-}
+_BETAS = (0.3, 0.55, 0.8, 1.05)
+
+METHODS = {t.label: t for t in (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)}
 
 
 @dataclass
@@ -109,12 +103,10 @@ class Search:
 
 
 def dial(training: Training) -> tuple[Setting, ...]:
-    """What a trial of this method is looked at with: four strengths, or three lengths of the training."""
+    """What a trial of this method is looked at with: four strengths, or three lengths of the training, as in tables."""
     if training.preset == PERFUSION.preset:
-        return by_beta(training, (0.3, 0.5, 0.7, 0.9))
-    if training.preset == LORA.preset:
-        return by_scale(training, (0.4, 0.7, 1.0, 1.3))
-    return by_steps(training)
+        return by_beta(training, _BETAS)
+    return by_scale(training) if training.preset == LORA.preset else by_steps(training)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -136,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     out = Path(config.out).expanduser()
     with alone(out, "out="):
         runner = Runner(out, protocol, tuple(config.changes))
-        searches = [_opened(name, runner.root) for name in methods]
+        searches = [_opened(name, runner) for name in methods]
         with Pool(config.workers, out / "log") as pool:
             rounds = [_round(number, searches, runner, pool, config) for number in range(config.trials)]
         text = "\n".join(map(_best, searches))
@@ -148,17 +140,28 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def _opened(name: str, root: Path) -> Search:
+def _opened(name: str, runner: Runner) -> Search:
     """The search of a method, new or with the trials of former processes; its preset comes first, then what was
-    stopped."""
+    stopped.
+
+    Raises:
+        ConfigError: former trials drew other things, or tried other settings.
+    """
     optuna = optuna_module()
     training = METHODS[name]
     space = read_space(training.preset)
-    folder = root / "studies"
+    folder = runner.root / "studies"
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / name}.db", study_name=name, direction="maximize", load_if_exists=True
     )
+    asked = repr((runner.protocol, runner.changes, dict(space), dial(training)))
+    if study.user_attrs.get(_ASKED, asked) != asked:
+        raise ConfigError(
+            f"{folder / name}.db: found trials with another protocol, space or changes, which cannot be compared with "
+            "new ones; choose another out="
+        )
+    study.set_user_attr(_ASKED, asked)
     if not study.get_trials(deepcopy=False):
         preset = OmegaConf.load(CONF / "method" / f"{training.preset}.yaml")
         study.enqueue_trial({key: OmegaConf.select(preset, key.removeprefix("method.")) for key in space})
@@ -190,6 +193,7 @@ def _round(number: int, searches: Sequence[Search], runner: Runner, pool: Pool, 
         name = f"{search.training.label}: {' '.join(training.changes)}"
         if all(one in runner.points for one in mine):
             value, said = objective(runner, dial(training))
+            trial.set_user_attr(_AT, said)
             search.study.tell(trial, value)
             print(f"  {value:.4f}  {name}  ({said})", flush=True)
         else:
@@ -218,7 +222,7 @@ def _best(search: Search) -> str:
         return f"{head}no trial of {len(search.over)} succeeded\n"
     best = max(scored, key=lambda trial: trial.value)
     first = f"the preset as it stood has {scored[0].value:.4f}"
-    head += f"{best.value:.4f}, the best of {len(search.over)} trials; {first}\n"
+    head += f"{best.value:.4f}, the best of {len(search.over)} trials; {first}\n# {best.user_attrs[_AT]}\n"
     return head + "".join(f"{key.removeprefix('method.')}: {_spelled(v)}\n" for key, v in best.params.items())
 
 

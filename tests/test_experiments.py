@@ -79,7 +79,7 @@ def test_a_result_says_what_it_was_found_with(ran: Path, folder: Path) -> None:
     )
     assert found["provenance"]["versions"] and len(found["config_hash"]) == 12 and found["weights"] == ran.name
     assert found["protocol"]["concepts"][0]["name"] == TABLE_TOYS[0].name and found["protocol"]["seeds"] == [0]
-    assert [len(series["settings"]) for series in found["series"]] == [3, 3]
+    assert [len(series["settings"]) for series in found["series"]] == [3, 3, 1]
     scores = found["series"][0]["settings"][0]["scores"]
     assert {"identity", "prompt", "clip_i", "clip_t"} <= scores.keys() and {*scores["clip_i"]} == {
         "mean",
@@ -96,10 +96,10 @@ def test_runs_and_pictures_can_be_used_by_hand(ran: Path) -> None:
     assert len(runs) == 2 and all(RunFolder(run).finished for run in runs)
     assert {read_config(run / "config.yaml").method["masked_loss"] for run in runs} == {True, False}
     folders = [path.parent for path in ran.rglob("pictures/**/manifest.json")]
-    assert len(folders) == 6
+    assert len(folders) == 7
     records = [record for path in folders for record in read_manifest(path)]
-    assert len(records) == 12 and {record.beta for record in records} == {0.4, 0.6, 0.8}
-    assert {record.method for record in records} == {"perfusion, 5 pictures", "perfusion, 5 pictures, no mask"}
+    assert len(records) == 14 and {record.beta for record in records} == {None, 0.4, 0.8, 1.0}
+    assert {record.method for record in records} == {"base", "perfusion, 5 pictures", "perfusion, 5 pictures, no mask"}
     assert {record.instance for record in records} == {TABLE_TOYS[0].instance}
 
 
@@ -125,10 +125,14 @@ def test_nothing_is_made_twice_and_what_is_missing_is(
 
 def test_the_report_has_all_points(ran: Path, folder: Path) -> None:
     _, points = read_scores(ran / "scores.json")
-    assert len(points) == 6
+    assert len(points) == 7
     assert "The paper&#x27;s claims on Toyland" in (ran / "report" / "index.html").read_text()[:1000]
     page = (folder / "runs" / "small" / "docs" / "results.md").read_text()
-    assert "| [mask](#mask) |" in page and "![Identity and prompt accuracy](images/results/mask.png)" in page
+    assert (
+        "| [mask](#mask) |" in page
+        and "](images/results/mask.png)" in page
+        and "![Identity over prompt accuracy]" in page
+    )
     assert (folder / "runs" / "small" / "docs" / "images" / "results" / "mask-clip.png").is_file()
 
 
@@ -150,7 +154,7 @@ def test_a_failed_training_is_listed_and_the_rest_goes_on(
     said = capsys.readouterr()
     assert "mask: " in said.out
     assert "failed: train perfusion, cat-101: its worker was killed by SIGKILL" in said.err
-    assert "failed: one_shot: not judged, 3 of 6 sets of pictures are missing" in said.err
+    assert "failed: one_shot: not judged, 3 of 7 sets of pictures are missing" in said.err
 
 
 def test_an_experiment_that_cannot_be_judged_is_listed_and_the_rest_goes_on(
@@ -162,7 +166,7 @@ def test_an_experiment_that_cannot_be_judged_is_listed_and_the_rest_goes_on(
     monkeypatch.setattr(paper, "Pool", Inline)
     monkeypatch.setattr(paper.results, "document", broken)
     assert run(folder, "only=mask", "report=false") == 1
-    assert len(Inline.calls) == 2, "all tasks were done"
+    assert len(Inline.calls) == 3, "all tasks were done"
     assert "failed: mask: not judged, ZeroDivisionError: no such number" in capsys.readouterr().err
 
 
@@ -234,7 +238,9 @@ def test_tuning_goes_on_and_prints_a_preset(
     said = capsys.readouterr().out
     assert "method.value_rate=0.03 method.embedding_rate=0.006" in said, "the preset comes first"
     best = (folder / "tune" / "best.yaml").read_text()
-    assert best in said and "the best of 2 trials" in best and "\nvalue_rate: " in best
+    assert best in said and "the best of 2 trials" in best and "\nvalue_rate: " in best and "at beta-" in best
+    assert run_cli(tune.main, [*words, "trials=2", f"out={folder}/tune", "seeds=2"]) == 2
+    assert "perfusion.db: found trials with another protocol" in capsys.readouterr().err
     assert run_cli(tune.main, ["methods=no"]) == 2
 
 
@@ -249,6 +255,7 @@ def test_a_page_from_results_alone() -> None:
              "verdict": "undecided"},
         ],
         "caveats": "Small.", "notes": "Because.", "weights": "a1", "config_hash": "0" * 12,
+        "runs": {"perfusion": ["a"]},
         "seconds": {"training": 60, "drawing": 120},
         "provenance": {"git_commit": None, "git_dirty": None}, "protocol": {"prompts": [], "concepts": [], "seeds": []},
     }  # fmt: skip
@@ -257,4 +264,7 @@ def test_a_page_from_results_alone() -> None:
     assert "| gain | -0.100 | -0.200 to -0.050 | above 0 | **fails** |" in text
     assert "| beside | 1.000 | – | above 0 | undecided (beside) |" in text
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text and "Notes: Because." in text and "commit unknown" in text
+    assert "same settings" not in text and "same settings** of perfusion" in page(
+        [made_up, {**made_up, "id": "size", "runs": {"perfusion": ["b"]}}]
+    )
     assert "same weights" not in text and "same weights" in page([made_up, {**made_up, "id": "size", "weights": "b2"}])

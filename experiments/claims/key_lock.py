@@ -34,4 +34,5 @@ EXPERIMENT = Experiment(
     "identity (mean over five identities that both have). The claim holds if the 95 % interval lies above 0.",
     series=SERIES,
     judge=judge,
+    caveats="The other settings were chosen with locked keys.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from experiments.claims.key_lock import GLOBAL, LOCAL, NONE, SERIES
+from experiments.claims.one_shot import SLIGHTLY
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding
 from experiments.verdict import Check, signed
@@ -16,7 +17,7 @@ def judge(evidence: Evidence) -> Finding:
         Check(
             "prompt accuracy gained by global locking, at the same β",
             evidence.mean_difference(GLOBAL, LOCAL, "prompt"),
-            decides=False,
+            -SLIGHTLY,
         ),
         Check(
             "identity gained by global locking, at the same β",
@@ -38,10 +39,10 @@ EXPERIMENT = Experiment(
     claim="Global locking gives richer, more varied scenes than local locking.",
     source="global key-locking",
     test="The diversity (mean of 1 − cosine of CLIP embeddings over pairs of pictures of one prompt) with global "
-    "locking minus that with local locking, mean over three β. The claim holds if the 95 % interval lies above 0.",
+    "locking minus that with local locking, mean over three β. The claim holds if the 95 % interval lies above 0, and "
+    f"if that of the prompt accuracy gained lies above {-SLIGHTLY}: pictures that miss the prompt are varied, too.",
     series=SERIES,
     judge=judge,
     y="diversity",
-    caveats="Diversity of pictures that miss the prompt or the toy counts as much as that of good ones; see their "
-    "prompt accuracy and identity.",
+    caveats="Diversity is CLIP's. Pictures that miss the toy count as much as others; see their identity.",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments.comparison import gained
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import FEW_BETAS, FIVE_PICTURES, by_beta
+from experiments.settings import BASE_MODEL, FEW_BETAS, FIVE_PICTURES, by_beta
 from experiments.verdict import signed
 
 WITH = by_beta(FIVE_PICTURES, FEW_BETAS)
@@ -25,8 +25,9 @@ EXPERIMENT = Experiment(
     source="the soft object mask in the loss",
     test="How much more prompt accuracy the front has that was trained with masks, at the same identity (mean over "
     "five identities that both have). The claim holds if the 95 % interval lies above 0.",
-    series=(Series("with mask", WITH), Series("without", WITHOUT)),
+    series=(Series("with mask", WITH), Series("without", WITHOUT), Series("base", (BASE_MODEL,))),
     judge=judge,
     caveats="Trained on five pictures, four of them with a background that a mask can keep out; that of the one-shot "
-    "trainings is plain. Masks are exact; those of photos are not.",
+    "trainings is plain. Masks are exact; those of photos are not. The other settings were chosen with masks and one "
+    "picture.",
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.curves import area, gain, levels
+from experiments.comparison import area_gained, same_identity
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import FEW_BETAS, FIVE_PICTURES, PERFUSION, by_beta
+from experiments.settings import BASE_MODEL, FEW_BETAS, FIVE_PICTURES, PERFUSION, by_beta
 from experiments.verdict import Check, signed
 
 SLIGHTLY = 0.05  # of prompt accuracy: less than one asked-for thing in a picture of every ten
@@ -15,9 +15,7 @@ FIVE = by_beta(FIVE_PICTURES, FEW_BETAS)
 
 def judge(evidence: Evidence) -> Finding:
     """What one picture loses."""
-    one, five = evidence.line(ONE), evidence.line(FIVE)
-    at = levels(one.means, five.means)
-    loss = evidence.number(lambda a, b: gain(b, a, at), one, five)
+    loss = same_identity(evidence, FIVE, ONE)
     checks = (
         Check("prompt accuracy lost with one picture, at the same identity", loss, SLIGHTLY, above=False),
         Check("the same at the same β", evidence.mean_difference(FIVE, ONE, "prompt"), SLIGHTLY, False, False),
@@ -26,7 +24,7 @@ def judge(evidence: Evidence) -> Finding:
             evidence.mean_difference(FIVE, ONE, "identity"),
             decides=False,
         ),
-        Check("area lost", evidence.number(lambda a, b: area(b) - area(a), one, five), decides=False),
+        Check("area lost", area_gained(evidence, FIVE, ONE), decides=False),
     )
     return Finding(checks, f"prompt accuracy {signed(-loss.mean)} with one picture, at the same identity")
 
@@ -38,7 +36,7 @@ EXPERIMENT = Experiment(
     source="one-shot personalization",
     test=f"How much prompt accuracy the front from one picture lacks against that from five, at the same identity. The "
     f"claim holds if the 95 % interval lies below {SLIGHTLY}, and fails if it lies above.",
-    series=(Series("1 picture", ONE), Series("5 pictures", FIVE)),
+    series=(Series("1 picture", ONE), Series("5 pictures", FIVE), Series("base", (BASE_MODEL,))),
     judge=judge,
     caveats="Both are trained for as many steps, which were chosen for one picture. The first of the five pictures is "
     "the one of the one-shot training, on a plain background; the others are set in other places.",

@@ -11,6 +11,7 @@ from experiments.evidence import Evidence, folder_bytes
 from experiments.experiment import Experiment, Finding, Table
 from experiments.settings import CUSTOM_DIFFUSION, DREAMBOOTH, LORA, PERFUSION, TEXTUAL_INVERSION
 from experiments.verdict import Check
+from perfusion.training.run_folder import RunFolder, read_config
 
 TRAININGS = (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)
 SMALLER_THAN = ("dreambooth", "custom_diffusion", "lora")  # Textual Inversion's is smaller, in the paper as well
@@ -28,6 +29,7 @@ def judge(evidence: Evidence) -> Finding:
         rows.append(
             (
                 title(training.label),
+                _length(runs[0]),
                 f"{sizes[training.label] / 1000:,.1f} kB",
                 f"{exported / 1000:,.1f} kB" if exported else "–",
                 f"{statistics.mean(seconds):.0f} s ({min(seconds):.0f} to {max(seconds):.0f})",
@@ -38,9 +40,18 @@ def judge(evidence: Evidence) -> Finding:
     for label in SMALLER_THAN:
         times = sizes[label] / own
         checks.append(Check(f"{title(label)}'s file, in files of Perfusion", Interval(times, times, times), 1.0))
-    measured = Table("On Toyland", ("method", "concept file", "for stock diffusers", "training"), tuple(rows))
+    measured = Table(
+        "On Toyland", ("method", "trained for", "concept file", "for stock diffusers", "training"), tuple(rows)
+    )
     key = ", ".join(f"{title(label)} {sizes[label] / own:,.0f} times" for label in SMALLER_THAN)
     return Finding(tuple(checks), f"{own / 1000:.1f} kB; {key} as large", (measured, _stable_diffusion()))
+
+
+def _length(run: RunFolder) -> str:
+    """Steps and pictures of a training, in words."""
+    method = read_config(run.config).method
+    prior = f" and {method['batch_size']} of the prior" if method.get("prior_images") else ""
+    return f"{method['steps']} steps of {method['batch_size']} pictures{prior}"
 
 
 def _stable_diffusion() -> Table:
