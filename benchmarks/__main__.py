@@ -30,7 +30,8 @@ BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair | timing.
 }
 
 USAGE = f"""
-Measure speed as ratios: what the project does (subject) against what nothing could do without (baseline), in turn.
+Measure overhead as ratios: the project's work (subject) against the least that any implementation must do (baseline),
+alternating.
 
   python -m benchmarks                       all: {", ".join(BENCHMARKS)}
   python -m benchmarks projection rounds=30  some, longer

@@ -10,7 +10,7 @@ from perfusion.files import atomic_write_text
 
 HEAD = """# Performance
 
-What the project costs beside doing without it: two things timed in turn in one run, since times of different runs or
+What the project costs beside doing without it: two things measured in turn in one run, since times of different runs or
 machines say little. `ratio` is the median over the rounds of subject / baseline, `spread` the interquartile range of
 the rounds' ratios, `goal` what the ratio should be at most. `make bench` measures anew and writes this page and
 `benchmarks/latest.json`; `benchmarks/` says what each side does.

@@ -20,7 +20,7 @@ Stock diffusers loads it: `StableDiffusionPipeline.from_pretrained("pipeline")`.
 Trained from nothing on scenes that `perfusion/toyland/draw.py` renders, with captions from `captions.py`: no picture of
 the real world, and no person, is in it. Licence: Apache-2.0, as the code.
 
-Made with `make toyland`, measured with `make toyland-report`.{note}
+Built with the stages of `make toyland`, measured with `make toyland-report`.{note}
 """
 _READER = "| `reader/` | reads attributes off pictures, one head each | `perfusion.toyland.reader.Reader` |\n"
 
