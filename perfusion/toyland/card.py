@@ -24,6 +24,14 @@ Built with the stages of `make toyland`, measured with `make toyland-report`.{no
 """
 _READER = "| `reader/` | reads attributes off pictures, one head each | `perfusion.toyland.reader.Reader` |\n"
 
+_LEGEND = """
+- Prompts: shares of the pictures of 1,000 fresh captions that show what was asked for, as the reader reads them.
+- Drop: accuracy on renders minus accuracy on the autoencoder's reconstructions of them.
+- `clip_t_correlation`: Spearman's, over these pictures, of the scorer's similarity of picture and caption with the
+  share of the caption that is right; then the same after the similarity of the caption's own render is taken off.
+  `clip_i_correlation`: of the similarity of picture and render with the share of the toy's looks that is right.
+"""
+
 _LIMITS = """
 ## Limits
 
@@ -50,7 +58,7 @@ def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
     bars = report.get("bars", [])
     reader = _READER if with_reader else ""
     built = report.get("built_with", {})
-    note = f" {report['note']}" if "note" in report else ""
+    note = f"\n\n{report['note']}" if "note" in report else ""
     text = _HEAD.format(version=report["world_version"], reader=reader, note=note)
     if training := report.get("training"):
         text += "\n## Training\n\n| stage | steps | minutes | loss at the end |\n|---|---|---|---|\n"
@@ -64,6 +72,7 @@ def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
         for row in bars:
             mark = {True: "reached", False: "**not reached**", None: ""}[row["reached"]]
             text += f"| {row['name']} | {number(row['value'])} | {number(row['bar'])} | {mark} |\n"
+        text += _LEGEND
     if history := report.get("history"):
         text += _history(history)
     if curve := report.get("details", {}).get("fine_tuning"):
