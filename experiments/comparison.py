@@ -12,8 +12,8 @@ from experiments.verdict import Check
 
 
 def front(evidence: Evidence, settings: Sequence[Setting], x: str = X, y: str = Y) -> Line:
-    """The front of some settings, which ends in the base model's own pictures: the dial of every method has that end,
-    be it β = ∞ (to the bit), a scale of 0 or no training."""
+    """The front of some settings, which ends in the base model's own pictures of the superclass: Perfusion gives
+    them to the bit at β = ∞, and any other method where it is left off."""
     return evidence.line((*settings, BASE_MODEL), x, y)
 
 
