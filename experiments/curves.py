@@ -26,10 +26,11 @@ def area(points: np.ndarray) -> float:
     return float(x[0] * y[0] + np.sum((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2))
 
 
-def height_at(points: np.ndarray, x: float) -> float:
-    """The identity that a front has at a prompt accuracy; NaN beyond its right end."""
+def lead(points: np.ndarray, point: np.ndarray, slack: float) -> float:
+    """How much more identity a front has than a point, at the point's prompt accuracy less `slack`; beyond the front's
+    right end it has none."""
     on = line(points)
-    return float(np.interp(x, on[:, 0], on[:, 1], right=np.nan))
+    return float(np.interp(point[0] - slack, on[:, 0], on[:, 1], right=0.0) - point[1])
 
 
 def margin(points: np.ndarray, point: np.ndarray) -> float:
@@ -46,9 +47,10 @@ def margin(points: np.ndarray, point: np.ndarray) -> float:
 
 def levels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Identities that two fronts both attain, evenly spread from the lower of their lower ends to the lower of their
-    upper ends."""
+    upper ends. The lower end itself is none of them: there both are the base model, which differs from itself in
+    nothing."""
     ends = [(on[-1, 1], on[0, 1]) for on in (line(a), line(b))]
-    return np.linspace(min(low for low, _ in ends), min(high for _, high in ends), _LEVELS)
+    return np.linspace(min(low for low, _ in ends), min(high for _, high in ends), _LEVELS + 1)[1:]
 
 
 def gain(a: np.ndarray, b: np.ndarray, at: np.ndarray) -> float:

@@ -32,4 +32,5 @@ EXPERIMENT = Experiment(
         Series("base", (BASE_MODEL,)),
     ),
     judge=judge,
+    caveats="The three β of each τ lie at other places of its front, which is taken as a straight line between them.",
 )
