@@ -24,7 +24,7 @@ PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
 
 def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> dict[str, Any]:
     """The file's content, in JSON values. `notes` were written by people, `verdict` follows from `checks` alone."""
-    protocol = evidence.runner.protocol
+    drawn = described(evidence.runner.protocol, evidence.groups, experiment)
     used = trainings_of(experiment)
     runs = {t.label: [run.path.name for run in evidence.runs(t)] for t in used}
     return {
@@ -54,11 +54,11 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "axes": [experiment.x, experiment.y],
         "caveats": experiment.caveats,
         "notes": experiment.notes,
-        "protocol": described(protocol, evidence.groups, experiment),
+        "protocol": drawn,
         "bootstrap": asdict(evidence.bootstrap),
         "runs": runs,
         "weights": evidence.runner.weights,
-        "config_hash": _hash([runs, protocol.steps, protocol.guidance, protocol.seeds, experiment.test]),
+        "config_hash": _hash([runs, drawn, experiment.test]),
         "seconds": _seconds(experiment, evidence, used),
         "provenance": evidence.runner.made_with,
     }

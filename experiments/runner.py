@@ -178,11 +178,13 @@ class Runner:
         return step_of(setting.share, self.config(setting.training, toy).method["steps"])
 
     def _said(self, wanted: Wanted) -> str | None:
-        """How long it was trained, of methods whose dial that is."""
+        """How long it was trained, of methods whose dial that is; and how many concepts there are, where they are
+        several: their pictures are of other prompts, and no report should take the mean over both kinds."""
         training = wanted.setting.training
-        if training is None or not training.shares:
-            return None
-        return f"trained {self._step(wanted.setting, wanted.toys[0])} steps"
+        said = [f"{len(wanted.toys)} concepts"] if len(wanted.toys) > 1 else []
+        if training is not None and training.shares:
+            said.append(f"trained {self._step(wanted.setting, wanted.toys[0])} steps")
+        return ", ".join(said) or None
 
 
 _ANY = Training("base", "perfusion_toyland")  # whose backbone is the base model
