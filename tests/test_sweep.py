@@ -24,6 +24,7 @@ from perfusion.training.run_folder import RunFolder, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = [sys.executable, str(ROOT / "tests" / "training_stub.py")]
+OTHERS = ("textual_inversion", "dreambooth", "custom_diffusion", "lora")
 NAMES = "concept.name=whole,broken,killed,mistaken"
 
 
@@ -62,6 +63,15 @@ def test_presets_can_sweep_and_the_command_line_goes_before_them() -> None:
         assert found == {(lock, seed) for lock in ("local", "none") for seed in (0, 1)} and len(jobs.configs) == 4
     with multirun(["+experiment=key_lock_sweep", "method.key_lock=global", "seed=3"]) as jobs:
         assert [(c.method["key_lock"], c.seed) for c in jobs.configs] == [("global", 3)]
+
+
+def test_methods_and_toys_can_be_swept() -> None:
+    with multirun(["+experiment=pareto"]) as jobs:
+        found = {(c.method["name"], c.concept.toyland and c.concept.toyland.instance, c.seed) for c in jobs.configs}
+    assert len(found) == len(jobs.configs) == 30
+    assert {name for name, _, _ in found} == {"perfusion", *OTHERS}
+    with multirun(["+experiment=pareto", "method=perfusion_toyland,lora_toyland", "seed=0"]) as jobs:
+        assert len({RunFolder.of(config).path for config in jobs.configs}) == 6
 
 
 @pytest.mark.parametrize(
