@@ -85,10 +85,11 @@ DREAMBOOTH = Training("dreambooth", "dreambooth_toyland", shares=(1 / 3, 2 / 3))
 CUSTOM_DIFFUSION = Training("custom_diffusion", "custom_diffusion_toyland", shares=(1 / 3, 2 / 3))
 LORA = Training("lora", "lora_toyland")
 
-# With τ 0.15 and a word's own i*, the gate is open to 0.995, 0.98, 0.94, 0.79, 0.5 and 0.21.
-BETAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # Perfusion's front
-FEW_BETAS = (0.4, 0.8, 1.0)  # of them, where two variants are compared
-SCALES = (0.4, 0.7, 1.0, 1.3)  # LoRA's front
+# With τ 0.15 and a word's own i*, the gate is open to 0.95, 0.88, 0.73, 0.5, 0.27 and 0.12. Below these it opens at the
+# words beside it, too.
+BETAS = (0.55, 0.7, 0.85, 1.0, 1.15, 1.3)  # Perfusion's front
+FEW_BETAS = (0.7, 0.85, 1.0)  # of them, where two variants are compared
+SCALES = (0.2, 0.4, 0.7, 1.0)  # LoRA's front
 BASE_MODEL = Setting(None)
 
 

@@ -56,7 +56,7 @@ _ERROR, _AT = "error", "at"  # attributes of a trial: why it failed; what was fo
 _ASKED = "asked"  # attribute of a study: all that its trials have in common
 _STARTUP = 4  # trials before the sampler learns from them
 
-_BETAS = (0.3, 0.55, 0.8, 1.05)
+_BETAS = (0.55, 0.7, 0.85, 1.0)
 
 METHODS = {t.label: t for t in (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)}
 

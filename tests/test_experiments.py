@@ -13,11 +13,21 @@ from PIL import Image
 
 from eval.scores import read_scores
 from experiments import paper, tune
+from experiments.experiment import experiments
 from experiments.page import page
 from experiments.pool import Outcome, Task
 from experiments.protocol import TABLE_TOYS, Protocol
 from experiments.runner import Runner, Wanted
-from experiments.settings import DREAMBOOTH, PERFUSION, TEXTUAL_INVERSION, Setting, by_beta, config_of
+from experiments.settings import (
+    DREAMBOOTH,
+    FEW_BETAS,
+    PERFUSION,
+    TEXTUAL_INVERSION,
+    Setting,
+    by_beta,
+    config_of,
+    preset_value,
+)
 from perfusion.cli import run_cli
 from perfusion.config import ConfigError
 from perfusion.manifest import read_manifest
@@ -98,7 +108,7 @@ def test_runs_and_pictures_can_be_used_by_hand(ran: Path) -> None:
     folders = [path.parent for path in ran.rglob("pictures/**/manifest.json")]
     assert len(folders) == 7
     records = [record for path in folders for record in read_manifest(path)]
-    assert len(records) == 14 and {record.beta for record in records} == {None, 0.4, 0.8, 1.0}
+    assert len(records) == 14 and {record.beta for record in records} == {None, *FEW_BETAS}
     assert {record.method for record in records} == {"base", "perfusion, 5 pictures", "perfusion, 5 pictures, no mask"}
     assert {record.instance for record in records} == {TABLE_TOYS[0].instance}
 
@@ -181,7 +191,7 @@ def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Pa
     pool.run(runner.tasks(wanted), runner.keep)
     both, base, first, last = (runner.points[one] for one in wanted)
     assert both.concept == f"{cat.name} + {dog.name}" and both.pictures[0].prompt == "a photo of a <cat*> and a <dog*>"
-    assert "identity" in both.pictures[0].scores
+    assert "identity" in both.pictures[0].scores and both.setting["setting"] == "2 concepts"
     assert base.method == "base" and "identity" in base.pictures[0].scores and base.pictures[0].training is None
     assert (first.setting["setting"], last.setting["setting"]) == ("trained 1 steps", "trained 2 steps")
     assert first.pictures[0].training != last.pictures[0].training
@@ -236,12 +246,40 @@ def test_tuning_goes_on_and_prints_a_preset(
     assert run_cli(tune.main, [*words, "trials=2", f"out={folder}/tune"]) == 0
     assert len(Inline.calls) == first == 2, "a training and its pictures; the first trial is not repeated"
     said = capsys.readouterr().out
-    assert "method.value_rate=0.03 method.embedding_rate=0.006" in said, "the preset comes first"
+    rates = [f"method.{key}={preset_value(PERFUSION, key)}" for key in ("value_rate", "embedding_rate")]
+    assert " ".join(rates) in said, "the preset comes first"
     best = (folder / "tune" / "best.yaml").read_text()
     assert best in said and "the best of 2 trials" in best and "\nvalue_rate: " in best and "at beta-" in best
     assert run_cli(tune.main, [*words, "trials=2", f"out={folder}/tune", "seeds=2"]) == 2
     assert "perfusion.db: found trials with another protocol" in capsys.readouterr().err
     assert run_cli(tune.main, ["methods=no"]) == 2
+
+
+def test_methods_have_as_many_trials_as_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(tune, "Pool", Inline)
+    cache = f"backbone.covariance.cache={folder}/covariance"
+    words = ["toys=1", "prompts=1", "seeds=1", "steps=1", f"changes=[{CHANGES},{cache}]", f"out={folder}/fair"]
+    assert run_cli(tune.main, [*words, "methods=perfusion", "trials=1"]) == 0
+    assert run_cli(tune.main, [*words, "methods=perfusion,lora", "trials=2"]) == 0
+    best = (folder / "fair" / "best.yaml").read_text()
+    assert best.count("the best of 2 trials") == 2 and "lora_toyland.yaml" in best
+    asked = [task.name for task in Inline.calls if task.kind == "train"]
+    assert sum("lora" in name for name in asked) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_experiment_from_nothing_to_its_page(tmp_path: Path) -> None:
+    words = ["concepts=2", "prompts=1", "seeds=2", "steps=1", f"only={','.join(one.id for one in experiments())}"]
+    assert run(tmp_path, *words) == 0
+    found = {path.stem for path in (tmp_path / "runs" / "small" / "results").glob("*.json")}
+    assert found == {one.id for one in experiments()}
+    _, points = read_scores(next((tmp_path / "runs").glob("*/scores.json")))
+    of_pairs = [point for point in points if "+" in point.concept]
+    assert of_pairs and all("2 concepts" in str(point.setting["setting"]) for point in of_pairs)
 
 
 def test_a_page_from_results_alone() -> None:
