@@ -22,9 +22,9 @@ EXPERIMENT = Experiment(
     place=8,
     claim="Concepts that were trained apart combine in one picture, better than with Custom Diffusion.",
     source="combining concepts that were learned apart",
-    test="Pictures of two toys. How much more identity (mean of both toys) has Perfusion's front than Custom Diffusion, "
-    f"at the prompt accuracy of the latter (less {SLACK:g}), and at the setting for which this lead is least? The claim "
-    "holds if the 95 % interval of that lies above 0.",
+    test="Pictures of two toys. How much more identity (mean of both toys) has Perfusion's front than Custom Diffusion "
+    f"at the latter's prompt accuracy (less {SLACK:g}), at the setting for which this lead is least? The claim holds "
+    "if the 95 % interval of that lies above 0.",
     series=(Series("perfusion", BOTH), Series("custom_diffusion", MERGED), Series("base", (BASE_MODEL,))),
     judge=judge,
     pairs=True,
