@@ -42,7 +42,7 @@ from perfusion.files import atomic_write_text
 
 USAGE = """
 Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna, the
-extra `search` of this project. About two minutes for a trial on two cores: two hours for 12 trials
+extra `search` of this project. About 80 seconds for a trial on two cores: 80 minutes for 12 trials
 of the 5 methods.
 
   python -m experiments.tune                                    all methods
