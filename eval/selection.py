@@ -47,6 +47,7 @@ class SelectBestStep(Callback):
     Raises:
         ConfigError: `every` below 1, no prompts.
         ScorerError: in `setup`, see `named_scorer`.
+        TokenError: in `setup`, a prompt is so long that the placeholder would be cut off.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SelectBestStep(Callback):
         word = method.word
         templates = self.templates or sample_templates(backbone.config.prompts)
         self._prompts = [fill(template, word.placeholder) for template in templates]
+        backbone.check_prompts(self._prompts)
         foreign = None if backbone.family == "toyland" else f"this is {backbone.family} (or callbacks=none)"
         scorer = named_scorer(self.scorer_name, self.pretrained, backbone.device, foreign, "callbacks.select.")
         self._scorer = scorer

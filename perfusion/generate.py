@@ -81,6 +81,7 @@ def generate(config: GenerateConfig) -> Path:
     Raises:
         ConfigError: an option that cannot be used, one that no concept's method has, or no such backbone.
         ConceptFileError: no concept file, or one for another backbone.
+        TokenError: a prompt is so long that a concept's placeholder would be cut off; nothing is drawn then.
         BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
     """
     from perfusion.concept import Concept
@@ -104,6 +105,7 @@ def generate(config: GenerateConfig) -> Path:
     known = known_records(out)
     with ExitStack() as stack:
         attached = _attached(config, concepts, stack)
+        attached[0].backbone.check_prompts(prompts)
         defaults = attached[0].backbone.config
         steps = defaults.steps if config.steps is None else config.steps
         guidance = defaults.guidance if config.guidance is None else config.guidance

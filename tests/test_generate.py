@@ -300,6 +300,17 @@ def test_a_prompt_without_the_placeholder_is_drawn_with_a_warning(concept: Path,
     assert len(read_manifest("o")) == 2
 
 
+def test_a_prompt_that_loses_the_placeholder_at_its_end_is_refused_before_anything_is_drawn(
+    concept: Path, backbone: Backbone, capsys
+) -> None:
+    far = "dog " * (backbone.pipe.tokenizer.model_max_length - 2) + "<cat*>"  # type: ignore[attr-defined]
+    assert run(concept, f"prompt=[{BEACH}, {far}]", "num=1", "out=o") == 2
+    assert re.search(rf"error: prompt '{re.escape(far)}': '<cat\*>' would be cut off", capsys.readouterr().err)
+    assert not Path("o").exists()
+    assert run(concept, f"prompt={far.removeprefix('dog ')}", "num=1", "out=o") == 0
+    assert len(read_manifest("o")) == 1
+
+
 def test_no_picture_of_a_former_run_is_lost(concept: Path) -> None:
     for beta in (0.7, 0.2, 0.7):  # the third run draws the first one's picture again
         assert run(concept, f"prompt={BEACH}", "num=1", f"beta={beta}", "out=o") == 0

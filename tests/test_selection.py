@@ -17,7 +17,7 @@ from torch import Tensor
 from eval.clip import ClipScorer, ScorerError
 from eval.selection import SelectBestStep, pictures
 from perfusion.backbones import backbone_class, default_config
-from perfusion.backbones.base import Backbone
+from perfusion.backbones.base import Backbone, TokenError
 from perfusion.config import ConfigError
 from perfusion.data.dataset import Examples
 from perfusion.data.prompts import PromptError
@@ -224,6 +224,8 @@ def test_a_mistake_is_found_before_the_first_step(method, backbone, scorer, tmp_
         fit(method, backbone, tmp_path, SelectBestStep())
     with pytest.raises(PromptError, match=r"expected one \{\}"):
         fit(method, backbone, tmp_path, SelectBestStep(scorer=scorer, prompts=["a cat"]))
+    with pytest.raises(TokenError, match=r"prompt 'dog .* <toy\*>': '<toy\*>' would be cut off"):
+        fit(method, backbone, tmp_path, SelectBestStep(scorer=scorer, prompts=["dog " * 24 + "{}"]))
     assert same(method.state(), start)
     with pytest.raises(ConfigError, match="every: found 0"):
         SelectBestStep(every=0)

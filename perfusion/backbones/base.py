@@ -27,7 +27,7 @@ class BackboneError(ValueError):
 
 
 class TokenError(ValueError):
-    """A placeholder or superclass that the tokenizer cannot take as asked."""
+    """A placeholder, superclass or prompt that the tokenizer cannot take as asked."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,13 @@ class Backbone(ABC):
     @abstractmethod
     def check_token(self, placeholder: str, superclass: str) -> None:
         """Raise TokenError if the placeholder is already a word of the vocabulary or either is empty."""
+
+    @abstractmethod
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise TokenError if an added word of a prompt would be cut off at the encoder's length.
+
+        The tokenizers' own calls raise the same while words are added; here it is known before anything is drawn.
+        """
 
     @abstractmethod
     def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedToken:

@@ -216,6 +216,14 @@ class LatentDiffusionBackbone(Backbone):
         for name in self.towers.values():
             check_word(getattr(self.pipe, name), placeholder, superclass)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        for tokenizer in self._tokenizers().values():
+            for prompt in prompts:
+                try:
+                    tokenizer(self.pipe.maybe_convert_prompt(prompt, tokenizer), truncation=True)
+                except TokenError as error:
+                    raise TokenError(f"prompt {prompt!r}: {error}") from error
+
     def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedWord:
         return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self._watchers())
 

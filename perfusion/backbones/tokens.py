@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perfusion.backbones.base import AddedToken, TokenError
+from perfusion.backbones.truncation import refuse_cut_words
 
 T = TypeVar("T")
 
@@ -113,16 +114,21 @@ class ExtendedEmbedding(nn.Module):
         return pairs
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors."""
+        """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors.
+
+        It raises TokenError where it would cut off one of them.
+        """
         # Its lists of merges and words are only read, and copying their tens of thousands of entries takes longest.
         tables = [value for value in vars(self.stock_tokenizer).values() if isinstance(value, (dict, list))]
         known: dict[int, Any] = {id(table): table for table in tables if len(table) > _LARGE}
         if isinstance(rust := getattr(self.stock_tokenizer, "_tokenizer", None), tokenizers.Tokenizer):
             known[id(rust)] = _twin(rust)
         extended = copy.deepcopy(self.stock_tokenizer, known)
+        parts: dict[int, str] = {}
         for word in self.words:
             assert isinstance(word, WordVectors)
-            _teach(extended, word.word, len(word.weight))
+            parts |= dict.fromkeys(_teach(extended, word.word, len(word.weight)), word.word)
+        refuse_cut_words(extended, parts)
         return extended
 
 
@@ -289,8 +295,8 @@ def last_tokens(ids: Tensor, word: Sequence[int]) -> Tensor:
     return marks
 
 
-def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> None:
-    """Make `tokenizer` read `word`, in upper or lower case, as one token per vector, with the next free ids.
+def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> list[int]:
+    """Make `tokenizer` read `word`, in upper or lower case, as one token per vector, with the next free ids: these.
 
     A word that ends in letters is not found inside longer words. A word of several vectors is written out by the
     normalizer, as `<w>_0 <w>_1 ...`: so every caller of the tokenizer gets all of it.
@@ -311,6 +317,7 @@ def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> None:
     tokenizer.add_tokens(added)
     ids = tokenizer.convert_tokens_to_ids(names)
     assert ids == list(range(first, first + vectors)), f"{names} got the ids {ids}, expected them from {first} on"
+    return ids
 
 
 def _twin(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
