@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone, EditSite
-from perfusion.concept import Concept
+from perfusion.concept import Attached, Concept
 from perfusion.concept_format import ConceptFileError
-from perfusion.edit import Edit, EditedProjection, EditError, PromptGate, attach_edit
+from perfusion.edit import Edit, EditedProjection, EditError, PromptGate, attach_edit, unedited
 from perfusion.methods.base import Word, build
 from perfusion.prompt_gate import JointGate
+from perfusion.rank_one import precision_times
 from tests.benches import BETA, TAU, Bench, snapshot
 from tests.concepts import tiny_backbone, untrained_concept
+from tests.drawing import CLOSED
 
 
 class Apart:
@@ -228,11 +231,53 @@ def test_two_concepts_in_one_picture_in_either_order(backbone: Backbone, pair: t
         assert torch.equal(draw_latents(backbone, BOTH.replace("<mug*>", "mug")), without)
 
 
+TWICE = "<bear*> and <bear*> next to <polar*>"
+
+
 def test_two_of_one_superclass_and_one_twice_in_a_prompt(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
+    """Each has its part in every K and V wherever its word stands, and in the picture; even these, whose i* are one."""
     bear, _ = pair
     other = untrained_concept(backbone, Word("<polar*>", "teddy bear"), 5)
-    with bear.attach(backbone), other.attach(backbone):
-        assert draw_latents(backbone, "<bear*> and <bear*> next to <polar*>").isfinite().all()
+    with bear.attach(backbone) as first:
+        with pytest.warns(UserWarning, match="nearly one"):
+            second = other.attach(backbone)
+        with second:
+            ids = backbone.pipe.tokenizer(TWICE, padding="max_length").input_ids  # type: ignore[attr-defined]
+            places = {a: [k for k, i in enumerate(ids) if i == id_of(backbone, a)] for a in (first, second)}
+            assert [len(found) for found in places.values()] == [2, 1]
+            open_both, whole = edited(backbone, TWICE), draw_latents(backbone, TWICE)
+            pictures = [whole]
+            for attached, at in places.items():
+                own, attached.beta = attached.beta, CLOSED
+                for name, (plain, found) in edited(backbone, TWICE).items():
+                    assert torch.equal(plain, open_both[name][0])  # the prompt is read as before
+                    share = (open_both[name][1] - found)[at].abs().amax(-1)
+                    assert (share > 0.01).all(), f"{name}: {attached.concept.placeholder} adds {share}"
+                    assert ((open_both[name][1] - plain)[at].abs().amax(-1) > 0.01).all(), name
+                pictures.append(draw_latents(backbone, TWICE))
+                attached.beta = float("inf")
+                pictures.append(draw_latents(backbone, TWICE))
+                attached.beta = own
+            assert torch.equal(draw_latents(backbone, TWICE), whole)
+            second.detach()
+            pictures.append(draw_latents(backbone, TWICE.replace("<polar*>", "teddy bear")))
+    for one, two in itertools.combinations(pictures[:-1], 2):
+        assert (one - two).abs().max() > 0.01
+    torch.testing.assert_close(pictures[-1], pictures[-2], rtol=1e-3, atol=1e-3)  # left out is as good as not there
+
+
+def id_of(backbone: Backbone, attached: Attached) -> int:
+    """Of a concept's word with one vector."""
+    tokenizer = backbone.pipe.tokenizer  # type: ignore[attr-defined]
+    return tokenizer.convert_tokens_to_ids(attached.concept.placeholder)
+
+
+@torch.no_grad()
+def edited(backbone: Backbone, prompt: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site what the projection of the prompt is without the edit, and with it: (N, h) each."""
+    context = backbone.encode([prompt], None).context
+    sites = {site.name: site.projection for site in backbone.edit_sites()}
+    return {name: (unedited(layer)(context)[0], layer(context)[0]) for name, layer in sites.items()}
 
 
 def test_the_second_has_its_own_strength(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
@@ -265,6 +310,30 @@ def test_twins_are_warned_of(backbone: Backbone, pair: tuple[Concept, Concept]) 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             mug.attach(backbone).detach()
+
+
+@pytest.mark.parametrize("degrees", [5, 15])
+def test_near_twins_are_warned_of_and_others_are_not(
+    backbone: Backbone, pair: tuple[Concept, Concept], degrees: int
+) -> None:
+    """The angle is that of the C⁻¹ metric."""
+    bear, _ = pair
+    factor, turn = backbone.second_moment().factor, math.radians(degrees)
+    one = bear.tensors["target_input"].double()
+    other = torch.randn(len(one), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    direction = precision_times(factor, one)
+    other -= (other @ direction) / (one @ direction) * one
+    other *= ((one @ direction) / (other @ precision_times(factor, other))).sqrt()
+    turned = math.cos(turn) * one + math.sin(turn) * other
+    near = {"target_input": turned.float(), "direction": precision_times(factor, turned).float()}
+    twin = dataclasses.replace(bear, placeholder="<twin*>", tensors={**bear.tensors, **near})
+    exact = dataclasses.replace(bear, tensors={**bear.tensors, "direction": direction.float()})
+    with warnings.catch_warnings(record=True) as found, exact.attach(backbone):
+        warnings.simplefilter("always")
+        twin.attach(backbone).detach()
+    said = [str(warning.message) for warning in found]
+    expected = "<twin*> and <bear*> are nearly one to the text encoder: angle of their i* 5.0°, expected 10° or more"
+    assert [text.startswith(expected) for text in said] == ([True] if degrees == 5 else [])
 
 
 def test_no_concept_joins_one_in_training(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
