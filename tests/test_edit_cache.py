@@ -1,11 +1,18 @@
 """What an edit computes once per prompt, and when it computes it anew."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 
+from perfusion.backbones.base import Backbone
+from perfusion.concept import Concept
+from perfusion.edit import gates_at, unedited
+from perfusion.methods.base import Word
 from tests.benches import Bench, Counter
+from tests.concepts import tiny_backbone, untrained_concept
 
 
 @pytest.fixture
@@ -25,6 +32,49 @@ def test_outputs_are_computed_once_per_prompt_and_reused_bit_for_bit(bench: Benc
     assert counter.calls == 16 and torch.equal(first, uncached)
     bench.gate.forget()
     assert torch.equal(bench(), first) and counter.calls == 24
+
+
+@pytest.mark.parametrize("key_lock", ["local", "global"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_picture_of_several_steps_is_the_same_with_and_without_what_was_kept(
+    backbone: Backbone, concepts: list[Concept], count: int, key_lock: str
+) -> None:
+    pipe: Any = backbone.pipe
+    calls: list[object] = []
+    with ExitStack() as stack:
+        for concept in concepts[:count]:
+            stack.enter_context(concept.attach(backbone, key_lock=key_lock))
+        sites = backbone.edit_sites()
+        for site in sites:
+            hook = unedited(site.projection).register_forward_hook(lambda *_: calls.append(None))
+            stack.callback(hook.remove)
+
+        def forget(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            for gate in gates_at(sites[0]):
+                gate.forget()
+            return tensors
+
+        pictures = []
+        for callback in (None, forget, None):
+            forget(pipe, 0, None, {})
+            calls.clear()
+            settings = {"num_inference_steps": 4, "output_type": "pt", "callback_on_step_end": callback}
+            generator = torch.Generator().manual_seed(0)
+            prompt = "a photo of a <bear*> and a <mug*> on the beach"
+            pictures.append(pipe(prompt, generator=generator, **settings).images)
+            assert len(calls) == len(sites) * (pipe.num_timesteps if callback else 1)
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures[1:])
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
+
+
+@pytest.fixture(scope="module")
+def concepts(backbone: Backbone) -> list[Concept]:
+    words = (Word("<bear*>", "teddy bear"), Word("<mug*>", "mug"))
+    return [untrained_concept(backbone, word, seed) for seed, word in enumerate(words)]
 
 
 def test_layers_share_one_computation_of_the_gate(bench: Bench) -> None:
