@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone
@@ -73,3 +74,12 @@ def things(backbone: Backbone) -> list[int]:
     """What a concept may put something else in the place of."""
     pipe: Any = backbone.pipe
     return [id(pipe.tokenizer), *(id(module) for root in (pipe.unet, pipe.text_encoder) for module in root.modules())]
+
+
+def things_and_hooks(pipe: Any) -> list[int]:
+    """All tokenizers and modules of a pipeline of any family, and how many hooks each module has."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    modules = [module for part in parts for module in part.modules()]
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules]
+    tokenizers = [id(part) for name, part in pipe.components.items() if name.startswith("tokenizer")]
+    return [*tokenizers, *map(id, modules), *hooks]

@@ -1,12 +1,9 @@
-"""What is Stable Diffusion XL's own: two text encoders, the pooled text, sizes, an autoencoder that overflows; and the
-whole job, from pictures to pictures."""
+"""What is Stable Diffusion XL's own: two text encoders, the pooled text, sizes, an autoencoder that overflows."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import perfusion
-from perfusion import generate, train
 from perfusion.backbones.base import TokenError
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
-from perfusion.cli import run_cli
 from perfusion.concept import Concept
-from perfusion.inspect import main as inspect_main
 from perfusion.methods.base import Word
-from tests.concepts import tiny_sdxl_backbone, untrained_concept
-from tests.pipelines import sdxl_folder, tiny_sdxl
+from tests.concepts import things_and_hooks, tiny_sdxl_backbone, untrained_concept
+from tests.pipelines import tiny_sdxl
 
 BEAR = "a photo of <bear*> on the beach"
 PLAIN = "a photo of teddy bear on the beach"
@@ -51,15 +44,9 @@ def cat(backbone: StableDiffusionXLBackbone) -> Concept:
 @pytest.fixture(autouse=True)
 def untouched(backbone: StableDiffusionXLBackbone) -> Iterator[None]:
     """Nothing is left in the pipeline, hooks included."""
-    before = things(backbone.pipe)
+    before = things_and_hooks(backbone.pipe)
     yield
-    assert things(backbone.pipe) == before
-
-
-def things(pipe: Any) -> list[object]:
-    modules = [m for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2) for m in part.modules()]
-    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
-    return [id(pipe.tokenizer), id(pipe.tokenizer_2), *map(id, modules), *hooks]
+    assert things_and_hooks(backbone.pipe) == before
 
 
 def encoded(pipe: Any, *prompts: str, **settings: Any) -> tuple[Tensor, Tensor]:
@@ -240,59 +227,6 @@ def test_a_schedule_for_latents_does_not_clip_them(tmp_path: Path) -> None:
     loaded = perfusion.load("sdxl", str(tmp_path / "pipeline"), device="cpu")
     assert loaded.scheduler.config.clip_sample is False and loaded.scheduler.config.set_alpha_to_one is False
     assert loaded.scheduler.config.steps_offset == 1 and loaded.watermark is None  # type: ignore[union-attr]
-
-
-# --- the whole job --------------------------------------------------------------------------------------------------
-
-
-def run(main: Any, *words: str) -> int:
-    return run_cli(main, shlex.split(" ".join(words)))
-
-
-def test_from_pictures_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train"])
-    folder = sdxl_folder(tmp_path)
-    (tmp_path / "photos").mkdir()
-    for k in range(2):
-        noise = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(k), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).resize((90, 70)).save(tmp_path / "photos" / f"{k}.png")
-    words = [
-        f"backbone=sdxl backbone.path={folder} backbone.device=cpu backbone.resolution=64 backbone.steps=1",
-        f"backbone.covariance.count=60 backbone.covariance.cache={tmp_path}/cache callbacks=none",
-        "method=perfusion method.steps=3 method.batch_size=2 trainer.enable_progress_bar=false run.dir=run",
-        "concept=photos concept.images=photos concept.superclass='teddy bear' concept.placeholder='<bear*>'",
-    ]
-    assert run(train.main, *words) == 0, capsys.readouterr().err
-    file = tmp_path / "run" / "concept.safetensors"
-    concept = Concept.load(file)
-    assert concept.fingerprint.keys() == {"family", "text_encoder", "text_encoder_2", "projections", "prompts"}
-    assert concept.fingerprint["family"] == "sdxl"
-    pipe: Any = perfusion.load("sdxl", str(folder), device="cpu")
-    with torch.no_grad():
-        for name, width in (("text_encoder", 32), ("text_encoder_2", 48)):
-            tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"))
-            ids = torch.tensor(tokenizer("teddy bear", add_special_tokens=False).input_ids)
-            start = getattr(pipe, name).get_input_embeddings()(ids).mean(0, keepdim=True)
-            learned = concept.tensors[f"embedding.{name}"].float()
-            assert learned.shape == (1, width) and not torch.allclose(learned, start, atol=1e-3), name
-    untouched = pictures(pipe, PLAIN)
-    before = things(pipe)  # transformers hooks its own layers at the first call
-    states = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    with concept.attach(pipe) as attached:
-        drawn = pictures(pipe, BEAR, "a dog")
-        assert drawn.isfinite().all() and not torch.equal(drawn[:1], untouched)
-        attached.beta = 0.4
-        assert not torch.equal(pictures(pipe, BEAR, "a dog"), drawn)
-    assert things(pipe) == before and torch.equal(pictures(pipe, PLAIN), untouched)
-    assert all(torch.equal(value, states[name]) for name, value in pipe.unet.state_dict().items())
-
-    out = "num=1 steps=1 device=cpu out=drawn"
-    assert run(generate.main, f"concept={file} path={folder} prompt='{BEAR}' {out}") == 0, capsys.readouterr().err
-    assert len(list((tmp_path / "drawn").glob("*-0000.png"))) == 1
-    capsys.readouterr()
-    assert run(inspect_main, f"{file} path={folder} device=cpu prompt='{BEAR}'") == 0, capsys.readouterr().err
-    assert "<bear*>" in capsys.readouterr().out
 
 
 def test_concepts_of_another_family_are_refused(backbone: StableDiffusionXLBackbone, bear: Concept) -> None:
