@@ -192,8 +192,9 @@ class Concept:
         for part in dict.fromkeys(("family", *self.fingerprint, *found)):
             wanted, present = self.fingerprint.get(part, "none"), found.get(part, "none")
             if wanted != present:
+                hint = "; where a LoRA is fused into them: attach before fusing" if part == "projections" else ""
                 raise ConceptFileError(
-                    f"{self.source}: made for another backbone: found {part} {present}, expected {wanted}"
+                    f"{self.source}: made for another backbone: found {part} {present}, expected {wanted}{hint}"
                 )
 
     def _check_company(self, backbone: Backbone) -> None:

@@ -107,7 +107,8 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return stamp and (*stamp, (autocast, 0))
 
-    # What diffusers asks of every tuner layer when adapters are weighted or fused: an edit has no part in either.
+    # What diffusers asks of every tuner layer when adapters are weighted or fused. An edit has no part in either, but
+    # fusing changes the weight that it is of, and in a way that torch does not count.
 
     def set_scale(self, adapter: str, scale: float) -> None:
         pass
@@ -119,10 +120,10 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         pass
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        pass
+        self.shared.gate.forget()
 
     def unmerge(self) -> None:
-        pass
+        self.shared.gate.forget()
 
 
 def _superclass_context(superclasses: SuperclassPrompts, prompt: EditedPrompt, x: Tensor) -> Tensor:

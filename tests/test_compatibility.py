@@ -19,6 +19,7 @@ from torch import Tensor
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.concept import Concept
+from perfusion.concept_format import ConceptFileError
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.drawing import CLOSED, PLAIN, PROMPT, call
@@ -123,14 +124,12 @@ def test_a_lora_on_the_same_projections_is_visible_beside_the_concept(
     before = call(pipe, PLAIN)
     with concept.attach(backbone):
         alone = call(pipe, PROMPT)
-    settings = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
-    torch.manual_seed(0)
     if first == "lora":
-        pipe.unet.add_adapter(settings, "style")
+        add_style(pipe)
         attached = concept.attach(around(pipe, backbone.config))
     else:
         attached = concept.attach(backbone)
-        pipe.unet.add_adapter(settings, "style")
+        add_style(pipe)
     both = call(pipe, PROMPT)
     pipe.unet.disable_lora()
     without = call(pipe, PROMPT)
@@ -143,6 +142,49 @@ def test_a_lora_on_the_same_projections_is_visible_beside_the_concept(
     assert (both - alone).abs().amax() > 1e-3, "the LoRA is to be seen"
     assert (both - style).abs().amax() > 1e-3, "the concept is to be seen"
     assert torch.equal(call(pipe, PLAIN), before)
+
+
+@pytest.mark.parametrize("first", ["lora", "concept"])
+def test_a_fused_lora_is_visible_beside_the_concept(tmp_path: Path, first: str) -> None:
+    backbone = tiny_backbone(tmp_path)
+    pipe, concept = backbone.pipe, untrained_concept(backbone, Word("<cat*>", "cat"), 0)
+    with concept.attach(backbone):
+        alone = call(pipe, PROMPT)
+    if first == "lora":
+        add_style(pipe)
+    attached = concept.attach(backbone)
+    if first == "concept":
+        add_style(pipe)
+    pipe.fuse_lora(components=["unet"])
+    both = call(pipe, PROMPT)
+    attached.beta = CLOSED
+    style = call(pipe, PROMPT)
+    fused = [weight.clone() for weight in pipe.unet.parameters()]
+    attached.detach()
+    assert (both - alone).abs().amax() > 1e-3, "the LoRA is to be seen"
+    assert (both - style).abs().amax() > 1e-3, "the concept is to be seen"
+    assert all(torch.equal(now, then) for now, then in zip(pipe.unet.parameters(), fused, strict=True))
+    other = tiny_backbone(tmp_path).pipe
+    add_style(other)
+    other.fuse_lora(components=["unet"])
+    assert torch.equal(call(pipe, PLAIN), call(other, PLAIN)), "as though there had been no concept"
+
+
+def test_a_concept_is_refused_where_a_lora_has_been_fused_before(tmp_path: Path) -> None:
+    backbone = tiny_backbone(tmp_path)
+    pipe, concept = backbone.pipe, untrained_concept(backbone, Word("<cat*>", "cat"), 0)
+    add_style(pipe)
+    pipe.fuse_lora(components=["unet"])
+    for _ in range(2):
+        with pytest.raises(ConceptFileError, match=r"found projections .* a LoRA is fused into them: attach before"):
+            concept.attach(pipe)
+        pipe.unload_lora_weights()  # leaves what was fused
+
+
+def add_style(pipe: Any) -> None:
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    pipe.unet.add_adapter(settings, "style")
 
 
 def test_a_copy_of_the_pipeline_has_the_concept_too_or_says_that_it_has_not(
