@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -22,11 +23,13 @@ from peft import LoraConfig
 import perfusion
 from perfusion import backbones, presets
 from perfusion.backbones import toyland
-from perfusion.backbones.base import Backbone, BackboneError
+from perfusion.backbones.base import Backbone, BackboneError, TokenError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.backbones.toyland import ToylandBackbone, toyland_captions
 from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig, checked
+from perfusion.covariance import CovarianceError
 from tests.backbone_kinds import KINDS, added, config_of, stock
+from tests.hub import put_in_hub_cache
 from tests.pipelines import tiny_pipeline, tiny_pipeline_folder, tiny_sdxl, toyland_folder
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "backbone"
@@ -154,6 +157,23 @@ def test_configs_that_cannot_be_loaded_are_refused(values: dict[str, Any], messa
     if "path" in values:
         with pytest.raises(BackboneError, match=message):
             backbones.check_words(config, "<cat*>", "cat")
+
+
+def test_a_hub_id_is_loaded_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_pipeline_folder(tmp_path)
+    put_in_hub_cache("owner/tiny", folder, tmp_path / "hub", monkeypatch)
+    config = config_of("stable_diffusion", Path("owner/tiny"), tmp_path)
+    backbones.check_words(config, "<cat*>", "cat")
+    with pytest.raises(TokenError, match="'cat' is already a word of the tokenizer's vocabulary"):
+        backbones.check_words(config, "cat", "cat")
+    np.save(tmp_path / "C.npy", np.eye(33))
+    matrix = dataclasses.replace(config.covariance, matrix=str(tmp_path / "C.npy"))
+    with pytest.raises(CovarianceError, match="found width 33, expected 32"):  # from the UNet's config alone
+        backbones.check_covariance(dataclasses.replace(config, covariance=matrix))
+    backbone = StableDiffusionBackbone.load(config)
+    expected = StableDiffusionBackbone.load(dataclasses.replace(config, path=str(folder)))
+    assert backbone.fingerprint() == expected.fingerprint()
+    assert type(perfusion.load("sd15", "owner/tiny", device="cpu")) is StableDiffusionPipeline
 
 
 def no_index(folder: Path) -> None:

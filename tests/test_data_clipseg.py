@@ -18,6 +18,7 @@ from perfusion.data.clipseg import SIDE, ClipSeg
 from perfusion.data.images import ConceptImageError
 from perfusion.data.masks import read_mask
 from perfusion.training.data import examples_of
+from tests.hub import put_in_hub_cache
 from tests.segmenters import clipseg_folder
 
 RESOLUTION = 32
@@ -93,6 +94,16 @@ def test_training_sees_the_masks(model: Path, photos: Path, tmp_path: Path) -> N
     assert torch.equal(own.pixels, examples.pixels)
     without = examples_of(ConceptConfig("x", "cat", "<x>", images=str(photos)), RESOLUTION)
     assert without.masks is None
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_hub_cache("owner/clipseg", model, tmp_path / "hub", monkeypatch)
+    examples = examples_of(concept(photos, "owner/clipseg", tmp_path / "masks"), RESOLUTION)
+    expected = examples_of(concept(photos, model, tmp_path / "others"), RESOLUTION)
+    assert examples.masks is not None and expected.masks is not None
+    assert torch.equal(examples.masks, expected.masks)
 
 
 def test_a_folder_called_clipseg_can_be_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
