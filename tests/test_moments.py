@@ -19,6 +19,7 @@ from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
 from perfusion.covariance import CovarianceError, cache
 from perfusion.covariance.matrix import save_matrix
 from perfusion.methods.base import Word
+from tests.backbone_kinds import KINDS, config_of, stock
 from tests.concepts import untrained_concept
 from tests.pipelines import tiny_pipeline, tiny_pipeline_folder
 
@@ -44,25 +45,27 @@ def around(pipe: Any, tmp_path: Path, **settings: Any) -> StableDiffusionBackbon
     return StableDiffusionBackbone.around(pipe, config)
 
 
-def stock(pipe: Any, caption: str) -> tuple[Tensor, int]:
-    """The encodings (N, d) of one caption by the stock pipeline, float64, and how many of its tokens are no padding."""
-    tokens = pipe.tokenizer(caption, truncation=True, max_length=pipe.tokenizer.model_max_length).input_ids
-    return pipe.encode_prompt(caption, "cpu", 1, False)[0][0].double(), len(tokens)
-
-
 @pytest.mark.parametrize("positions", ["all", "words"])
-def test_the_positions_that_count(positions: str, pipe: Any, captions: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_positions_that_count(kind: str, positions: str, captions: Path, tmp_path: Path) -> None:
+    name, build = KINDS[kind]
+    covariance = CovarianceConfig(str(captions), ridge=0.5, cache=str(tmp_path / "cache"), positions=positions)
+    config = config_of(name, build(tmp_path), tmp_path, covariance=covariance)
+    backbone: Any = backbones.backbone_class(name).load(config)
+    tokenizer = backbone.pipe.tokenizer
     rows: list[Tensor] = []
     for caption in CAPTIONS:
-        e, tokens = stock(pipe, caption)
-        assert len(e) == 77 and tokens >= 4
-        rows.append(e if positions == "all" else e[1 : tokens - 1])  # without beginning, end, and what comes after
+        tokens = tokenizer(caption, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        e = stock(backbone, [caption])[0].double()
+        assert len(e) == tokenizer.model_max_length and len(tokens) >= 4
+        rows.append(e if positions == "all" else e[1 : len(tokens) - 1])  # without beginning, end, and what comes after
+        if kind == "sd21" and "!" in caption:
+            assert tokenizer.pad_token_id in tokens, "a word that is also the padding is to be told from it"
     e = torch.cat(rows)
-    backbone = around(pipe, tmp_path, captions=str(captions), positions=positions, ridge=0.5)
     found = backbone.moment(progress=False)
-    assert found.count == len(e) and (positions == "words" or len(e) == 77 * len(CAPTIONS))
+    assert found.count == len(e) and (positions == "words" or len(e) == tokenizer.model_max_length * len(CAPTIONS))
     torch.testing.assert_close(found.C, e.T @ e / len(e), rtol=1e-6, atol=1e-6)
-    C = found.C + 0.5 * found.C.diagonal().mean() * torch.eye(WIDTH, dtype=torch.float64)
+    C = found.C + 0.5 * found.C.diagonal().mean() * torch.eye(e.shape[1], dtype=torch.float64)
     factor = backbone.second_moment(progress=False).factor
     torch.testing.assert_close(factor @ factor.T, C, rtol=1e-9, atol=1e-9)
 

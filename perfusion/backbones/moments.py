@@ -38,10 +38,11 @@ def check_settings(settings: CovarianceConfig) -> None:
 def word_positions(tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding) -> Tensor:
     """(B, N) bool, on the CPU: where the tokens of the captions are, that is neither beginning, end nor padding.
 
-    `inputs` has `input_ids` (B, N) and `attention_mask` (B, N), as the tokenizer gave them.
+    `inputs` has `input_ids` (B, N) and `attention_mask` (B, N), as the tokenizer gave them. The mask alone says what is
+    padding: the token of it may be a word as well, as "!" is for the tokenizers of SD 2.x.
     """
     where = inputs["attention_mask"].bool()
-    for special in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+    for special in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if special is not None:
             where &= inputs["input_ids"] != special
     return where
