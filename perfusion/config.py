@@ -57,6 +57,7 @@ class BackboneConfig:
     prompts: str = "imagenet"  # template set of perfusion.data.prompts
     steps: int = 50  # DDIM steps of samples
     guidance: float = 6.0
+    gradient_checkpointing: bool = False  # of the denoiser, in training: less memory and more time, the same result
     covariance: CovarianceConfig = field(default_factory=CovarianceConfig)
 
 

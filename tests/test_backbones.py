@@ -11,6 +11,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 
+from benchmarks.memory import kept_bytes
 from perfusion import backbones
 from perfusion.backbones.base import Backbone, Encoding, TokenError
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
@@ -192,6 +193,37 @@ def test_further_keywords_reach_the_denoiser(backbone: Backbone) -> None:
     ignored = Encoding(encoding.context, encoding.concept, {"unknown_keyword": 1})
     with pytest.raises(TypeError, match="unknown_keyword"):
         backbone.predict(latents, torch.tensor([5]), ignored)
+
+
+def test_gradient_checkpointing_keeps_less_for_the_same_gradients_and_leaves_no_trace(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noisy, steps = torch.randn(2, *backbone.latent_shape(), generator=generator), torch.tensor([10, 900])
+    blocks = [*backbone.denoiser.modules()]
+    before = [dict(vars(block)) for block in blocks]
+
+    def step() -> tuple[int, list[torch.Tensor]]:
+        with added(backbone) as token:
+            encoding = backbone.encode(["a <cat*>", "a photo of <cat*>"], "<cat*>")
+            kept = kept_bytes(
+                lambda: backbone.predict(noisy, steps, encoding).mean(), [*backbone.denoiser.parameters()]
+            )
+            loss = backbone.predict(noisy, steps, encoding).square().mean()
+            loss.backward()
+            return kept, [loss.detach(), *(p.grad for p in token.embeddings().values() if p.grad is not None)]
+
+    plain, expected = step()
+    monkeypatch.setattr(backbone.config, "gradient_checkpointing", True)
+    kept, found = step()
+    assert kept < 0.6 * plain
+    assert len(found) == len(expected) > 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    encoding = backbone.encode(["a cat"], "cat")
+    with pytest.raises(TypeError, match="unknown_keyword"):
+        backbone.predict(noisy[:1], steps[:1], Encoding(encoding.context, encoding.concept, {"unknown_keyword": 1}))
+    for block, state in zip(blocks, before, strict=True):
+        assert vars(block).keys() == state.keys() and all(vars(block)[name] is state[name] for name in state)
 
 
 def test_the_fingerprint_sees_weights_and_not_what_is_attached(backbone: Backbone) -> None:

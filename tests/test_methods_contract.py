@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from benchmarks.memory import kept_bytes
 from perfusion.backbones.base import Backbone
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
@@ -153,6 +154,32 @@ def test_only_what_the_groups_name_gets_gradients(method: Method, backbone: Back
     for part in PARTS:
         for name, parameter in getattr(backbone.pipe, part).named_parameters():
             assert parameter.grad is None or id(parameter) in own, f"{part}.{name}"
+
+
+def test_gradient_checkpointing_keeps_less_for_the_same_gradients(
+    method: Method, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method.attach(backbone)
+    train(method, backbone, steps=1)
+    start, weights = method.state(), [*backbone.denoiser.parameters()]
+
+    def loss() -> Tensor:
+        return torch.stack(list(method.loss(backbone, batch(backbone)).values())).sum()
+
+    def step() -> tuple[int, list[Tensor]]:
+        kept = kept_bytes(loss, weights)
+        method.load_state(start)
+        method.zero_grad()
+        value = loss()
+        value.backward()
+        return kept, [value.detach(), *(p.grad for p in trained(method) if p.grad is not None)]
+
+    plain, expected = step()
+    monkeypatch.setattr(backbone.config, "gradient_checkpointing", True)
+    kept, found = step()
+    assert kept < 0.7 * plain
+    assert len(found) == len(expected) == 1 + len(trained(method))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_training_changes_what_is_the_methods_own_and_nothing_else(method: Method, backbone: Backbone) -> None:

@@ -61,6 +61,7 @@ def test_what_changes_the_result_changes_the_hash(changes: dict[str, Any]) -> No
         {"trainer": {**CONFIG.trainer, "enable_progress_bar": False}},
         {"callbacks": {"checkpoint": {"every": 3}, "select": {"every": 25}}},
         {"backbone": dataclasses.replace(CONFIG.backbone, covariance=CovarianceConfig(cache="/b"))},
+        {"backbone": dataclasses.replace(CONFIG.backbone, gradient_checkpointing=True)},
         {"concept": dataclasses.replace(CONFIG.concept, masks_cache="/b")},
     ],
 )

@@ -158,6 +158,32 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     assert len(Path("whole/metrics.csv").read_text().splitlines()) == 2
 
 
+def test_gradient_checkpointing_trains_the_same_concept(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With samples drawn between its steps; and it is the same run, so its folder is the same."""
+    calls: list[bool] = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def noted(*args: Any, **keywords: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return checkpoint(*args, **keywords)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", noted)
+    scorer = make_scorer(here / "scorer")
+    words += [f"callbacks=select callbacks.select.scorer={scorer} callbacks.select.every=2 callbacks.select.steps=1"]
+    assert run(*words, "run.dir=plain") == 0 and not calls
+    assert run(*words, "run.dir=less", "backbone.gradient_checkpointing=true") == 0
+    assert len(calls) >= STEPS and all(calls), "in training alone"
+    assert Concept.load("less/concept.safetensors").hash == Concept.load("plain/concept.safetensors").hash
+    for name in ("metrics.csv", "samples.png"):
+        assert Path("less", name).read_bytes() == Path("plain", name).read_bytes()
+    assert "gradient_checkpointing: true" in Path("less/config.yaml").read_text()
+    capfd.readouterr()
+    assert run(*words, "run.dir=plain", "backbone.gradient_checkpointing=true") == 0
+    assert capfd.readouterr().out.startswith("finished already: plain")
+
+
 def test_a_run_with_drawn_masks_and_a_ready_matrix(words: list[str], here: Path) -> None:
     np.save("C.npy", np.eye(32))
     words = [*words, "method.steps=1", "run.dir=run", "backbone.covariance.matrix=C.npy"]

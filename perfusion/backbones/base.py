@@ -197,7 +197,11 @@ class Backbone(ABC):
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
-        """The denoiser's output (B, c, h, w)."""
+        """The denoiser's output (B, c, h, w).
+
+        With `config.gradient_checkpointing` it costs less memory until the backward pass is done, and the denoiser is
+        as it was when this returns.
+        """
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from perfusion.backbones import fingerprint, loading, moments
 from perfusion.backbones.base import Backbone, BackboneError, EditSite, Encoding, TokenError
 from perfusion.backbones.captions import Captions, caption_stream, captions_digest
+from perfusion.backbones.gradient_checkpointing import gradient_checkpointing
 from perfusion.backbones.tokens import (
     AddedWord,
     ExtendedEmbedding,
@@ -340,7 +342,10 @@ class LatentDiffusionBackbone(Backbone):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
         context = encoding.context.to(self.dtype)
-        return self.denoiser(noisy.to(self.dtype), timesteps, encoder_hidden_states=context, **encoding.extra).sample
+        with gradient_checkpointing(self.pipe.unet) if self.config.gradient_checkpointing else nullcontext():
+            return self.denoiser(
+                noisy.to(self.dtype), timesteps, encoder_hidden_states=context, **encoding.extra
+            ).sample
 
     def fingerprint(self) -> dict[str, str]:
         """See the seam: of the base weights, whatever is attached; loads in float32 and float16 agree, bfloat16 not."""

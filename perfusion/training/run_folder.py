@@ -35,12 +35,13 @@ from perfusion.files import atomic_write_text
 
 CHECKPOINTS = "checkpoints"  # folder below that of the run
 
-# What does not change the result: where it goes, who watches, how often it is saved.
+# What does not change the result: where it goes, who watches, how often it is saved, what is computed twice.
 _IGNORED = (
     "run",
     "logger",
     "trainer.enable_progress_bar",
     "callbacks.checkpoint",
+    "backbone.gradient_checkpointing",
     "backbone.covariance.cache",
     "concept.masks_cache",
     "concept.prior_cache",
