@@ -11,7 +11,18 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks import attach, memory, page, projection, projection_sampling, report, sampling, timing, train_step
+from benchmarks import (
+    attach,
+    memory,
+    page,
+    projection,
+    projection_sampling,
+    report,
+    sampling,
+    timing,
+    train_sd15,
+    train_step,
+)
 from perfusion.backbones.loading import resolve_device
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
@@ -27,7 +38,12 @@ BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair | timing.
     "attach": attach.further,
     "train_memory": memory.amounts,
     "train_memory_checkpointing": memory.checkpointing,
+    "train_peak": train_sd15.peak,
+    "train_peak_checkpointing": train_sd15.peak_checkpointing,
+    "train_400": train_sd15.run,
+    "train_400_checkpointing": train_sd15.run_checkpointing,
 }
+CUDA_ONLY = frozenset({"train_peak", "train_peak_checkpointing", "train_400", "train_400_checkpointing"})
 
 USAGE = f"""
 Measure overhead as ratios: the project's work (subject) against the least that any implementation must do (baseline),
@@ -72,13 +88,19 @@ def main(argv: Sequence[str]) -> None:
     print(report.HEADER)
     results = []
     for name in names or BENCHMARKS:
-        for pair in BENCHMARKS[name](device):
-            if isinstance(pair, timing.Amounts):
-                results.append(report.result(pair, pair.comparison(), "bytes", where))
-            else:
-                found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
-                results.append(report.result(pair, found, clock, where))
-            print(report.line(results[-1]), flush=True)
+        if name in CUDA_ONLY and device.type != "cuda":
+            print(f"{name} needs CUDA: left out")
+            continue
+        try:
+            for pair in BENCHMARKS[name](device):
+                if isinstance(pair, timing.Amounts):
+                    results.append(report.result(pair, pair.comparison(), pair.clock, where))
+                else:
+                    found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
+                    results.append(report.result(pair, found, clock, where))
+                print(report.line(results[-1]), flush=True)
+        except torch.OutOfMemoryError as error:
+            print(f"{name} does not fit into the device's memory: left out ({str(error).splitlines()[0]})")
     rows = report.write(Path(config.out), results)
     print(f"Written to {config.out}")
     if config.page:

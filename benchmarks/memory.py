@@ -5,7 +5,7 @@ distinct storages that autograd saves, without the models' weights: what a large
 same on every device, so it is counted and not timed; B pictures keep B times as much as one.
 
 On Toyland, a batch of 16; on Stable Diffusion 1.5, one picture of 512 x 512; `train_memory_checkpointing` is the latter
-with gradient checkpointing.
+with gradient checkpointing: the subject with `backbone.gradient_checkpointing=true`, the baseline with diffusers' own.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def _compared(name: str, model: str, size: int, device: torch.device, checkpoint
     pipe: Any = pipelines.pipeline(model, device)
     if checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-        pipe.unet.train()  # diffusers checkpoints in training mode only; the UNet has no dropout
     plain = around(pipe, default_config(pipelines.BACKBONES[model]))
     content = batch(plain, size, pipelines.WORD.placeholder)
     weights = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
     bound, hook, _ = forward(plain, content)
     least = kept_bytes(bound, weights)
     hook.remove()
-    with pipelines.concept(model, pipe, training=True) as (backbone, method):
+    pipe.unet.disable_gradient_checkpointing()
+    with pipelines.concept(model, pipe, training=True, checkpointing=checkpointing) as (backbone, method):
         weights += method.parameters()
         ours = kept_bytes(lambda: torch.stack(list(method.loss(backbone, content).values())).sum(), weights)
     return Amounts(name, model, ours, least)

@@ -48,12 +48,13 @@ def pipeline(model: str, device: torch.device) -> StableDiffusionPipeline:
 
 @contextmanager
 def concept(
-    model: str, pipe: StableDiffusionPipeline, training: bool, word: Word = WORD
+    model: str, pipe: StableDiffusionPipeline, training: bool, word: Word = WORD, checkpointing: bool = False
 ) -> Iterator[tuple[Backbone, Method]]:
     """`pipe`, which is `pipeline(model)`, as a backbone, with the method perfusion attached for training or drawing."""
     method = build({"name": "perfusion"}, word).train(training)
     with TemporaryDirectory() as folder:
-        backbone = around(pipe, config(model, pipe.text_encoder.config.hidden_size, Path(folder)))
+        settings = config(model, pipe.text_encoder.config.hidden_size, Path(folder))
+        backbone = around(pipe, dataclasses.replace(settings, gradient_checkpointing=checkpointing))
         backbone.second_moment(progress=False)
         method.attach(backbone)
         method.state()  # makes the method ask for C, if it has not yet

@@ -99,13 +99,13 @@ def amount(row: Result, side: Literal["subject", "baseline"]) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.2f} ms"
 
 
-HEADER = f"{'benchmark':<26} {'model':<8} {'ratio':>7} {'spread':>7} {'subject':>10} {'baseline':>10} {'rounds':>7}"
+HEADER = f"{'benchmark':<26} {'model':<9} {'ratio':>7} {'spread':>7} {'subject':>10} {'baseline':>10} {'rounds':>7}"
 
 
 def line(row: Result) -> str:
     """`row` under `HEADER`."""
     subject, baseline = (amount(row, side) for side in ("subject", "baseline"))
     return (
-        f"{row['name']:<26} {row['model']:<8} {row['ratio']:>7.3f} {row['spread']:>7.3f} {subject:>10} {baseline:>10} "
+        f"{row['name']:<26} {row['model']:<9} {row['ratio']:>7.3f} {row['spread']:>7.3f} {subject:>10} {baseline:>10} "
         f"{row['rounds']:>7}"
     )

@@ -31,12 +31,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Amounts:
-    """What is counted instead of timed: bytes of either side."""
+    """What is found once instead of in rounds: bytes of either side, or seconds."""
 
     name: str
     model: str
-    subject: int
-    baseline: int
+    subject: float
+    baseline: float
+    clock: Clock = "bytes"
 
     def comparison(self) -> Comparison:
         """As a result of one round."""
@@ -68,26 +69,17 @@ def compare(
     Each measurement repeats its side until it lasts about `WINDOW`, and ends when `device` has done all of it.
     """
     assert rounds >= 2, "a spread needs two rounds"
-
-    def seconds(side: Callable[[], object], calls: int) -> float:
-        finish(device)
-        start = clock()
-        for _ in range(calls):
-            side()
-        finish(device)
-        return (clock() - start) / calls
-
     calls = []
     for side in (pair.subject, pair.baseline):
-        seconds(side, WARM_UPS)
-        calls.append(max(1, round(WINDOW / max(seconds(side, 1), 1e-9))))
+        seconds_each(side, WARM_UPS, device, clock)
+        calls.append(max(1, round(WINDOW / max(seconds_each(side, 1, device, clock), 1e-9))))
     subject: list[float] = []
     baseline: list[float] = []
     rounds = rounds if pair.rounds is None else min(rounds, pair.rounds)
     begin = clock()
     while len(subject) < rounds or (pair.rounds is None and clock() - begin < least):
-        subject.append(seconds(pair.subject, calls[0]))
-        baseline.append(seconds(pair.baseline, calls[1]))
+        subject.append(seconds_each(pair.subject, calls[0], device, clock))
+        baseline.append(seconds_each(pair.baseline, calls[1], device, clock))
     ratios = [a / b for a, b in zip(subject, baseline, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Comparison(
@@ -97,6 +89,16 @@ def compare(
         baseline=statistics.median(baseline),
         rounds=len(ratios),
     )
+
+
+def seconds_each(side: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float]) -> float:
+    """Mean seconds of `calls` calls, until `device` has done all of them."""
+    finish(device)
+    start = clock()
+    for _ in range(calls):
+        side()
+    finish(device)
+    return (clock() - start) / calls
 
 
 def finish(device: torch.device) -> None:
