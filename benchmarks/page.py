@@ -4,64 +4,134 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.report import Result, amount
+from benchmarks.train_step import BATCH
+from perfusion.backbones.layouts import meta_pipeline
 from perfusion.files import atomic_write_text
 
 HEAD = """# Performance
 
 What the project costs beside doing without it: two things measured in turn in one run, since times of different runs or
 machines say little. `ratio` is the median over the rounds of subject / baseline, `spread` the interquartile range of
-the rounds' ratios, `goal` what the ratio should be at most. `make bench` measures anew and writes this page and
-`benchmarks/latest.json`; `benchmarks/` says what each side does.
+the rounds' ratios, `goal` what the ratio should be at most, or the subject where it has a unit. `make bench` measures
+anew and writes this page and `benchmarks/latest.json`; `benchmarks/` says what each side does.
 
 | benchmark | model | ratio | spread | goal | subject | baseline | rounds |
 |---|---|---:|---:|---|---:|---:|---:|
 """
 
-# Benchmark -> what it compares with what, and what its ratio should be at most.
-ABOUT: dict[str, tuple[str, float | None]] = {
-    "projection": ("K and V of all layers for a batch of prompts in training: edited against plain", None),
-    "projection_sampling": ("the same over the steps of one sampling, where they are computed once", None),
-    "train_step": ("a whole training step against frozen forward and gradients of activations alone", 1.05),
-    "sampling_1": ("a whole call of the pipeline: one concept against none", 1.00),
-    "sampling_8": ("the same with eight concepts attached, two of them in the prompt", 1.00),
-    "sampling_16_betas": ("the same with 16 pictures in a batch, each with a strength of its own", 1.00),
-    "attach_first": (
-        "attaching a concept to a model that was just loaded, and detaching it, against encoding its superclass alone; "
-        "goal: 0.2 s",
-        None,
+
+class About(NamedTuple):
+    """A benchmark on the page."""
+
+    text: str  # what it compares with what
+    ratio: float | None = None  # what its ratio should be at most
+    seconds: float | None = None  # or what its subject should be at most
+
+
+ABOUT = {
+    "projection": About("K and V of all layers for a batch of prompts in training: edited against plain"),
+    "projection_sampling": About("the same over the steps of one sampling, where they are computed once"),
+    "train_step": About("a whole training step against frozen forward and gradients of activations alone", 1.05),
+    "sampling_1": About("a whole call of the pipeline: one concept against none", 1.00),
+    "sampling_8": About("the same with eight concepts attached, two of them in the prompt", 1.00),
+    "sampling_16_betas": About("the same with 16 pictures in a batch, each with a strength of its own", 1.00),
+    "attach_first": About(
+        "attaching a concept to a model that was just loaded, and detaching it, against encoding its superclass alone",
+        seconds=0.2,
     ),
-    "attach": ("the same where a concept of this superclass has been before; goal: 0.2 s", None),
-    "train_memory": ("what a training step keeps for the backward pass against what it has to keep", 1.05),
-    "train_memory_checkpointing": ("the same with gradient checkpointing", 1.05),
-    "train_peak": (
+    "attach": About("the same where a concept of this superclass has been before", seconds=0.2),
+    "train_memory": About("what a training step keeps for the backward pass against what it has to keep", 1.05),
+    "train_memory_checkpointing": About("the same with gradient checkpointing", 1.05),
+    "train_peak": About(
         "the most memory that is allocated in training steps on 16 pictures of 512 x 512 (`_bf16`: under autocast)",
         1.05,
     ),
-    "train_peak_checkpointing": ("the same with gradient checkpointing", 1.05),
-    "train_400": ("400 such steps under autocast to bfloat16; goal: 60 s", None),
-    "train_400_checkpointing": ("the same with gradient checkpointing; goal: 60 s", None),
+    "train_peak_checkpointing": About("the same with gradient checkpointing", 1.05),
+    "train_400": About("400 such steps under autocast to bfloat16", seconds=60),
+    "train_400_checkpointing": About("the same with gradient checkpointing", seconds=60),
 }
+
+# A training's memory, by the row that has what one picture keeps: what is set.
+FITTING = {
+    "train_memory": "the default",
+    "train_memory_checkpointing": "`backbone.gradient_checkpointing=true`",
+}
+MEMORY = """
+## Memory of a training on Stable Diffusion 1.5
+
+What a step on {batch} pictures of 512 x 512 pixels keeps for its backward pass in float32, {batch} times what it keeps
+of one (in the table above), and the weights of the whole pipeline:
+
+| | one picture | {batch} pictures | weights | together |
+|---|---:|---:|---:|---:|
+{lines}
+
+Not counted is what lies in memory for a moment: the largest intermediate results, gradients on their way back and, with
+gradient checkpointing, what the block keeps that is computed a second time just then; nor the device's own context, and
+gaps between allocations. {measured}
+Fewer pictures at once need less: `trainer.accumulate_grad_batches=4` takes the {batch} in four parts.
+"""
 
 
 def write(path: Path, rows: Sequence[Result]) -> None:
     """Write the page, atomically."""
     lines = [_line(row) for row in rows]
-    told = [f"- `{name}`: {ABOUT[name][0]}." for name in dict.fromkeys(row["name"] for row in rows) if name in ABOUT]
+    told = [f"- `{name}`: {ABOUT[name].text}." for name in dict.fromkeys(row["name"] for row in rows) if name in ABOUT]
     where = [f"- {place}" for place in dict.fromkeys(_place(row) for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, HEAD + "\n".join([*lines, "", *told, "", "Measured on:", "", *where, ""]))
+    atomic_write_text(path, HEAD + "\n".join([*lines, "", *told, "", "Measured on:", "", *where, ""]) + _memory(rows))
 
 
 def _line(row: Result) -> str:
-    _, goal = ABOUT.get(row["name"], ("", None))
-    said = "" if goal is None else f"{goal:.2f}" + (", not reached" if row["ratio"] > goal else ", reached")
+    about = ABOUT.get(row["name"], About(""))
+    said = ""
+    if about.ratio is not None:
+        said = f"{about.ratio:.2f}, " + _reached(row["ratio"], about.ratio)
+    elif about.seconds is not None:
+        said = f"{about.seconds:g} s, " + _reached(row["median"]["subject"], about.seconds)
     subject, baseline = amount(row, "subject"), amount(row, "baseline")
     return (
         f"| `{row['name']}` | {row['model']} | {row['ratio']:.3f} | {row['spread']:.3f} | {said} | {subject} | "
         f"{baseline} | {row['rounds']} |"
     )
+
+
+def _reached(found: float, goal: float) -> str:
+    return "not reached" if found > goal else "reached"
+
+
+def _memory(rows: Sequence[Result]) -> str:
+    """The part on the memory of a training; nothing where no row says what a picture keeps."""
+    kept = {row["name"]: row["median"]["subject"] for row in rows if row["model"] == "sd15" and row["name"] in FITTING}
+    weights = _weights() if kept else 0
+    lines = [
+        f"| {FITTING[name]} | {_gigabytes(one)} | {_gigabytes(BATCH * one)} | {_gigabytes(weights)} | "
+        f"{_gigabytes(BATCH * one + weights)} |"
+        for name, one in kept.items()
+    ]
+    peaks = any(row["name"].startswith("train_peak") for row in rows)
+    measured = (
+        "The peak that was measured on a GPU is in the rows `train_peak`."
+        if peaks
+        else "The peak on a GPU has not been measured yet."
+    )
+    return MEMORY.format(batch=BATCH, lines="\n".join(lines), measured=measured) if lines else ""
+
+
+def _weights() -> int:
+    """Bytes of Stable Diffusion 1.5 in float32."""
+    pipe: Any = meta_pipeline("sd15")
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    return sum(weight.nbytes for part in parts for weight in part.parameters())
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def _place(row: Result) -> str:

@@ -377,6 +377,33 @@ def test_the_page_says_what_was_measured_and_what_was_reached(tmp_path: Path) ->
     assert "| `train_step` | m | 1.200 | 0.100 | 1.05, not reached | 2.40 ms | 2.00 ms | 5 |" in lines
     assert "| `projection` | m | 1.500 | 0.100 |  | 3.00 ms | 2.00 ms | 5 |" in lines
     assert sum(line.endswith("wall time") for line in lines) == 1, "a machine is named once"
+    assert not any("Memory of a training" in line for line in lines), "nothing is known of it"
+
+
+def test_the_page_says_whether_a_goal_in_seconds_was_reached(tmp_path: Path) -> None:
+    rows = [row("attach", 10.0), row("attach_first", 200.0)]
+    page.write(tmp_path / "page.md", rows)
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    assert "| `attach` | m | 10.000 | 0.100 | 0.2 s, reached | 20.00 ms | 2.00 ms | 5 |" in lines
+    assert "| `attach_first` | m | 200.000 | 0.100 | 0.2 s, not reached | 400.00 ms | 2.00 ms | 5 |" in lines
+
+
+def test_the_page_says_how_a_batch_fits_into_memory(tmp_path: Path) -> None:
+    def kept(name: str, model: str, size: float) -> report.Result:
+        amounts = timing.Amounts(name, model, size, size)
+        return report.result(amounts, amounts.comparison(), amounts.clock, report.machine(CPU))
+
+    rows = [kept("train_memory", "sd15", 3e9), kept("train_memory", "toyland", 1e6)]
+    rows.append(kept("train_memory_checkpointing", "sd15", 5e8))
+    page.write(tmp_path / "page.md", rows)
+    text = (tmp_path / "page.md").read_text()
+    assert page._weights() == 4 * 1_066_235_307
+    assert "| the default | 3.0 GB | 48.0 GB | 4.3 GB | 52.3 GB |" in text.splitlines()
+    switched = "| `backbone.gradient_checkpointing=true` | 0.5 GB | 8.0 GB | 4.3 GB | 12.3 GB |"
+    assert switched in text.splitlines()
+    assert "has not been measured yet" in text
+    page.write(tmp_path / "page.md", [*rows, kept("train_peak", "sd15", 5e10)])
+    assert "has not been measured yet" not in (tmp_path / "page.md").read_text()
 
 
 def test_every_benchmark_is_explained_on_the_page() -> None:
