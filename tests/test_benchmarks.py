@@ -408,3 +408,14 @@ def test_the_page_says_how_a_batch_fits_into_memory(tmp_path: Path) -> None:
 
 def test_every_benchmark_is_explained_on_the_page() -> None:
     assert set(page.ABOUT) == set(command.BENCHMARKS)
+
+
+def test_the_committed_page_says_what_the_committed_results_say(tmp_path: Path) -> None:
+    """Of every benchmark that a CPU can run; `make bench` writes both."""
+    root = Path(command.__file__).resolve().parents[1]
+    rows = json.loads((root / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
+    names = {row["name"] for row in rows}
+    assert set(command.BENCHMARKS) - command.CUDA_ONLY <= names <= set(command.BENCHMARKS)
+    page.write(tmp_path / "performance.md", rows)
+    written = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert (root / "docs" / "performance.md").read_text(encoding="utf-8") == written
