@@ -1,5 +1,7 @@
 """Short calls of stock pipelines, for tests of what is to be seen in a picture."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +10,17 @@ from torch import Tensor
 PROMPT, PLAIN = "a photo of a <cat*> on the beach", "a photo of a cat on the beach"
 STEPS = 2
 CLOSED = 10.0  # β at which no gate is open
+
+
+@contextmanager
+def batch_sizes(pipe: Any) -> Iterator[list[int]]:
+    """Grows by the batch size of every call of the denoiser; guidance doubles it."""
+    sizes: list[int] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 def call(pipe: Any, prompt: str | None = None, **more: Any) -> Tensor:

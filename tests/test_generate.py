@@ -26,6 +26,7 @@ from perfusion.manifest import ImageRecord, read_manifest
 from perfusion.methods.base import Word, build
 from perfusion.presets import backbone_config
 from tests.concepts import random_concept, toyland_backbone, untrained_concept
+from tests.drawing import batch_sizes
 from tests.pipelines import toyland_folder
 
 BEACH = "a photo of <cat*> on the beach"
@@ -173,12 +174,16 @@ def test_an_infinite_beta_is_the_base_model(concept: Path, backbone: Backbone, g
     assert [plain] == draw(backbone, ["a photo of cat on the beach"], [0]) != [own]
 
 
-def test_several_betas_in_one_batch(concept: Path, mug: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_betas_in_one_batch(
+    concept: Path, mug: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a GPU draws them; the last batch is smaller. Kernels round differently for every batch shape."""
     words = (f"prompt={BEACH} and <mug*>", "num=2", "beta=[[0.1,0.9],[0.5,0.5],[0.9,0.1]]", "batch=4")
     assert run(f"[{concept},{mug}]", *words, "out=one") == 0  # type: ignore[arg-type]
     monkeypatch.setattr(sampling, "stream", functools.partial(sampling.stream, exact=False))
-    assert run(f"[{concept},{mug}]", *words, "out=many") == 0  # type: ignore[arg-type]
+    with batch_sizes(backbone.pipe) as sizes:  # type: ignore[attr-defined]
+        assert run(f"[{concept},{mug}]", *words, "out=many") == 0  # type: ignore[arg-type]
+    assert sizes == [8] * STEPS + [4] * STEPS, "each prompt, and the empty one of guidance"
     one, many = (np.stack([np.frombuffer(p, np.uint8) for p in pixels(Path(o)).values()]) for o in ("one", "many"))
     assert np.abs(one.astype(int) - many).max() <= 2
     assert np.abs(one[0].astype(int) - one[2]).max() > 10  # the strengths differ visibly

@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from perfusion.sampling import SamplingError, sample
+from tests.drawing import batch_sizes
 from tests.pipelines import toyland_pipeline
 
 PROMPTS = ["a photo of a cat on the beach", "a sketch of a dog", "a mug at night", "a red car"]
@@ -26,12 +27,9 @@ def pipe() -> StableDiffusionPipeline:
 
 
 @pytest.fixture
-def calls(pipe, monkeypatch) -> list[int]:
-    """Grows by the batch size of every call of the denoiser."""
-    sizes: list[int] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    yield sizes
-    handle.remove()
+def calls(pipe):
+    with batch_sizes(pipe) as sizes:
+        yield sizes
 
 
 @functools.cache
