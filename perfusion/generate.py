@@ -32,7 +32,7 @@ Several prompts:  prompt='["a photo of <cat*> on the beach", "a sketch of <cat*>
 Several strengths, one row of pictures each:  beta=0.4,0.55,0.7
 The strength with the best harmonic mean of CLIP-I and CLIP-T:  beta=auto
 Several concepts:  concept='[cat.safetensors, teddy.safetensors]' prompt='<cat*> and <teddy*> on the beach'
-  with strengths of their own:  beta='[[0.6, 0.4]]'
+  with strengths of their own:  beta='[[0.6, 0.4]]', and gates of their own softness:  tau='[[0.15, 0.1]]'
 The base model beside them, its superclass in the concept's place:  beta=0.5,0.7,inf
 """
 
@@ -49,7 +49,7 @@ class GenerateConfig:
     concept: Any = MISSING  # concept file, or a list of files that are drawn together
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
     beta: Any = None  # gate's threshold, a list, or auto: lower is more of the concept; null: its own
-    tau: float | None = None  # gate's softness; null: as the concept says
+    tau: Any = None  # gate's softness, or one for each concept as in [[0.15,0.1]]; null: as the concept says
     key_lock: str | None = None  # local or global: where the prompt's keys come from; null: as the concept says
     scale: float | None = None  # strength of a LoRA, 0 to 1 and beyond; null: as the concept says
     num: int = 4  # pictures of each prompt, and of each beta
@@ -88,11 +88,11 @@ def generate(config: GenerateConfig) -> Path:
     from perfusion.manifest import known_records
 
     prompts, files = _prompts(config), _files(config)
-    strengths = _strengths(config, len(files))
+    strengths, softness = _strengths(config, len(files)), _softness(config, len(files))
     if config.num < 1:
         raise ConfigError(f"num: found {config.num}, expected at least 1")
     concepts = [Concept.load(Path(file).expanduser()) for file in files]
-    _check_dials(config, concepts, strengths)
+    _check_dials(config, concepts, strengths, softness)
     for prompt in prompts:
         if not any(contains(prompt, concept.placeholder) for concept in concepts):
             names = " or ".join(concept.placeholder for concept in concepts)
@@ -104,7 +104,7 @@ def generate(config: GenerateConfig) -> Path:
     out = Path(config.out or Path("generated") / f"{'-'.join(names)}-{slug(prompts[0])}").expanduser()
     known = known_records(out)
     with ExitStack() as stack:
-        attached = _attached(config, concepts, stack)
+        attached = _attached(config, concepts, softness, stack)
         attached[0].backbone.check_prompts(prompts)
         defaults = attached[0].backbone.config
         steps = defaults.steps if config.steps is None else config.steps
@@ -196,6 +196,26 @@ def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None
         if concepts > 1:
             raise ConfigError("beta=auto: found several concepts, expected one; find the strength of each on its own")
         return [(None,)]
+    rows = _rows(given, concepts)
+    if not rows:
+        raise ConfigError(
+            f"beta: found {given!r}, expected a number, several as in beta=0.4,0.55,0.7, or auto{_each(concepts)}"
+        )
+    if any(beta is not None and (math.isnan(beta) or beta == -math.inf) for row in rows for beta in row):
+        raise ConfigError(f"beta: found {given!r}, expected finite numbers, or inf for the base model")
+    return rows
+
+
+def _softness(config: GenerateConfig, concepts: int) -> tuple[float | None, ...]:
+    """τ of each concept, in all pictures; None is the concept's own."""
+    rows = _rows(config.tau, concepts)
+    if len(rows) != 1:
+        raise ConfigError(f"tau: found {config.tau!r}, expected a number{_each(concepts)}")
+    return rows[0]
+
+
+def _rows(given: Any, concepts: int) -> list[tuple[float | None, ...]]:
+    """For each row of a setting, its value for each concept; empty for what cannot be read as that."""
     if isinstance(given, str):  # 0.4,0.55 on a command line
         given = given.split(",")
     rows: list[tuple[float | None, ...]] = []
@@ -204,25 +224,27 @@ def _strengths(config: GenerateConfig, concepts: int) -> list[tuple[float | None
             values = [None if value is None else float(value) for value in _listed(row)]
             rows.append(tuple(values * concepts if len(values) == 1 else values))
     except (TypeError, ValueError):
-        rows = []
-    if not rows or any(len(row) != concepts for row in rows):
-        each = "" if concepts == 1 else f", or [[...]] with {concepts} numbers, one for each concept"
-        raise ConfigError(
-            f"beta: found {config.beta!r}, expected a number, several as in beta=0.4,0.55,0.7, or auto{each}"
-        )
-    if any(beta is not None and (math.isnan(beta) or beta == -math.inf) for row in rows for beta in row):
-        raise ConfigError(f"beta: found {config.beta!r}, expected finite numbers, or inf for the base model")
-    return rows
+        return []
+    return rows if all(len(row) == concepts for row in rows) else []
+
+
+def _each(concepts: int) -> str:
+    return "" if concepts == 1 else f", or [[...]] with {concepts} numbers, one for each concept"
 
 
 def _check_dials(
-    config: GenerateConfig, concepts: Sequence[Concept], strengths: Sequence[tuple[float | None, ...]]
+    config: GenerateConfig,
+    concepts: Sequence[Concept],
+    strengths: Sequence[tuple[float | None, ...]],
+    softness: Sequence[float | None],
 ) -> None:
-    """Hold, before a model is loaded, that each β belongs to a concept with a gate, and each other setting to one of
-    the concepts. Raises ConfigError."""
-    for concept, betas in zip(concepts, zip(*strengths, strict=True), strict=True):
+    """Hold, before a model is loaded, that each β, and each τ of a list, belongs to a concept with a gate, and each
+    other setting to one of the concepts. Raises ConfigError."""
+    for concept, betas, tau in zip(concepts, zip(*strengths, strict=True), softness, strict=True):
         if config.beta == AUTO or any(beta is not None for beta in betas):
             concept.check_dial("beta")
+        if isinstance(config.tau, list) and tau is not None:
+            concept.check_dial("tau")
     for name in _given(config):
         if not any(name in concept.dials for concept in concepts):
             concepts[0].check_dial(name)
@@ -264,14 +286,17 @@ def _name(file: str, concept: Concept) -> str:
     return slug(concept.placeholder) if stem == "concept" else stem
 
 
-def _attached(config: GenerateConfig, concepts: Sequence[Concept], stack: ExitStack) -> list[Attached]:
+def _attached(
+    config: GenerateConfig, concepts: Sequence[Concept], softness: Sequence[float | None], stack: ExitStack
+) -> list[Attached]:
     """The concepts in a backbone that was loaded for them, until `stack` is closed."""
     from perfusion.presets import load_for
 
     backbone = load_for(concepts[0].fingerprint, config)
     attached: list[Attached] = []
-    for concept in concepts:
-        dials: Any = {name: value for name, value in _given(config).items() if name in concept.dials}
+    for concept, tau in zip(concepts, softness, strict=True):
+        given = {**_given(config), "tau": tau}
+        dials: Any = {name: value for name, value in given.items() if name in concept.dials}
         attached.append(stack.enter_context(concept.attach(backbone, **dials)))
     return attached
 

@@ -217,6 +217,28 @@ def test_two_concepts_in_one_picture(concept: Path, mug: Path, backbone: Backbon
     assert "concept: found [], expected a file or a list of files" in capsys.readouterr().err
 
 
+def test_each_of_two_concepts_has_a_softness_of_its_own(concept: Path, mug: Path, backbone: Backbone) -> None:
+    words = (f"[{concept},{mug}]", "prompt=<cat*> and <mug*> on the beach", "num=1", "out=o")
+    given = ["[[0.05,0.6]]", "[[0.6,0.05]]", "[[0.05,null]]", "0.6"]
+    for tau in given:
+        assert run(*words, f"tau={tau}") == 0  # type: ignore[arg-type]
+    records = read_manifest("o")
+    assert [record.tau for record in records] == ["0.05 + 0.6", "0.6 + 0.05", "0.05 + 0.15", 0.6]
+    expected = []
+    for one, other in ((0.05, 0.6), (0.6, 0.05), (0.05, None), (0.6, 0.6)):
+        with Concept.load(concept).attach(backbone, tau=one), Concept.load(mug).attach(backbone, tau=other):
+            expected += draw(backbone, [records[0].prompt], [0])
+    assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 4
+
+
+@pytest.mark.parametrize("tau", ["[[0.1,0.2,0.3]]", "0.1,0.2", "[[0.1,0.2],[0.3,0.4]]", "soft", "[]"])
+def test_impossible_softness_of_two_concepts(tau: str, concept: Path, mug: Path, loaded: list[str], capsys) -> None:
+    assert run(f"[{concept},{mug}]", "prompt=<cat*> and <mug*>", f"tau={tau}") == 2  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert "error: tau: found " in said and loaded == []
+    assert "expected a number, or [[...]] with 2 numbers, one for each concept" in said
+
+
 @pytest.fixture
 def robot(backbone: Backbone, tmp_path: Path) -> Path:
     """A LoRA: no gate, a scale."""
@@ -260,6 +282,7 @@ def test_concepts_of_different_methods_in_one_picture(concept: Path, robot: Path
         ("robot", "key_lock=global", "key_lock: found a concept of the method 'lora', which has no key_lock"),
         ("concept", "scale=0.5", "scale: found a concept of the method 'perfusion', which has no scale; it has beta"),
         ("both", "beta=0.5", "beta: found a concept of the method 'lora', which has no beta"),
+        ("both", "tau=[[0.1,0.1]]", "tau: found a concept of the method 'lora', which has no tau"),
     ],
 )
 def test_a_setting_that_the_method_does_not_have(
@@ -375,6 +398,7 @@ def test_slug() -> None:
         (["seeds=1"], "seeds: unknown key; did you mean 'seed'?"),
         (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: sd15, sd21, sdxl, stable_diffusion, toyland"),
         (["tau=0"], "tau: found 0"),
+        (["tau=[0.1,0.2]"], "tau: found [0.1, 0.2], expected a number\n"),
         (["steps=0"], "steps: found 0, expected 1 to 1000"),
         (["batch=0"], "batch size: found 0"),
         ([f"seed={2**64}"], f"seed: found {2**64}"),
