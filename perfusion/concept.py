@@ -53,6 +53,8 @@ class Concept:
     versions: Mapping[str, str]
     commit: str  # of this project; empty outside a checkout
     source: str = "the concept"  # what error messages call it: the path of a file that was loaded
+    # The digests in `fingerprint`, had the weights been loaded in bfloat16; empty in files that do not tell.
+    fingerprint_bfloat16: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, method: Method, backbone: Backbone, seed: int) -> Concept:
@@ -69,6 +71,9 @@ class Concept:
             tensors=method.state(),
             settings=settings,
             fingerprint=_requirements(backbone),
+            fingerprint_bfloat16={
+                part: digest for part, digest in backbone.fingerprint(torch.bfloat16).items() if part != "family"
+            },
             covariance=backbone.covariance if method.needs_covariance else "",
             seed=seed,
             versions={name: made["versions"][name] for name in LIBRARIES if name in made["versions"]},
@@ -90,6 +95,7 @@ class Concept:
             tensors=tensors,
             settings=_object(path, metadata, "settings"),
             fingerprint=_object(path, metadata, "fingerprint"),
+            fingerprint_bfloat16=_object(path, {"fingerprint_bfloat16": "{}", **metadata}, "fingerprint_bfloat16"),
             covariance=_entry(path, metadata, "covariance"),
             seed=_number(path, metadata, "seed"),
             versions=_object(path, metadata, "versions"),
@@ -129,6 +135,9 @@ class Concept:
         scale: float | None = None,
     ) -> Attached:
         """Put the concept into a stock pipeline, for drawing: prompts may hold its placeholder until `detach()`.
+
+        The weights must be those that it was trained with, but may be loaded in another dtype: float32 takes what was
+        trained in any, and what was trained in float32 fits any.
 
         Several concepts that were trained apart may be attached at once, each with a placeholder and strength of its
         own; the order does not matter, and they may leave in any order.
@@ -191,11 +200,17 @@ class Concept:
         found = _requirements(backbone)
         for part in dict.fromkeys(("family", *self.fingerprint, *found)):
             wanted, present = self.fingerprint.get(part, "none"), found.get(part, "none")
-            if wanted != present:
-                hint = "; where a LoRA is fused into them: attach before fusing" if part == "projections" else ""
-                raise ConceptFileError(
-                    f"{self.source}: made for another backbone: found {part} {present}, expected {wanted}{hint}"
-                )
+            if wanted == present or present == self.fingerprint_bfloat16.get(part):
+                continue
+            if wanted == backbone.fingerprint(torch.bfloat16).get(part):
+                continue  # trained in bfloat16
+            message = f"{self.source}: made for another backbone: found {part} {present}, expected {wanted}"
+            if part not in ("family", "prompts") and backbone.dtype != torch.float32:
+                dtype = str(backbone.dtype).removeprefix("torch.")
+                message += f"; in {dtype} the same weights may differ by rounding, dtype=float32 tells"
+            if part == "projections":
+                message += "; where a LoRA is fused into them: attach before fusing"
+            raise ConceptFileError(message)
 
     def _check_company(self, backbone: Backbone) -> None:
         for other in gates_at(backbone.edit_sites()[0]) if self.covariance else ():
@@ -236,6 +251,7 @@ def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.fl
         "placeholder": concept.placeholder,
         "settings": json.dumps(concept.settings, **compact),
         "fingerprint": json.dumps(concept.fingerprint, **compact),
+        "fingerprint_bfloat16": json.dumps(concept.fingerprint_bfloat16, **compact),
         "covariance": concept.covariance,
         "seed": str(concept.seed),
         "versions": json.dumps(concept.versions, **compact),

@@ -221,6 +221,7 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], backbone: 
         seed=0,
         versions={name: version for name, version in provenance()["versions"].items() if name in LIBRARIES},
         commit="0" * 12,
+        fingerprint_bfloat16=dict.fromkeys((*backbone.text_encoders(), "projections"), digest),
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "concept.safetensors"

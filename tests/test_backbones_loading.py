@@ -44,6 +44,8 @@ def test_half_precision_loads_with_the_same_fingerprint(kind: str, tmp_path: Pat
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     }
     assert loaded[torch.float16].fingerprint() == loaded[torch.float32].fingerprint()
+    assert loaded[torch.bfloat16].fingerprint() == loaded[torch.float32].fingerprint(torch.bfloat16)
+    assert loaded[torch.bfloat16].fingerprint() != loaded[torch.float32].fingerprint()
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = loaded[torch.float32].latents(pixels)
     for dtype, backbone in loaded.items():

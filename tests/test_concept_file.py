@@ -114,6 +114,7 @@ def test_a_concept_in_a_public_layout_is_as_small_as_it_is_said_to_be(
         placeholder="<my-stuffed-animal*>",
         fingerprint=dict.fromkeys((*backbone.text_encoders(), "projections"), "0123456789abcdef")
         | {"family": backbone.family, "prompts": "imagenet"},
+        fingerprint_bfloat16=dict.fromkeys((*backbone.text_encoders(), "projections"), "0123456789abcdef"),
         settings=concept.settings | {"sample_beta": 0.675, "value_rate": 0.0125, "weight_decay": 0.0001, "steps": 1000},
         covariance="everyday:10000:0.01",
         seed=2**32 - 1,

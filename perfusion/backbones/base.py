@@ -204,5 +204,8 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def fingerprint(self) -> dict[str, str]:
-        """`family`, and sha256 prefixes `text_encoder` and `projections`: whether a concept fits this backbone."""
+    def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """`family`, and sha256 prefixes `text_encoder` and `projections`: whether a concept fits this backbone.
+
+        With a `dtype`, of the weights rounded to it: what the same weights would have, had they been loaded in it.
+        """

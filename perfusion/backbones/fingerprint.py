@@ -52,7 +52,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Prefix of the sha256 over names, shapes and values.
 
     The values are rounded to float16 first, so a model loaded in float32 and the same model loaded in float16 agree;
-    in bfloat16 it is another model, since rounding to bfloat16 changes its weights.
+    in bfloat16 they are others, since rounding to bfloat16 changes them.
     """
     total = hashlib.sha256()
     for name, value in sorted(tensors, key=lambda item: item[0]):
@@ -75,10 +75,14 @@ def remembered(owner: nn.Module, what: Hashable, tensors: Iterable[tuple[str, Te
     return known[what][1]
 
 
-def remembered_digest(owner: nn.Module, part: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """`digest` of the weights of a `part` of `owner`, as `remembered`."""
+def remembered_digest(
+    owner: nn.Module, part: str, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> str:
+    """`digest` of the weights of a `part` of `owner`, rounded to `dtype` (None: as they are), as `remembered`."""
     listed = list(tensors)
-    return remembered(owner, part, listed, lambda: digest(listed))
+    return remembered(
+        owner, (part, dtype), listed, lambda: digest((name, value.to(dtype or value.dtype)) for name, value in listed)
+    )
 
 
 def forget(*owners: nn.Module) -> None:

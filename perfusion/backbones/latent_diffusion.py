@@ -79,7 +79,7 @@ class LatentDiffusionBackbone(Backbone):
         self.pipe, self.config = pipe, config
         # Of the training's noise only: samples are drawn with whatever scheduler the pipeline has.
         self._schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
-        self._fingerprint: dict[str, str] | None = None
+        self._fingerprints: dict[torch.dtype | None, dict[str, str]] = {}
         self._rows = {encoder: TokenMemory() for encoder in self.towers}
         self._words = {encoder: TokenMemory() for encoder in self.towers}
 
@@ -347,23 +347,23 @@ class LatentDiffusionBackbone(Backbone):
                 noisy.to(self.dtype), timesteps, encoder_hidden_states=context, **encoding.extra
             ).sample
 
-    def fingerprint(self) -> dict[str, str]:
+    def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
         """See the seam: of the base weights, whatever is attached; loads in float32 and float16 agree, bfloat16 not."""
-        if self._fingerprint is None:
+        if dtype not in self._fingerprints:
             projections = (
                 (f"{site.name}.{name}", value)
                 for site in self.edit_sites()
                 for name, value in fingerprint.base_parameters(site.projection)
             )
-            self._fingerprint = {
+            self._fingerprints[dtype] = {
                 "family": self.family,
                 **{
-                    name: fingerprint.remembered_digest(encoder, "all", fingerprint.base_parameters(encoder))
+                    name: fingerprint.remembered_digest(encoder, "all", fingerprint.base_parameters(encoder), dtype)
                     for name, encoder in self.text_encoders().items()
                 },
-                "projections": fingerprint.remembered_digest(self.denoiser, "projections", projections),
+                "projections": fingerprint.remembered_digest(self.denoiser, "projections", projections, dtype),
             }
-        return dict(self._fingerprint)
+        return dict(self._fingerprints[dtype])
 
     def _frozen(self) -> list[nn.Module]:
         return [self.pipe.unet, self.pipe.vae, *self.text_encoders().values()]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
@@ -87,7 +88,8 @@ class DreamBooth(PriorMethod):
         if self._backbone is not None:
             raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
         check_unedited(backbone, self.word.placeholder)
-        backbone.fingerprint()  # of the frozen weights, which it remembers
+        for dtype in (None, torch.bfloat16):
+            backbone.fingerprint(dtype)  # of the frozen weights, which it remembers
         with ExitStack() as undo:
             undo.callback(self._clear)
             for part, places in self._places(backbone).items():
