@@ -196,6 +196,8 @@ def _say_where(config: TrainConfig, folder: RunFolder, exported: Sequence[Path])
         words["backbone.path"] = config.backbone.path
     if config.backbone.layout is not None:
         words["backbone.layout"] = config.backbone.layout
+    if config.backbone.dtype != "float32":
+        words["backbone.dtype"] = config.backbone.dtype
     command = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in words.items())
     print(f"concept: {folder.concept} ({folder.concept.stat().st_size / 1000:.1f} kB)")
     if exported:

@@ -234,6 +234,22 @@ def test_a_run_of_another_method(
     assert "beta: found a concept of the method" in capfd.readouterr().err
 
 
+def test_what_was_trained_in_half_precision_is_drawn_by_the_command_that_it_names(
+    words: list[str], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the dtype of the training; and in float32 where none is named."""
+    assert run(*words, "backbone.dtype=bfloat16 method.steps=1 run.dir=run") == 0
+    (said,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("next: ")]
+    start, *command = shlex.split(said.removeprefix("next: python -m "))
+    assert start == "perfusion.generate" and command[-1] == "backbone.dtype=bfloat16"
+    few = ["num=1", "steps=1", "device=cpu"]
+    for folder, given in (("half", command), ("single", command[:-1])):
+        assert run_cli(generate.main, [*given, *few, f"out={folder}"]) == 0, capfd.readouterr().err
+    (half,), (single,) = (Path(folder).glob("*-0000.png") for folder in ("half", "single"))
+    difference = np.asarray(Image.open(half)) - np.asarray(Image.open(single), dtype=int)
+    assert 0 < np.abs(difference).max() < 30
+
+
 def test_a_crash_while_drawing_costs_no_step(
     words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
