@@ -51,7 +51,8 @@ class Job:
     Attributes:
         method: what the manifests call it.
         toys: one, or several that are drawn together.
-        concepts: their files, in the same order; none: the base model draws the superclasses.
+        words: what stands for each of them in prompts.
+        concepts: their files, in the same order; none: the base model draws.
         templates: prompts with a `{}` for each toy.
         measured: folder of what was measured of pictures before.
     """
@@ -59,6 +60,7 @@ class Job:
     backbone: BackboneConfig
     method: str
     toys: tuple[Toy, ...]
+    words: tuple[str, ...]
     concepts: tuple[Path, ...]
     looks: tuple[Look, ...]
     templates: tuple[str, ...]
@@ -168,13 +170,14 @@ def _records(job: Job, look: Look, concepts: Sequence[Concept], attached: Sequen
     from perfusion.generate import slug
     from perfusion.manifest import ImageRecord
 
-    words = [concept.placeholder for concept in concepts] or [toy.superclass for toy in job.toys]
+    superclasses = tuple(toy.superclass for toy in job.toys)
     dials = {name: _value(attached, name, look) for name in ("beta", "tau", "key_lock", "scale")}
     common: dict[str, Any] = {
         "concept": JOINED.join(toy.name for toy in job.toys),
         "concept_hash": JOINED.join(concept.hash for concept in concepts) or None,
-        "placeholder": JOINED.join(words) if concepts else None,
-        "superclass": JOINED.join(toy.superclass for toy in job.toys),
+        # Scores read prompts with the superclass in its place, so that looks which are told are no wish of the prompt.
+        "placeholder": None if job.words == superclasses else JOINED.join(job.words),
+        "superclass": JOINED.join(superclasses),
         "method": job.method,
         "backbone": "toyland",
         "instance": job.toys[0].instance if len(job.toys) == 1 else None,
@@ -184,7 +187,7 @@ def _records(job: Job, look: Look, concepts: Sequence[Concept], attached: Sequen
         **dials,
     }
     return [
-        ImageRecord(file=f"{slug(template)}-{seed}.png", prompt=filled(template, *words), seed=seed, **common)
+        ImageRecord(file=f"{slug(template)}-{seed}.png", prompt=filled(template, *job.words), seed=seed, **common)
         for template in job.templates
         for seed in job.seeds
     ]
@@ -218,7 +221,7 @@ def _measure(job: Job) -> Judged:
 
     scorers = _scorers()
     references = References(instance={toy.name: toy.instance for toy in job.toys})
-    asked = {filled(template, *_words(job)) for template in job.templates}
+    asked = {filled(template, *job.words) for template in job.templates}
     points: list[Point] = []
     for look in job.looks:
         folder = read_folder(look.folder, Said())
@@ -230,10 +233,6 @@ def _measure(job: Job) -> Judged:
     shown = {name: [data_uri(image) for image in images[:1]] for name, images in references.shown.items()}
     document = {"made_with": {**scorers.names, **provenance()}, "scorer": scorers.identity, "references": shown}
     return Judged(tuple(points), document)
-
-
-def _words(job: Job) -> list[str]:
-    return [toy.placeholder if job.concepts else toy.superclass for toy in job.toys]
 
 
 @functools.cache

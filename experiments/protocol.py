@@ -13,7 +13,7 @@ import numpy as np
 
 from perfusion.data.prompts import fill
 from perfusion.toyland.captions import asked, parse
-from perfusion.toyland.world import HELD_OUT, SUPERCLASSES, Instance, sample_instance
+from perfusion.toyland.world import HELD_OUT, LIVING, SUPERCLASSES, Instance, sample_instance
 
 Alternatives = tuple[str, ...]  # of one prompt: the first that a toy allows is used
 
@@ -36,6 +36,14 @@ class Toy:
     @property
     def looks(self) -> Instance:
         return sample_instance(np.random.default_rng(self.instance), self.superclass)
+
+    @property
+    def description(self) -> str:
+        """All of its looks that a caption has words for."""
+        looks = self.looks
+        pattern = [] if looks.pattern == "plain" else [looks.second, looks.pattern]
+        eyes = ["with", looks.detail, "eyes"] if self.superclass in LIVING else []
+        return " ".join([*pattern, looks.body, self.superclass, *eyes])
 
 
 def toys(superclasses: Sequence[str], first: int) -> tuple[Toy, ...]:

@@ -146,6 +146,7 @@ class Runner:
             backbone=self.config(setting.training or _ANY, toys[0]).backbone,
             method=setting.label,
             toys=toys,
+            words=tuple(_word(setting, toy) for toy in toys),
             concepts=tuple(self._file(setting, toy) for toy in toys if setting.training is not None),
             looks=looks,
             templates=templates,
@@ -185,6 +186,13 @@ class Runner:
         if training is not None and training.shares:
             said.append(f"trained {self._step(wanted.setting, wanted.toys[0])} steps")
         return ", ".join(said) or None
+
+
+def _word(setting: Setting, toy: Toy) -> str:
+    """What stands for a toy in prompts."""
+    if setting.training is not None:
+        return toy.placeholder
+    return toy.description if setting.described else toy.superclass
 
 
 _ANY = Training("base", "perfusion_toyland")  # whose backbone is the base model

@@ -50,6 +50,7 @@ class Setting:
 
     Attributes:
         training: None: the base model, with the superclass's word.
+        described: all looks of the toy are told beside the superclass's word; of the base model alone.
         share: of the training's steps that have been taken.
     """
 
@@ -59,6 +60,7 @@ class Setting:
     key_lock: str | None = None
     scale: float | None = None
     share: float = 1.0
+    described: bool = False
 
     @property
     def dials(self) -> dict[str, Any]:
@@ -67,14 +69,18 @@ class Setting:
 
     @property
     def label(self) -> str:
-        return BASE if self.training is None else self.training.label
+        if self.training is not None:
+            return self.training.label
+        return f"{BASE}, told all looks" if self.described else BASE
 
     @property
     def name(self) -> str:
         """For people, and unique among the settings of a training."""
         parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials.items()]
         parts += [f"share-{self.share:.2f}"] if self.share != 1 else []
-        return "-".join(parts) or ("the-superclass" if self.training is None else "as-trained")
+        if self.training is None:
+            return "described" if self.described else "the-superclass"
+        return "-".join(parts) or "as-trained"
 
 
 PERFUSION = Training("perfusion", "perfusion_toyland")
@@ -91,6 +97,7 @@ BETAS = (0.55, 0.7, 0.85, 1.0, 1.15, 1.3)  # Perfusion's front
 FEW_BETAS = (0.7, 0.85, 1.0)  # of them, where two variants are compared
 SCALES = (0.2, 0.4, 0.7, 1.0)  # LoRA's front
 BASE_MODEL = Setting(None)
+DESCRIBED = Setting(None, described=True)
 
 
 def by_beta(training: Training, betas: tuple[float, ...] = BETAS, **dials: Any) -> tuple[Setting, ...]:

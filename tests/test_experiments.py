@@ -19,6 +19,7 @@ from experiments.pool import Outcome, Task
 from experiments.protocol import TABLE_TOYS, Protocol
 from experiments.runner import Runner, Wanted
 from experiments.settings import (
+    DESCRIBED,
     DREAMBOOTH,
     FEW_BETAS,
     PERFUSION,
@@ -187,12 +188,15 @@ def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Pa
     cat, dog = TABLE_TOYS[:2]
     beta, (early, late) = Setting(PERFUSION, beta=0.5), (Setting(TEXTUAL_INVERSION, share=s) for s in (1 / 3, 1.0))
     wanted = [Wanted(beta, (cat, dog)), Wanted(Setting(None), (cat,)), Wanted(early, (cat,)), Wanted(late, (cat,))]
+    wanted.append(Wanted(DESCRIBED, (cat,)))
     pool: Any = Inline(1, folder)
     pool.run(runner.tasks(wanted), runner.keep)
-    both, base, first, last = (runner.points[one] for one in wanted)
+    both, base, first, last, told = (runner.points[one] for one in wanted)
     assert both.concept == f"{cat.name} + {dog.name}" and both.pictures[0].prompt == "a photo of a <cat*> and a <dog*>"
     assert "identity" in both.pictures[0].scores and both.setting["setting"] == "2 concepts"
     assert base.method == "base" and "identity" in base.pictures[0].scores and base.pictures[0].training is None
+    assert told.pictures[0].prompt.startswith("a photo of a gray spotted green cat with blue eyes ")
+    assert "identity" in told.pictures[0].scores, "looks that are told are those of the toy, not wishes of the prompt"
     assert (first.setting["setting"], last.setting["setting"]) == ("trained 1 steps", "trained 2 steps")
     assert first.pictures[0].training != last.pictures[0].training
 

@@ -1,4 +1,5 @@
-"""How much of a toy passes through K and V of the text alone: one method, twice, on fewer and on more layers."""
+"""How much of a toy passes through K and V of the text alone: one method, twice, on fewer and on more layers; and how
+much passes through words."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from experiments.comparison import SLACK, front
 from experiments.curves import lead
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, LORA, PERFUSION, by_beta, by_scale
+from experiments.settings import BASE_MODEL, DESCRIBED, LORA, PERFUSION, by_beta, by_scale
 from experiments.verdict import Check
 
 ALL = by_scale(LORA)
@@ -20,10 +21,12 @@ def judge(evidence: Evidence) -> Finding:
     beyond = evidence.number(lambda a, b: min(lead(a, one, SLACK) for one in b), front(evidence, ALL), text)
     own = evidence.number(lambda a, b: min(lead(a, one, SLACK) for one in b), front(evidence, OWN), text)
     most = evidence.number(lambda a, b: float(a[:, 1].max() - b[:, 1].max()), evidence.line(ALL), text)
+    told = evidence.number(lambda a, b: lead(a, b[0], SLACK), front(evidence, OWN), evidence.line([DESCRIBED]))
     checks = (
         Check("identity of LoRA on all attention above all settings of LoRA on K and V of the text", beyond),
         Check("highest identity of the former above the highest of the latter", most, decides=False),
         Check("identity of Perfusion's front above all settings of LoRA on K and V of the text", own, decides=False),
+        Check("identity of Perfusion's front above the base model that is told all looks", told, decides=False),
     )
     return Finding(checks, f"identity {beyond.mean:+.3f} with all of the attention")
 
@@ -41,6 +44,7 @@ EXPERIMENT = Experiment(
         Series("lora, all attention", ALL),
         Series("lora, K and V of the text", TEXT),
         Series("perfusion", OWN),
+        Series(DESCRIBED.label, (DESCRIBED,)),
         Series("base", (BASE_MODEL,)),
     ),
     judge=judge,
