@@ -218,12 +218,14 @@ def test_trained_keys_cannot_be_locked(backbone: Backbone, bear: Concept) -> Non
 
 
 def test_training_with_global_locking_is_training_with_local_locking(backbone: Backbone) -> None:
+    """And what is drawn in between, in eval mode, is drawn as the concept will be."""
     states = []
     for key_lock in ("local", "global"):
         method = build({"name": "perfusion", "key_lock": key_lock}, Word("<cat*>", "cat")).train()
         method.attach(backbone)
         states.append({name: value.shape for name, value in method.state().items()})
         assert method.key_lock == "local"
+        assert method.eval().key_lock == key_lock and method.train().key_lock == "local"
         method.detach()
     assert states[0] == states[1]
     assert not any(isinstance(m, nn.Module) and m._forward_hooks for m in backbone.pipe.text_encoder.modules())

@@ -126,10 +126,12 @@ class Perfusion(Method):
         return start
 
     def train(self, mode: bool = True) -> Perfusion:
-        """Training or eval mode, with the gate of each; a `beta` or `tau` that was set is given up."""
+        """Training or eval mode, with the gate and the key-locking of each; what was set of them is given up."""
         super().train(mode)
         if self.gate is not None:
             self.beta, self.tau = self._gate_settings()
+            if not len(self.keys):
+                self.key_lock = "global" if self.options.key_lock is GLOBAL and not mode else "local"
         return self
 
     @property
