@@ -1,6 +1,7 @@
 """What every method must hold, whatever it does: it comes and goes without a trace, trains only what is its own, and is
 whole in its file."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,61 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from benchmarks.memory import kept_bytes
+from perfusion.backbones import backbone_class
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
-from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.methods.base import Batch, Method, Word, available, build
-from tests.pipelines import tiny_pipeline
+from tests.backbone_kinds import KINDS, config_of
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
 WORD = Word("<bear*>", "teddy bear")
-PARTS = ("unet", "vae", "text_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method with options, on a kind of backbone."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    kind: str = "sd15"
+
+    def __str__(self) -> str:
+        return "-".join((self.name, *(f"{key}={value}" for key, value in self.options), self.kind))
+
+
+CASES = [Case(name) for name in available()]
+CASES += [
+    Case("perfusion", (("key_lock", "none"), ("vectors", 3))),
+    Case("perfusion", (("key_lock", "global"), ("masked_loss", False))),
+]
+CASES += [Case("perfusion", kind=kind) for kind in KINDS if kind != "sd15"]
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    covariance = CovarianceConfig(count=50, cache=str(tmp_path_factory.mktemp("covariance")))
-    # At 64 pixels the middle block would have one position, whose attention to itself no query or key can change.
-    config = BackboneConfig(name="stable_diffusion", resolution=128, device="cpu", covariance=covariance)
-    return StableDiffusionBackbone.around(tiny_pipeline(), config)
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    home = tmp_path_factory.mktemp(request.param)
+    name, folder = KINDS[request.param]
+    # At 64 pixels the middle block of all but Toyland would have one position, whose attention to itself no query or
+    # key can change.
+    resolution = 64 if request.param == "toyland" else 128
+    loaded = backbone_class(name).load(config_of(name, folder(home), home / "cache", resolution=resolution))
+    loaded.pipe.set_progress_bar_config(disable=True)
+    draw(loaded, "cat")  # transformers hooks its own layers at the first call
+    return loaded
 
 
-@pytest.fixture(params=available())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each case with the backbone of its kind."""
+    if "method" in metafunc.fixturenames:
+        pairs = [(case.kind, case) for case in CASES]
+        metafunc.parametrize(("backbone", "method"), pairs, indirect=True, ids=map(str, CASES))
+
+
+@pytest.fixture
 def method(request: pytest.FixtureRequest, backbone: Backbone) -> Iterator[Method]:
     """Not attached yet."""
     before = Snapshot(backbone)
-    made = build({"name": request.param}, WORD)
+    made = build({"name": request.param.name, **dict(request.param.options)}, WORD)
     yield made
     made.detach()
     assert before.differences() == []  # so that one test's mistake is not another's failure
@@ -47,7 +78,7 @@ class Snapshot:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.tokenizer = getattr(backbone.pipe, "tokenizer")  # noqa: B009
+        self.tokenizers = self._tokenizers()
         self.modules = self._modules()
         self.values = {name: value.clone() for name, value in self._values().items()}
         self.tensors = {name: value.data_ptr() for name, value in self._values().items()}
@@ -66,12 +97,14 @@ class Snapshot:
         for what in ("trainable", "hooks"):
             if getattr(self, what) != getattr(self, f"_{what}")():
                 found.append(what)
-        if getattr(self.backbone.pipe, "tokenizer") is not self.tokenizer:  # noqa: B009
-            found.append("the tokenizer")
+        found += [name for name, tokenizer in self._tokenizers().items() if tokenizer is not self.tokenizers[name]]
         return found
 
+    def _tokenizers(self) -> dict[str, Any]:
+        return {name: part for name, part in self.backbone.pipe.components.items() if name.startswith("tokenizer")}
+
     def _parts(self) -> dict[str, nn.Module]:
-        return {name: getattr(self.backbone.pipe, name) for name in PARTS}
+        return parts(self.backbone)
 
     def _modules(self) -> dict[str, nn.Module]:
         return {f"{part}.{name}": m for part, root in self._parts().items() for name, m in root.named_modules()}
@@ -86,6 +119,10 @@ class Snapshot:
     def _hooks(self) -> dict[str, int]:
         kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_pre_hooks_with_kwargs")
         return {name: sum(len(getattr(m, kind)) for kind in kinds) for name, m in self._modules().items()}
+
+
+def parts(backbone: Backbone) -> dict[str, nn.Module]:
+    return {name: part for name, part in backbone.pipe.components.items() if isinstance(part, nn.Module)}
 
 
 def batch(backbone: Backbone, seed: int = 0) -> Batch:
@@ -151,8 +188,8 @@ def test_only_what_the_groups_name_gets_gradients(method: Method, backbone: Back
         assert parameter.dtype == torch.float32 and parameter.is_leaf
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0
     own = {id(parameter) for parameter in method.parameters()}
-    for part in PARTS:
-        for name, parameter in getattr(backbone.pipe, part).named_parameters():
+    for part, module in parts(backbone).items():
+        for name, parameter in module.named_parameters():
             assert parameter.grad is None or id(parameter) in own, f"{part}.{name}"
 
 
