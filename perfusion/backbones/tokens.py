@@ -316,8 +316,9 @@ def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> list[
     added: Any = [tokenizers.AddedToken(name, normalized=True, single_word=whole) for name in names]
     tokenizer.add_tokens(added)
     ids = tokenizer.convert_tokens_to_ids(names)
-    assert ids == list(range(first, first + vectors)), f"{names} got the ids {ids}, expected them from {first} on"
-    return ids
+    expected = [*range(first, first + vectors)]
+    assert ids == expected, f"{names} got the ids {ids}, expected them from {first} on"
+    return expected
 
 
 def _twin(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
