@@ -33,7 +33,7 @@ Try every claim of the paper on Toyland: train and draw what is missing, judge, 
   docs/results.md             all of them on one page, with figures in docs/images/results
   <runs>/<weights>/report/    a page with the pictures behind every point; <weights> is a hash of Toyland's weights
 
-  python -m experiments.paper                        everything; an estimated 90 minutes on two cores
+  python -m experiments.paper                        everything; about 70 minutes on two cores
   python -m experiments.paper only=mask,pareto       some experiments
   python -m experiments.paper only=covariance        one that is no claim of the paper
   python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small

@@ -29,7 +29,7 @@ TEDDY = [
     *CAT, "concept.name=teddy", "concept.superclass=teddy", "concept.placeholder=<teddy*>",
     "concept.toyland.instance=3",
 ]  # fmt: skip
-BETAS = (0.2, 0.5, 0.8, 1.1, 1.4)
+BETAS = (0.6, 0.8, 1.0, 1.2, 1.4)
 SCENES = (
     "a photo of {}",
     "a photo of {} on the beach",
