@@ -78,8 +78,9 @@ class Runner:
         for one in dict.fromkeys(wanted):
             if (other := folders.setdefault(self.folder(one), one)) != one:
                 raise ConfigError(f"{one.name} is the same as {other.name}: expected different settings")
-            groups.setdefault((one.setting.training, one.setting.share, one.toys), []).append(one)
-        for (training, _, toys), members in groups.items():
+            key = (one.setting.training, one.setting.share, one.setting.described, one.toys)
+            groups.setdefault(key, []).append(one)
+        for (training, _, _, toys), members in groups.items():
             needs = []
             for task in () if training is None else self._trainings(training, toys):
                 tasks.setdefault(task.name, task)

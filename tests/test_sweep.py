@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STUB = [sys.executable, str(ROOT / "tests" / "training_stub.py")]
 OTHERS = ("textual_inversion", "dreambooth", "custom_diffusion", "lora")
 NAMES = "concept.name=whole,broken,killed,mistaken"
+RATE = "method.value_rate=0.03"  # which the score of the stub follows from
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_mistakes_are_found_before_the_first_job(
 
 def crashes(launcher: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
     """Four jobs, three of which end badly; then the same command again."""
-    assert run(NAMES, *launcher) == 1
+    assert run(NAMES, RATE, *launcher) == 1
     shown = capfd.readouterr().out
     assert "1 done, 0 skipped, 3 failed, 0 open" in shown
     assert "job 1: RuntimeError: the loss went up" in shown
@@ -111,13 +112,13 @@ def crashes(launcher: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert [attempts(name) for name in ("whole", "broken", "killed", "mistaken")] == [1, 1, 1, 1]
 
     Path("mended").touch()
-    assert run(NAMES, *launcher) == 0
+    assert run(NAMES, RATE, *launcher) == 0
     shown = capfd.readouterr().out
     assert "3 done, 1 skipped, 0 failed, 0 open" in shown and "1 of them done before" in shown
     assert [attempts(name) for name in ("whole", "broken", "killed", "mistaken")] == [1, 2, 2, 2]
     assert not list(Path("runs").rglob("ERROR"))
 
-    assert run(NAMES, *launcher) == 0
+    assert run(NAMES, RATE, *launcher) == 0
     assert "0 done, 4 skipped, 0 failed, 0 open" in capfd.readouterr().out and attempts("whole") == 1
 
 

@@ -18,8 +18,8 @@ from perfusion.backbones.base import TokenError
 class WholeWords:
     """Stands in the place of a tokenizer's `_convert_encoding`, which is given every text that was read.
 
-    Of that tokenizer alone, not of its class: so the tokenizer stays one of the same type, and can be copied, pickled
-    and saved.
+    Of that tokenizer alone, not of its class: so the tokenizer stays one of the same type, and can be copied and
+    saved.
 
     Args:
         words: id -> the added word that it is a part of.
