@@ -107,13 +107,23 @@ def test_ways_to_draw(backbone: Backbone, concept: Concept, way: str) -> None:
 
 
 @pytest.mark.gpu  # accelerate cannot offload to the CPU what it computes there
-def test_sequential_offload(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload(tmp_path: Path, offload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the CPU's convolutions are what it is held to
     backbone = tiny_backbone(tmp_path)
-    concept = untrained_concept(backbone, Word("<cat*>", "cat"), 0)
-    with concept.attach(backbone):
-        expected = call(backbone.pipe, PROMPT)
-        backbone.pipe.enable_sequential_cpu_offload(device="cuda")
-        torch.testing.assert_close(call(backbone.pipe, PROMPT).cpu(), expected, atol=1e-3, rtol=1e-3)
+    concept, pipe = untrained_concept(backbone, Word("<cat*>", "cat"), 0), backbone.pipe
+    before = call(pipe, PLAIN)
+    with concept.attach(backbone) as attached:
+        expected = call(pipe, PROMPT)
+        getattr(pipe, offload)(device="cuda")
+        found = call(pipe, PROMPT)
+        assert found.device.type == "cuda"
+        assert next(pipe.unet.parameters()).device.type != "cuda", "it is put away again"
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+        attached.beta = CLOSED
+        assert (call(pipe, PROMPT) - found).abs().amax() > 1e-3, "not the word alone, the edit is to be seen"
+        pipe.remove_all_hooks()
+    assert torch.equal(call(pipe, PLAIN), before)
 
 
 @pytest.mark.parametrize("first", ["lora", "concept"])
