@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from perfusion.backbones.base import EditSite
+from perfusion.backbones.fingerprint import base_module
 from perfusion.prompt_gate import EditedPrompt, EditError, JointGate, PromptGate, Stamp, same, stamp_of
 from perfusion.rank_one import low_rank_update
 from perfusion.superclass_prompts import Replacements, SuperclassPrompts
@@ -278,7 +279,7 @@ def attach_edit(
     outputs: Mapping[str, nn.Parameter | None],
     join: bool = False,
 ) -> Edit:
-    """Edit the projections at `sites` of `denoiser`.
+    """Edit the projections at `sites` of `denoiser`, which may be compiled (`torch.compile`) already, or later.
 
     `outputs` has for the name of every site its target outputs (J, h), float32, or None for a locked projection. They
     and the gate are read at each call, so training them, or setting β, has its effect at once. Nothing of the denoiser
@@ -295,7 +296,7 @@ def attach_edit(
         if layer is not None and not (join and layer.shared.joinable and layer.shared.sites == set(outputs)):
             raise EditError(f"{name}: found an edit, expected none: detach the concept that is attached first")
     layers = {layer.shared for layer in found.values() if layer is not None}
-    shared = layers.pop() if layers else _Shared(sites, denoiser, join)
+    shared = layers.pop() if layers else _Shared(sites, base_module(denoiser), join)
     return Edit(shared, _Member(gate, outputs))
 
 

@@ -216,6 +216,32 @@ def copied(pipe: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key_lock", ["local", "global"])
+@pytest.mark.parametrize("first", ["concept", "compile"])
+def test_a_unet_that_is_compiled_whole_draws_the_same(tmp_path: Path, key_lock: str, first: str) -> None:
+    """As users do it: the edit's hooks are within what is compiled."""
+    backbone = tiny_backbone(tmp_path)
+    pipe, plain = backbone.pipe, backbone.pipe.unet
+    concept = untrained_concept(backbone, Word("<cat*>", "cat"), 0)
+    before = call(pipe, PLAIN)
+    with concept.attach(backbone, key_lock=key_lock) as attached:
+        expected = call(pipe, PROMPT)
+        attached.beta = CLOSED
+        closed = call(pipe, PROMPT)
+    assert (expected - closed).abs().amax() > 1e-3
+    if first == "compile":
+        pipe.unet = torch.compile(plain, backend="eager", fullgraph=True)
+        torch.testing.assert_close(call(pipe, PLAIN), before)
+    with concept.attach(pipe, key_lock=key_lock) as attached:
+        if first == "concept":
+            pipe.unet = torch.compile(plain, backend="eager", fullgraph=True)
+        torch.testing.assert_close(call(pipe, PROMPT), expected)
+        attached.beta = CLOSED
+        torch.testing.assert_close(call(pipe, PROMPT), closed)
+    torch.testing.assert_close(call(pipe, PLAIN), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key_lock", ["local", "global"])
 @pytest.mark.parametrize("concepts", [1, 2])
 def test_a_compiled_unet_draws_the_same(tmp_path: Path, key_lock: str, concepts: int) -> None:
     backbone = tiny_backbone(tmp_path)

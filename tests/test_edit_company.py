@@ -1,5 +1,7 @@
 """An edit together with what diffusers, PEFT and torch do to the same projections."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
@@ -130,6 +132,29 @@ class OneAttention(nn.Module):
 
     def forward(self, sample: Tensor, timestep: int, encoder_hidden_states: Tensor) -> Tensor:
         return self.attn2(sample, encoder_hidden_states=encoder_hidden_states)
+
+
+@torch.no_grad()
+def test_a_denoiser_that_is_compiled_already_is_edited_as_it_is(bench: Bench) -> None:
+    class Compiled(nn.Module):
+        """In the shape of torch.compile's wrapper, whose import takes seconds."""
+
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self._orig_mod(*args, **kwargs)
+
+    edit = bench.attach()
+    edited = bench()
+    edit.detach()
+    compiled = Compiled(bench.unet)
+    edit = attach_edit(bench.sites, compiled, bench.gate, bench.outputs)
+    assert torch.equal(compiled(bench.noisy, 3, bench.context).sample, edited)
+    bench.unet.fuse_qkv_projections()
+    with pytest.raises(EditError, match="found the concept's edit bypassed"):
+        compiled(bench.noisy, 3, encoder_hidden_states=bench.context)
 
 
 @pytest.mark.slow
