@@ -5,20 +5,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from pipelines import RESOLUTION, tiny_pipeline
 from torch import Tensor
+from torch.nn import functional
 
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, CovarianceConfig, ToylandConcept, TrainConfig
-from perfusion.data.dataset import Examples
+from perfusion.data.dataset import Examples, seed_of
 from perfusion.data.images import ConceptImageError
 from perfusion.methods.base import Batch, Method, Word, build
+from perfusion.toyland.draw import render
+from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import trainer as training
 from perfusion.training.checkpoint import SafetensorsCheckpointIO, newest_readable, step_of
-from perfusion.training.data import ConceptData, _Parts, examples_of, part_size
+from perfusion.training.data import PLACES, ConceptData, _Parts, examples_of, part_size
 from perfusion.training.module import PersonalizationModule, TrainingError
 from perfusion.training.run_folder import RunFolder
 
@@ -236,9 +240,20 @@ def test_toyland_draws_one_toy(examples: Examples) -> None:
     assert torch.equal(one.pixels[0], examples.pixels[0]), "picture k does not depend on how many there are"
     other = examples_of(ConceptConfig("cat", "cat", "<x>", toyland=ToylandConcept(instance=1)), RESOLUTION)
     assert not torch.equal(other.pixels, one.pixels)
-    assert examples.masks is not None and 0.05 < examples.masks.mean() < 0.6
     large = examples_of(CONCEPT, 2 * RESOLUTION)
     assert large.pixels.shape == (3, 3, 2 * RESOLUTION, 2 * RESOLUTION)
+    assert examples.masks is not None and large.masks is not None
+    toy = sample_instance(np.random.default_rng(CONCEPT.toyland.instance), CONCEPT.superclass)
+    for k in range(CONCEPT.toyland.count):
+        seed = seed_of("toyland concept", CONCEPT.toyland.instance, k)
+        drawn = render(concept_scene(toy, seed, place=PLACES[k % len(PLACES)]))
+        exact = torch.from_numpy(drawn.masks[0]).float() / 255
+        assert 0.05 < exact.mean() < 0.6 and exact.max() == 1
+        image = torch.from_numpy(drawn.image).permute(2, 0, 1).float() / 127.5 - 1
+        torch.testing.assert_close(examples.pixels[k], image, rtol=0, atol=1e-6)
+        torch.testing.assert_close(examples.masks[k, 0], exact, rtol=0, atol=1e-6)
+        halved = functional.avg_pool2d(large.masks[k], 2)[0]
+        assert (halved - exact).abs().mean() < 0.01, "enlarged, where the picture is"
 
 
 @pytest.mark.parametrize(
