@@ -82,7 +82,7 @@ EXPERIMENT = Experiment(
     "the base model that is told all looks in words has 0.64 and follows every prompt, so one word could carry "
     "more than is learned here. Settings: on the three tuning toys these had identity 0.63 at prompt accuracy "
     "0.99 instead of 0.51: they were chosen there, and toys differ; with another rate a word of two vectors "
-    "gave 0.63 instead of 0.58 at the same prompt accuracy, and twice the steps gave 0.62. Above β 1 the edit "
+    "gave 0.63 instead of 0.58 at the same prompt accuracy, and twice the steps 0.62 (at 0.97). Above β 1 the edit "
     "takes the superclass out of the word and puts too little in its place (it is read in 72 % of the pictures "
     "at β 1, in 23 % at 1.15); only β = ∞ leaves it in.",
 )
