@@ -106,7 +106,7 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         stamp = stamp_of(*own)
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return stamp and (*stamp, (autocast, 0))
+        return stamp and ((*stamp[0], autocast), stamp[1])
 
     # What diffusers asks of every tuner layer when adapters are weighted or fused. An edit has no part in either, but
     # fusing changes the weight that it is of, and in a way that torch does not count.

@@ -12,8 +12,10 @@ A concept whose β is infinite is left out: its gate is 0, and the sums go over 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -28,8 +30,9 @@ _DEPENDENT = 1e-6
 # Eigenvalue of the cosines between concepts, whose diagonal is 1, below which a direction between them is rounding.
 _SAME = 1e-4
 
-# Objects with their versions; see `stamp_of`.
-Stamp = tuple[tuple[object, int], ...]
+# Objects, and their versions; see `stamp_of`.
+Stamp = tuple[tuple[object, ...], tuple[int, ...]]
+_version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 Directions = Tensor | Callable[[Tensor], Tensor]
 
@@ -224,8 +227,14 @@ class PromptGate(nn.Module):
         return value
 
     def _stamp(self, context: Tensor) -> Stamp | None:
-        settings = (value for value in (self.beta, self.tau) if isinstance(value, Tensor))
-        return stamp_of(context, *self.buffers(), *settings)
+        return stamp_of(context, *self._read())
+
+    def _read(self) -> Iterator[Tensor]:
+        """All tensors that the gate is computed from."""
+        yield from self._buffers.values()  # type: ignore[misc]  # none of them is None
+        for value in (self._beta, self._tau):
+            if isinstance(value, Tensor):
+                yield value
 
     def _rows(self, name: str, rows: int, like: Tensor) -> Tensor:
         """β or τ as (J, rows)."""
@@ -288,13 +297,11 @@ class JointGate(PromptGate):
         return torch.cat([member._rows(name, rows, like) for member in self.members])
 
     def _stamp(self, context: Tensor) -> Stamp | None:
-        parts: list[tuple[object, int]] = []
-        for member in self.members:
-            stamp = member._stamp(context)
-            if stamp is None:
-                return None
-            parts += [*stamp, (member, member.changes)]
-        return tuple(parts)
+        stamp = super()._stamp(context)
+        return stamp and ((*stamp[0], *self.members), (*stamp[1], *(member.changes for member in self.members)))
+
+    def _read(self) -> Iterator[Tensor]:
+        return chain.from_iterable(member._read() for member in self.members)
 
 
 def _least_eigenvalue(overlap: Tensor) -> float:
@@ -308,13 +315,17 @@ def stamp_of(*tensors: Tensor) -> Stamp | None:
 
     None for inference tensors, which do not say when they are changed in place, and inside a compiled graph.
     """
-    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+    # Every layer asks at every step, so loops are left to C.
+    if torch.compiler.is_compiling():
         return None
-    return tuple((tensor, tensor._version) for tensor in tensors)
+    try:
+        return tensors, tuple(map(_version_of, tensors))
+    except RuntimeError:  # an inference tensor
+        return None
 
 
 def same(one: Stamp | None, other: Stamp | None) -> bool:
     """Whether what was computed under one stamp holds under the other."""
-    if one is None or other is None or len(one) != len(other):
+    if one is None or other is None or len(one[0]) != len(other[0]):
         return False
-    return all(a is b and n == m for (a, n), (b, m) in zip(one, other, strict=True))
+    return one[1] == other[1] and all(map(is_, one[0], other[0]))
