@@ -86,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
     where, clock = report.machine(device), timing.clock_for(device, config.threads)
     print(f"{where['cpu']}; threads {where['threads']}; torch {where['torch']}; {where['device']}; {clock} time")
     print(report.HEADER)
-    results = []
+    out = Path(config.out)
+    rows = report.write(out, [])  # that it can be written is known before any long work
     for name in names or BENCHMARKS:
         if name in CUDA_ONLY and device.type != "cuda":
             print(f"{name} needs CUDA: left out")
@@ -94,15 +95,15 @@ def main(argv: Sequence[str]) -> None:
         try:
             for pair in BENCHMARKS[name](device):
                 if isinstance(pair, timing.Amounts):
-                    results.append(report.result(pair, pair.comparison(), pair.clock, where))
+                    result = report.result(pair, pair.comparison(), pair.clock, where)
                 else:
                     found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
-                    results.append(report.result(pair, found, clock, where))
-                print(report.line(results[-1]), flush=True)
+                    result = report.result(pair, found, clock, where)
+                print(report.line(result), flush=True)
+                rows = report.write(out, [result])  # one at a time: an interruption costs none of them
         except torch.OutOfMemoryError as error:
             print(f"{name} does not fit into the device's memory: left out ({str(error).splitlines()[0]})")
-    rows = report.write(Path(config.out), results)
-    print(f"Written to {config.out}")
+    print(f"Written to {out}")
     if config.page:
         page.write(Path(config.page), rows)
         print(f"and {config.page}")

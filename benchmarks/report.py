@@ -85,7 +85,9 @@ def _read(path: Path) -> list[Result]:
         return []
     try:
         rows: list[Result] = json.loads(path.read_text(encoding="utf-8"))
-        assert all(isinstance(row["name"], str) and isinstance(row["model"], str) for row in rows)
+        assert isinstance(rows, list) and all(
+            isinstance(row["name"], str) and isinstance(row["model"], str) for row in rows
+        )
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise ConfigError(f"out: {path} does not hold results of benchmarks; delete it or name another file") from error
     return rows

@@ -1,6 +1,7 @@
 """`benchmarks`: that the harness finds a known ratio by a clock of the tests', what it writes, and that both sides of
 every benchmark do what they say. Nothing here is timed."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -211,6 +212,26 @@ def test_without_names_the_command_runs_all(stand_ins: list[str], tmp_path: Path
     assert stand_ins == ["one", "two"]
 
 
+def test_an_interruption_loses_nothing_that_was_measured(
+    stand_ins: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(device: torch.device) -> Iterator[Pair]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "BENCHMARKS", {**command.BENCHMARKS, "two": interrupted})
+    out = tmp_path / "latest.json"
+    with contextlib.suppress(KeyboardInterrupt):
+        run_cli(command.main, ["rounds=2", "seconds=0", f"out={out}", "device=cpu"])
+    assert [row["name"] for row in json.loads(out.read_text())] == ["one"]
+
+
+def test_a_file_that_cannot_take_results_is_refused_first(stand_ins: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "latest.json"
+    out.write_text("{}")
+    assert run_cli(command.main, ["one", "rounds=2", f"out={out}", "device=cpu"]) == 2
+    assert stand_ins == []
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -364,7 +385,7 @@ def test_stable_diffusion_is_measured_like_toyland(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sampling, "SIDE", {"sd15": 16})
     (pair,) = sampling.sampling_8(CPU)
     pictures: Any = pair.subject()
-    assert pair.rounds == 3 and [image.size for image in pictures] == [(16, 16)]
+    assert pair.rounds == sampling.ROUNDS["sd15"] and [image.size for image in pictures] == [(16, 16)]
     (found,) = memory.checkpointing(CPU)
     assert found.subject > found.baseline > 0
 
