@@ -183,8 +183,7 @@ class _Shared:
         if self.members:
             self._regate()
             return
-        if self.superclasses:
-            self.superclasses.close()
+        self._watch_no_longer()
         for hook in self._hooks:
             hook.remove()
         for site, layer in self._layers:
@@ -197,18 +196,22 @@ class _Shared:
         for gate in gates:
             gate.forget()
         self.gate = gates[0] if len(gates) == 1 else JointGate(gates)
-        if self.superclasses:
+        if not any(member.words for member in self.members):
+            self._watch_no_longer()
+        elif self.superclasses:
             self.superclasses.words = [member.words for member in self.members if member.words]
             self.superclasses.forget()
+
+    def _watch_no_longer(self) -> None:
+        if self.superclasses:
+            self.superclasses.close()
+            self.superclasses = None
 
     def lock(self, member: _Member, encoders: Mapping[str, nn.Module], words: Replacements | None) -> None:
         """Lock the keys of `member` globally; locally, if `words` is None."""
         member.words = words
         if words and not self.superclasses:
             self.superclasses = SuperclassPrompts(encoders)
-        elif self.superclasses and not any(other.words for other in self.members):
-            self.superclasses.close()
-            self.superclasses = None
         self._regate()
 
     def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
