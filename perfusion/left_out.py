@@ -20,7 +20,7 @@ class LeftOut:
 
     Args:
         encoders: name -> text encoder.
-        words: ids of the concept's word, and of its superclass, for each text encoder.
+        words: what the concept's superclass is in its word's place, for each text encoder.
         kept: which of a number of rows have the concept: (rows,) bool. Asked only where a prompt names it.
     """
 

@@ -14,42 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perfusion.backbones.base import Replacement
+
 KEPT = 8  # outputs of a text encoder that are remembered: of prompts, of negative prompts, and some more
 
-# Of each text encoder: the ids of the concept's word, and those of its superclass.
-Replacements = Callable[[], Mapping[str, tuple[Sequence[int], Sequence[int]]]]
+# Of each text encoder.
+Replacements = Callable[[], Mapping[str, Replacement]]
 
 
-def replace_words(
-    ids: Sequence[int], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> tuple[list[int], list[int]]:
-    """`ids` with every occurrence of a pair's first part replaced by its second, at the same length N; and for each old
-    position the new one that stands for it.
+def replace_words(ids: Sequence[int], replacements: Sequence[Replacement]) -> tuple[list[int], list[int]]:
+    """`ids` of one tokenizer with superclasses in the place of the words, at the same length N, as that tokenizer would
+    have read it; and for each old position the new one that stands for it.
 
     The last token of a word stands for the last one of the other, as the one at which a causal encoder has read all of
-    it; the ones before it are aligned from there. Where the new text is longer, words at the end are cut off and the
-    last position, the end of text, stays; where it is shorter, the last id, padding, is repeated.
+    it; the ones before it are aligned from there. Where the new text is longer than what is read, words at the end are
+    cut off, and the last position is the end of text.
     """
+    if not replacements:
+        return list(ids), list(range(len(ids)))
     new: list[int] = []
     where: list[int] = []
-    at = 0
-    while at < len(ids):
-        for word, other in pairs:
-            if list(ids[at : at + len(word)]) == list(word):
-                shift = len(other) - len(word)
+    found = False
+    end, pad, length = replacements[0].end, replacements[0].pad, len(ids)
+    text = ids[: ids.index(end)] if end in ids else ids
+    while len(where) < len(text):
+        at = len(where)
+        for word, superclass, *_ in replacements:
+            if list(text[at : at + len(word)]) == list(word):
+                shift = len(superclass) - len(word)
                 where += [max(len(new), len(new) + shift + k) for k in range(len(word))]
-                new += other
-                at += len(word)
+                new += superclass
+                found = True
                 break
         else:
             where.append(len(new))
-            new.append(ids[at])
-            at += 1
-    length = len(ids)
-    if len(new) > length:
-        new = [*new[: length - 1], ids[-1]]
-    new += [ids[-1]] * (length - len(new))
-    return new, [min(position, length - 1) for position in where]
+            new.append(text[at])
+    if not found:
+        return list(ids), list(range(length))
+    where += [len(new) + k for k in range(length - len(text))]
+    new = [*new[: length - 1], end] if len(text) < length else new[:length]
+    return new + [pad] * (length - len(new)), [min(position, length - 1) for position in where]
 
 
 class SuperclassPrompts:
@@ -106,8 +110,8 @@ class SuperclassPrompts:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
             if self._inside or not isinstance(ids, Tensor):
                 return
-            pairs = [word()[name] for word in self.words]
-            made = [replace_words(row, pairs) for row in ids.tolist()]
+            replacements = [word()[name] for word in self.words]
+            made = [replace_words(row, replacements) for row in ids.tolist()]
             if all(new == row for (new, _), row in zip(made, ids.tolist(), strict=True)):
                 self._known[name] += [(own, own) for own in _states(output)]
                 return

@@ -208,6 +208,46 @@ def test_a_copy_of_the_pipeline_has_the_concept_too_or_says_that_it_has_not(
         assert call(before, PLAIN).isfinite().all()
 
 
+def test_a_pipeline_of_the_same_parts_refuses_a_concept_that_they_have_already(
+    backbone: Backbone, concept: Concept
+) -> None:
+    before = copied(backbone.pipe)
+    encoder = backbone.pipe.text_encoder
+    table = encoder.get_input_embeddings()
+    with concept.attach(backbone) as attached:
+        expected = call(backbone.pipe, PROMPT)
+        with pytest.raises(TokenError, match=r"'<cat\*>' is attached already, to another pipeline that shares"):
+            concept.attach(before)
+        assert torch.equal(call(backbone.pipe, PROMPT), expected)
+        attached.detach()
+        with concept.attach(before):
+            assert torch.equal(call(before, PROMPT), expected)
+    assert encoder.get_input_embeddings() is table
+
+
+def test_what_is_detached_is_gone_from_pipelines_of_the_same_parts_and_the_rest_stays(
+    backbone: Backbone, concept: Concept
+) -> None:
+    teddy = untrained_concept(backbone, Word("<teddy*>", "teddy bear"), 1)
+    with teddy.attach(backbone):
+        expected = call(backbone.pipe, "a <teddy*> on the beach")
+    first = concept.attach(backbone)
+    with teddy.attach(backbone):
+        other = copied(backbone.pipe)
+        first.detach()
+        for pipe in (backbone.pipe, other):
+            assert torch.equal(call(pipe, "a <teddy*> on the beach"), expected)
+        with pytest.raises(TokenError, match=r"found '<cat\*>', which was detached through another pipeline"):
+            call(other, PROMPT)
+        with concept.attach(backbone):  # a new word, though it has the old one's name and place
+            assert call(backbone.pipe, PROMPT).isfinite().all()
+            with pytest.raises(TokenError, match="which was detached"):
+                call(other, PROMPT)
+    with pytest.raises(TokenError, match=r"found '<teddy\*>', which was detached"):
+        call(other, "a <teddy*> on the beach")
+    assert torch.equal(call(other, PLAIN), call(backbone.pipe, PLAIN))
+
+
 def copied(pipe: Any) -> Any:
     copy = type(pipe)(**pipe.components, requires_safety_checker=False)
     copy.set_progress_bar_config(disable=True)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from perfusion.backbones.base import Backbone
+from perfusion.backbones.base import Backbone, Replacement
+from perfusion.backbones.tokens import add_word
 from perfusion.concept import Concept
 from perfusion.edit import EditError
 from perfusion.methods.base import Word, build
 from perfusion.superclass_prompts import replace_words
 from tests.concepts import tiny_backbone, untrained_concept
+from tests.pipelines import sd21_folder
 
 B, E = 1, 9  # beginning, end and padding
+P = 3  # padding, where it is not the end
 
 
 @pytest.mark.parametrize(
@@ -33,7 +39,37 @@ B, E = 1, 9  # beginning, end and padding
     ],
 )
 def test_words_are_replaced_and_positions_follow(ids, pairs, new, where) -> None:
-    assert replace_words(ids, pairs) == (new, where)
+    assert replace_words(ids, [Replacement(*pair, E, E) for pair in pairs]) == (new, where)
+
+
+@pytest.mark.parametrize(
+    ("ids", "pair", "new", "where"),
+    [
+        # Longer by as much as there was padding, and by more.
+        ([B, 4, 50, 5, E, P], ([50], [7, 8]), [B, 4, 7, 8, 5, E], [0, 1, 3, 4, 5, 5]),
+        ([B, 4, 50, 5, E, P], ([50], [6, 7, 8]), [B, 4, 6, 7, 8, E], [0, 1, 4, 5, 5, 5]),
+        ([B, 4, 50, 5, E], ([50], [7, 8]), [B, 4, 7, 8, E], [0, 1, 3, 4, 4]),
+        # Shorter, where there was no padding.
+        ([B, 50, 51, 5, E], ([50, 51], [7]), [B, 7, 5, E, P], [0, 1, 1, 2, 3]),
+        # What pads may be a word as well.
+        ([B, 50, P, E, P, P], ([50], [7, 8]), [B, 7, 8, P, E, P], [0, 2, 3, 4, 5, 5]),
+    ],
+)
+def test_the_end_of_text_stays_where_padding_is_something_else(ids, pair, new, where) -> None:
+    """As for SD 2.x and the second text encoder of SDXL, which pools at the end of text."""
+    assert replace_words(ids, [Replacement(*pair, E, P)]) == (new, where)
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1, 10])
+def test_a_prompt_with_its_superclass_reads_as_though_it_had_been_written(tmp_path: Path, spare: int) -> None:
+    """By a tokenizer with padding of its own, with `spare` positions left beside the superclass."""
+    pipe: Any = StableDiffusionPipeline.from_pretrained(sd21_folder(tmp_path))
+    assert pipe.tokenizer.pad_token_id != pipe.tokenizer.eos_token_id
+    on = " on" * (pipe.tokenizer.model_max_length - 4 - spare)
+    read = lambda text: pipe.tokenizer(text, padding="max_length", truncation=True).input_ids  # noqa: E731
+    plain = read("teddy bear" + on)
+    added = add_word(pipe, {"text_encoder": "tokenizer"}, "<bear*>", "teddy bear")
+    assert replace_words(read("<bear*>" + on), [added.replacements()["text_encoder"]])[0] == plain
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +216,22 @@ def test_several_concepts_are_all_replaced_and_must_agree(backbone: Backbone, be
         torch.testing.assert_close(draw(backbone, PROMPT), local, rtol=1e-3, atol=1e-3)
     for own, theirs in zip(keys, plain, strict=True):
         torch.testing.assert_close(own[1, :4], theirs[1, :4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["set while attaching", "set later"])
+def test_when_the_one_that_was_locked_globally_leaves_the_others_stay_locked_locally(
+    backbone: Backbone, bear: Concept, later: bool
+) -> None:
+    mug = untrained_concept(backbone, Word("<mug*>", "mug"), 1)
+    with bear.attach(backbone):
+        local = draw(backbone, PROMPT)
+        other = mug.attach(backbone, key_lock=None if later else "global")
+        other.key_lock = "global"
+        other.detach()
+        assert torch.equal(draw(backbone, PROMPT), local)
+        with pytest.raises(EditError):
+            mug.attach(backbone, key_lock="global", beta=float("nan"))
+        assert torch.equal(draw(backbone, PROMPT), local)
 
 
 def test_switching_back_gives_the_same_picture(backbone: Backbone, bear: Concept) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -60,6 +60,15 @@ class Encoding:
         return (context * marked).sum((0, 1)) / marked.sum()
 
 
+class Replacement(NamedTuple):
+    """How one text encoder's prompts read with the superclass in a concept's place: ids of its tokenizer."""
+
+    word: Sequence[int]
+    superclass: Sequence[int]
+    end: int  # of text
+    pad: int  # what stands behind the end; some tokenizers (SD 2.x) have another id for it than for the end
+
+
 class AddedToken(ABC):
     """A word added to every tokenizer and text encoder of a backbone, with trainable embeddings."""
 
@@ -74,8 +83,8 @@ class AddedToken(ABC):
         """Name -> text encoder, in the order in which their outputs stand side by side in the denoiser's context."""
 
     @abstractmethod
-    def replacements(self) -> dict[str, tuple[list[int], list[int]]]:
-        """Name of the text encoder -> ids of the word, and of its superclass, as its tokenizer has them now."""
+    def replacements(self) -> dict[str, Replacement]:
+        """Name of the text encoder -> what the superclass is in the word's place, as its tokenizer has them now."""
 
     @abstractmethod
     def remove(self) -> None:

@@ -28,6 +28,7 @@ from perfusion.backbones.tokens import (
     ExtendedEmbedding,
     TokenMemory,
     add_word,
+    check_pipeline,
     check_word,
     last_tokens,
     token_ids,
@@ -215,8 +216,7 @@ class LatentDiffusionBackbone(Backbone):
         return fingerprint.remembered(encoders[0], what, weights, lambda: make(prompts, word)).clone()
 
     def check_token(self, placeholder: str, superclass: str) -> None:
-        for name in self.towers.values():
-            check_word(getattr(self.pipe, name), placeholder, superclass)
+        check_pipeline(self.pipe, self.towers, placeholder, superclass)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         for tokenizer in self._tokenizers().values():

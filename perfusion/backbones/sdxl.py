@@ -90,8 +90,8 @@ def pool_superclasses(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return None
     if not bool((ids >= table.first).any()):  # so the call below does not come here again
         return None
-    pairs = table.replacements()
-    plain = ids.new_tensor([replace_words(row, pairs)[0] for row in ids.tolist()])
+    replacements = table.replacements()
+    plain = ids.new_tensor([replace_words(row, replacements)[0] for row in ids.tolist()])
     with torch.no_grad():
         pooled = encoder(plain)[0]
     if isinstance(output, tuple):

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perfusion.backbones.base import AddedToken, TokenError
-from perfusion.backbones.truncation import refuse_cut_words
+from perfusion.backbones.base import AddedToken, Replacement, TokenError
+from perfusion.backbones.truncation import Standing, refuse_lost_words
 
 T = TypeVar("T")
 
@@ -34,12 +34,13 @@ class WordVectors(nn.Module):
     """The vectors of one added word, `weight` (vectors, d_e): float32, whatever the encoder's dtype.
 
     A module of its own, without submodules, so that offloading hooks can move it. `spelled` holds the ids that the
-    stock tokenizer makes of the word.
+    stock tokenizer makes of the word. One that was removed keeps its place, so that those after it keep their ids.
     """
 
     def __init__(self, word: str, superclass: str, initial: Tensor, spelled: Sequence[int]) -> None:
         super().__init__()
         self.word, self.superclass, self.spelled = word, superclass, [*spelled]
+        self.standing = Standing(word)
         self.weight = nn.Parameter(initial.detach().float().clone())
 
     def forward(self) -> Tensor:
@@ -90,31 +91,42 @@ class ExtendedEmbedding(nn.Module):
         return torch.where(added[..., None], own, stock)
 
     def _check_spelling(self, ids: Tensor) -> None:
-        present = set(ids.flatten().tolist())
-        for word in self.words:
-            assert isinstance(word, WordVectors)
-            if not word.spelled or not present.issuperset(word.spelled):
+        found = set(ids.flatten().tolist())
+        for word in self.present():
+            if not word.spelled or not found.issuperset(word.spelled):
                 continue
             if bool(last_tokens(ids.view(-1, ids.shape[-1]), word.spelled).any()):
                 raise TokenError(
                     f"found {word.word!r} spelled out, expected it as a token: this pipeline shares its text encoder "
-                    "with one that has the concept, but took its tokenizer before; attach the concept to this one, or "
-                    "make it from the other's components after attaching"
+                    "with one that has the concept, but took its tokenizer before; make it anew from the other's "
+                    "components, which have the concept now"
                 )
 
-    def replacements(self) -> list[tuple[list[int], list[int]]]:
-        """For each added word its ids, and those of its superclass."""
+    def present(self) -> list[WordVectors]:
+        """The words that have not been removed."""
+        return [word for word in self.words if isinstance(word, WordVectors) and not word.standing.removed]
+
+    def replacements(self) -> list[Replacement]:
+        """For each word that is there, what its superclass is in its place."""
         ids: dict[str, list[int]] = {}
-        pairs: list[tuple[list[int], list[int]]] = []
         first = self.first
         for word in self.words:
             assert isinstance(word, WordVectors)
-            own = [*range(first, first + len(word.weight))]
-            # A superclass may be a word that was added before.
-            pairs.append((own, ids.get(word.superclass) or token_ids(self.stock_tokenizer, word.superclass)))
-            ids[word.word] = own
-            first += len(own)
-        return pairs
+            if not word.standing.removed:
+                ids[word.word] = [*range(first, first + len(word.weight))]
+            first += len(word.weight)
+        # A superclass may be a word that was added before.
+        read = lambda text: ids.get(text) or token_ids(self.stock_tokenizer, text)  # noqa: E731
+        return [_replacement(self.stock_tokenizer, ids[w.word], read(w.superclass)) for w in self.present()]
+
+    def place(self, word: WordVectors) -> None:
+        """Add `word`, where one with as many vectors was removed, or last."""
+        for k, other in enumerate(self.words):
+            assert isinstance(other, WordVectors)
+            if other.standing.removed and len(other.weight) == len(word.weight):
+                self.words[k] = word
+                return
+        self.words.append(word)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors.
@@ -127,11 +139,14 @@ class ExtendedEmbedding(nn.Module):
         if isinstance(rust := getattr(self.stock_tokenizer, "_tokenizer", None), tokenizers.Tokenizer):
             known[id(rust)] = _twin(rust)
         extended = copy.deepcopy(self.stock_tokenizer, known)
-        parts: dict[int, str] = {}
+        parts: dict[int, Standing] = {}
         for word in self.words:
             assert isinstance(word, WordVectors)
-            parts |= dict.fromkeys(_teach(extended, word.word, len(word.weight)), word.word)
-        refuse_cut_words(extended, parts)
+            if word.standing.removed:
+                _fill(extended, len(word.weight))
+            else:
+                parts |= dict.fromkeys(_teach(extended, word.word, len(word.weight)), word.standing)
+        refuse_lost_words(extended, parts)
         return extended
 
 
@@ -155,10 +170,12 @@ class AddedWord(AddedToken):
     def encoders(self) -> dict[str, nn.Module]:
         return {encoder: getattr(self._pipe, encoder) for encoder in self._towers}
 
-    def replacements(self) -> dict[str, tuple[list[int], list[int]]]:
+    def replacements(self) -> dict[str, Replacement]:
         tokenizers = {encoder: getattr(self._pipe, name) for encoder, name in self._towers.items()}
         return {
-            encoder: (token_ids(tokenizer, self.placeholder), token_ids(tokenizer, self.superclass))
+            encoder: _replacement(
+                tokenizer, token_ids(tokenizer, self.placeholder), token_ids(tokenizer, self.superclass)
+            )
             for encoder, tokenizer in tokenizers.items()
         }
 
@@ -166,10 +183,10 @@ class AddedWord(AddedToken):
         """Put tokenizers and tables back as they were, but for words that others added. Twice is as good as once."""
         for encoder, word in self._words.items():
             table = getattr(self._pipe, encoder).get_input_embeddings()
-            if not isinstance(table, ExtendedEmbedding) or all(w is not word for w in table.words):
+            if not isinstance(table, ExtendedEmbedding) or all(w is not word for w in table.present()):
                 continue
-            table.words = nn.ModuleList(w for w in table.words if w is not word)
-            if len(table.words):
+            word.standing.removed = True
+            if table.present():
                 setattr(self._pipe, self._towers[encoder], table.tokenizer())
             else:
                 _put(getattr(self._pipe, encoder), table.base)
@@ -196,12 +213,11 @@ def add_word(
         watchers: of text encoders, forward hooks (with keywords) that stay as long as there are words in them.
 
     Raises:
-        TokenError: see `check_word`; nothing is changed then.
+        TokenError: see `check_pipeline`; nothing is changed then.
     """
     if vectors is not None and vectors < 1:
         raise TokenError(f"vectors of {placeholder!r}: found {vectors}, expected at least 1")
-    for tokenizer in towers.values():
-        check_word(getattr(pipe, tokenizer), placeholder, superclass)
+    check_pipeline(pipe, towers, placeholder, superclass)
     words: dict[str, WordVectors] = {}
     for encoder_name, tokenizer_name in towers.items():
         encoder, tokenizer = getattr(pipe, encoder_name), getattr(pipe, tokenizer_name)
@@ -219,9 +235,24 @@ def add_word(
         spelled = table.stock_tokenizer(placeholder, add_special_tokens=False).input_ids
         spelled = [] if table.stock_tokenizer.unk_token_id in spelled else spelled
         words[encoder_name] = WordVectors(placeholder, superclass, initial, spelled)
-        table.words.append(words[encoder_name])
+        table.place(words[encoder_name])
         setattr(pipe, tokenizer_name, table.tokenizer())
     return AddedWord(pipe, towers, placeholder, superclass, words)
+
+
+def check_pipeline(pipe: DiffusionPipeline, towers: Mapping[str, str], placeholder: str, superclass: str) -> None:
+    """Raise TokenError unless `placeholder` can be added to `pipe`: see `check_word`; and its text encoders, which
+    other pipelines may share, must not have it."""
+    for encoder, tokenizer in towers.items():
+        check_word(getattr(pipe, tokenizer), placeholder, superclass)
+        table = getattr(pipe, encoder).get_input_embeddings()
+        words = table.present() if isinstance(table, ExtendedEmbedding) else []
+        if any(word.word.lower() == placeholder.lower() for word in words):
+            raise TokenError(
+                f"concept.placeholder: {placeholder!r} is attached already, to another pipeline that shares this text "
+                "encoder; make this pipeline anew from the other's components, which have the concept, or detach it "
+                "there first"
+            )
 
 
 def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass: str) -> None:
@@ -298,6 +329,12 @@ def last_tokens(ids: Tensor, word: Sequence[int]) -> Tensor:
     return marks
 
 
+def _replacement(tokenizer: PreTrainedTokenizerBase, word: Sequence[int], superclass: Sequence[int]) -> Replacement:
+    end: Any = tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id
+    return Replacement(word, superclass, end, end if pad is None else pad)
+
+
 def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> list[int]:
     """Make `tokenizer` read `word`, in upper or lower case, as one token per vector, with the next free ids: these.
 
@@ -322,6 +359,13 @@ def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> list[
     expected = [*range(first, first + vectors)]
     assert ids == expected, f"{names} got the ids {ids}, expected them from {first} on"
     return expected
+
+
+def _fill(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """Use up the next `count` ids, with what no text has."""
+    first = len(tokenizer)
+    tokenizer.add_tokens([tokenizers.AddedToken(f"\ufdd0{first + k}", normalized=False) for k in range(count)])  # type: ignore[list-item]
+    assert len(tokenizer) == first + count
 
 
 def _twin(rust: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -1,11 +1,13 @@
-"""Added words that a tokenizer would cut off at its limit.
+"""Added words that a tokenizer reads, and of which the text encoder would get nothing.
 
 Stock pipelines cut long prompts off, and only log it: a concept that stands too far back would silently not be drawn.
+And a tokenizer that another pipeline took while a word was there still knows the word when it is gone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -13,6 +15,17 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from perfusion.backbones.base import TokenError
+
+
+@dataclass(eq=False)
+class Standing:
+    """Of an added word, for all tokenizers that know it; their copies share it."""
+
+    word: str
+    removed: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Standing:
+        return self
 
 
 class WholeWords:
@@ -25,7 +38,7 @@ class WholeWords:
         words: id -> the added word that it is a part of.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Mapping[int, str]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Mapping[int, Standing]) -> None:
         self.tokenizer, self.words = tokenizer, dict(words)
 
     def __call__(self, encoding: tokenizers.Encoding, *args: Any, **kwargs: Any) -> Any:
@@ -33,11 +46,18 @@ class WholeWords:
 
         Raises:
             TokenError: the text is cut off, and an added word is lost or only a part of it is left. Whoever asks for
-                the tokens that were cut off (`return_overflowing_tokens`) loses nothing.
+                the tokens that were cut off (`return_overflowing_tokens`) loses nothing. Or there is a word in it that
+                was removed.
         """
+        found = (self.words[token] for token in encoding.ids if token in self.words)
+        if gone := next((standing.word for standing in found if standing.removed), None):
+            raise TokenError(
+                f"found {gone!r}, which was detached through another pipeline that shares this text encoder, expected "
+                "prompts without it; make this pipeline anew from the other's components, or attach the concept again"
+            )
         if encoding.overflowing and not kwargs.get("return_overflowing_tokens"):
             lost = chain.from_iterable(part.ids for part in encoding.overflowing)
-            if word := next((self.words[token] for token in lost if token in self.words), None):
+            if word := next((self.words[token].word for token in lost if token in self.words), None):
                 limit = len(encoding.ids)
                 length = limit + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
                 raise TokenError(
@@ -48,6 +68,6 @@ class WholeWords:
         return own._convert_encoding(self.tokenizer, encoding, *args, **kwargs)
 
 
-def refuse_cut_words(tokenizer: PreTrainedTokenizerBase, words: Mapping[int, str]) -> None:
-    """Make `tokenizer` raise TokenError where it would cut off a word of `words` (id -> word); see `WholeWords`."""
+def refuse_lost_words(tokenizer: PreTrainedTokenizerBase, words: Mapping[int, Standing]) -> None:
+    """Make `tokenizer` raise TokenError where one of `words`, by its ids, would be cut off or is gone; `WholeWords`."""
     tokenizer._convert_encoding = WholeWords(tokenizer, words)  # type: ignore[attr-defined]
