@@ -49,7 +49,8 @@ class ModelOptions(Protocol):
 
 
 def load_for(fingerprint: Mapping[str, str], options: ModelOptions) -> Backbone:
-    """A backbone for a concept with this fingerprint, of the kind that it was trained on unless the options say else.
+    """A backbone for a concept with this fingerprint, of the kind that it was trained on unless the options say else;
+    then it draws in the size that the weights are made for, which the kind alone (SD 1.x, SD 2.x) does not tell.
 
     Raises:
         ConfigError: neither a backbone nor a preset.
@@ -57,7 +58,10 @@ def load_for(fingerprint: Mapping[str, str], options: ModelOptions) -> Backbone:
     """
     name = options.backbone or fingerprint.get("family", "toyland")
     config = backbone_config(name, options.path, options.dtype, options.device, options.layout)
-    return backbones.backbone_class(config.name).load(config)
+    loaded = backbones.backbone_class(config.name).load(config)
+    if options.backbone:
+        return loaded
+    return backbones.around(loaded.pipe, dataclasses.replace(config, resolution=backbones.resolution_of(loaded.pipe)))
 
 
 def load(

@@ -28,6 +28,7 @@ from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.backbones.toyland import ToylandBackbone, toyland_captions
 from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig, checked
 from perfusion.covariance import CovarianceError
+from perfusion.generate import GenerateConfig
 from tests.backbone_kinds import KINDS, added, config_of, stock
 from tests.hub import put_in_hub_cache
 from tests.pipelines import tiny_pipeline, tiny_pipeline_folder, tiny_sdxl, toyland_folder
@@ -241,6 +242,17 @@ def test_other_pipelines_are_refused() -> None:
     xl.text_encoder_2 = None
     with pytest.raises(BackboneError, match="found a pipeline without a text_encoder_2"):
         backbones.around(xl)
+
+
+@pytest.mark.parametrize(("named", "resolution"), [(None, 64), ("sd15", 512)])
+def test_a_concept_that_names_a_family_alone_is_drawn_in_the_size_of_the_weights(
+    tmp_path: Path, named: str | None, resolution: int
+) -> None:
+    """SD 1.x and SD 2.x are one family, of other sizes; a preset that is named says its own."""
+    options = GenerateConfig(backbone=named, path=str(tiny_pipeline_folder(tmp_path)), device="cpu")
+    backbone = presets.load_for({"family": "stable_diffusion"}, options)
+    assert backbone.config.resolution == resolution
+    assert backbone.latent_shape()[1:] == (resolution // 8, resolution // 8)
 
 
 # --- the registry and the presets -----------------------------------------------------------------------------------

@@ -102,8 +102,12 @@ def _guessed(pipe: DiffusionPipeline) -> BackboneConfig:
     if not fitting:
         raise BackboneError(f"no backbone fits a {type(pipe).__name__}; there are: {', '.join(available())}")
     special = max(fitting, key=lambda cls: len(cls.__mro__))  # Toyland is a Stable Diffusion, but not the reverse
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor  # type: ignore[attr-defined]
-    return dataclasses.replace(special.defaults(), resolution=int(side))
+    return dataclasses.replace(special.defaults(), resolution=resolution_of(pipe))
+
+
+def resolution_of(pipe: DiffusionPipeline) -> int:
+    """Side in pixels of the pictures that a pipeline is made for."""
+    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)  # type: ignore[attr-defined]
 
 
 __all__ = [
@@ -116,4 +120,5 @@ __all__ = [
     "check_words",
     "default_config",
     "load",
+    "resolution_of",
 ]
