@@ -28,7 +28,7 @@ from perfusion.backbones.base import Backbone
 from perfusion.backbones.moments import spelled_out
 from perfusion.concept_format import ConceptFileError, read, write
 from perfusion.config import ConfigError
-from perfusion.edit import PromptGate, gates_at
+from perfusion.edit import EditError, PromptGate, gates_at
 from perfusion.files import PathLike
 from perfusion.methods.base import Method, Word, build, method_class
 from perfusion.provenance import provenance
@@ -153,7 +153,7 @@ class Concept:
                 settings.
             TokenError: the placeholder is a word of the pipeline already, perhaps because it is attached.
             EditError: something is attached that edits the same projections and cannot be combined with it, such as a
-                concept in training; or β or τ is impossible.
+                concept in training; or β or τ is impossible; or the weights are away (sequential offloading).
             BackboneError: no backbone fits the pipeline.
         """
         dials = {"beta": beta, "tau": tau, "key_lock": key_lock, "scale": scale}
@@ -161,6 +161,7 @@ class Concept:
         for name in dials:
             self.check_dial(name)
         backbone = pipe if isinstance(pipe, Backbone) else around(pipe)
+        _check_weights_are_there(backbone)
         self._check_backbone(backbone)
         self._check_company(backbone)
         method = self._build().eval()
@@ -318,6 +319,15 @@ class Attached:
     def _settable(self, name: str) -> Any:
         self.concept.check_dial(name)
         return self.method
+
+
+def _check_weights_are_there(backbone: Backbone) -> None:
+    for part in (backbone.denoiser, *backbone.text_encoders().values()):
+        if any(parameter.is_meta for parameter in part.parameters()):
+            raise EditError(
+                f"found a {type(part).__name__} whose weights are away, as enable_sequential_cpu_offload() leaves it, "
+                "expected them in memory: attach before it, or after pipe.remove_all_hooks()"
+            )
 
 
 def _requirements(backbone: Backbone) -> dict[str, str]:

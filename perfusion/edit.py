@@ -31,7 +31,6 @@ from perfusion.prompt_gate import EditedPrompt, EditError, JointGate, PromptGate
 from perfusion.rank_one import low_rank_update
 from perfusion.superclass_prompts import Replacements, SuperclassPrompts
 
-_OPEN = 0.5  # gate above which a concept is certainly there
 _FUSED = ("fuse_qkv_projections", "call unfuse_qkv_projections()")
 _TAKEN_OUT = ("unload_lora_weights, say", "call detach() of every concept, then attach them again")
 
@@ -85,7 +84,7 @@ class EditedProjection(nn.Module, BaseTunerLayer):
 
     def _project(self, prompt: EditedPrompt, x: Tensor) -> Tensor:
         if self.kind == "k" and (superclasses := self.shared.superclasses):
-            return self.base_layer(_superclass_context(superclasses, prompt, x))
+            return self.base_layer(_superclass_context(superclasses, x))
         outputs = self.target_outputs
         if all(output is None for output in outputs):
             return self.base_layer(prompt.locked)
@@ -127,14 +126,15 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         self.shared.gate.forget()
 
 
-def _superclass_context(superclasses: SuperclassPrompts, prompt: EditedPrompt, x: Tensor) -> Tensor:
-    """`x` (B, N, d) with superclasses in the concepts' places; rows without a concept stay."""
+def _superclass_context(superclasses: SuperclassPrompts, x: Tensor) -> Tensor:
+    """`x` (B, N, d) with superclasses in the concepts' places; zeros, which stand for no prompt in SDXL, stay."""
     context, known = superclasses.of(x)
-    open_rows = (prompt.gates.amax((0, 2)) > _OPEN) & ~known
-    if not torch.compiler.is_compiling() and bool(open_rows.any()):
+    unknown = ~known & (x != 0).flatten(1).any(1)
+    if not torch.compiler.is_compiling() and bool(unknown.any()):
         raise EditError(
-            "key_lock=global: found an encoding with the concept in it that the pipeline's text encoder did not just "
-            "make (prompt_embeds from elsewhere, or clip_skip), expected a prompt; or use key_lock=local"
+            "key_lock=global: found an encoding that the pipeline's text encoder did not just make (prompt_embeds from "
+            "elsewhere, or scaled; or clip_skip), of which it is not known how it reads with the superclass; expected "
+            "a prompt; or use key_lock=local"
         )
     return context
 

@@ -20,6 +20,7 @@ from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.concept import Concept
 from perfusion.concept_format import ConceptFileError
+from perfusion.edit import EditError
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.drawing import CLOSED, PLAIN, PROMPT, call
@@ -124,6 +125,29 @@ def test_offload(tmp_path: Path, offload: str, monkeypatch: pytest.MonkeyPatch) 
         assert (call(pipe, PROMPT) - found).abs().amax() > 1e-3, "not the word alone, the edit is to be seen"
         pipe.remove_all_hooks()
     assert torch.equal(call(pipe, PLAIN), before)
+
+
+@pytest.mark.gpu
+def test_attaching_after_model_offload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    backbone = tiny_backbone(tmp_path)
+    concept, pipe = untrained_concept(backbone, Word("<cat*>", "cat"), 0), backbone.pipe
+    with concept.attach(pipe):
+        expected = call(pipe, PROMPT)
+    pipe.enable_model_cpu_offload(device="cuda")
+    with concept.attach(pipe):
+        torch.testing.assert_close(call(pipe, PROMPT).cpu(), expected, atol=1e-3, rtol=1e-3)
+    pipe.remove_all_hooks()
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_attaching_where_weights_have_been_put_away_is_an_error(tmp_path: Path, part: str) -> None:
+    """As `enable_sequential_cpu_offload` leaves them, which needs a GPU."""
+    backbone = tiny_backbone(tmp_path)
+    concept, pipe = untrained_concept(backbone, Word("<cat*>", "cat"), 0), backbone.pipe
+    getattr(pipe, part).to("meta")
+    with pytest.raises(EditError, match=r"attach before it, or after pipe\.remove_all_hooks"):
+        concept.attach(pipe)
 
 
 @pytest.mark.parametrize("first", ["lora", "concept"])

@@ -244,12 +244,16 @@ def test_switching_back_gives_the_same_picture(backbone: Backbone, bear: Concept
         assert torch.equal(draw(backbone, PROMPT), local)
 
 
-def test_encodings_from_elsewhere_are_refused(backbone: Backbone, bear: Concept) -> None:
-    with bear.attach(backbone, key_lock="global"):
+@pytest.mark.parametrize("beta", [0.5, 0.95, 3.0])
+@pytest.mark.parametrize("scale", [1.001, 0.6])
+def test_encodings_from_elsewhere_are_refused(backbone: Backbone, bear: Concept, beta: float, scale: float) -> None:
+    """However far the gate is open."""
+    with bear.attach(backbone, key_lock="global", beta=beta):
         encoded = backbone.pipe.encode_prompt(PROMPT, torch.device("cpu"), 1, False)[0]
-        with pytest.raises(EditError, match="key_lock=global: found an encoding with the concept in it"):
-            draw_embeddings(backbone, encoded * 1.001)
+        with pytest.raises(EditError, match="key_lock=global: found an encoding that the pipeline's text encoder did"):
+            draw_embeddings(backbone, encoded * scale)
         assert draw_embeddings(backbone, encoded).isfinite().all()  # as it came from the text encoder
+        assert draw_embeddings(backbone, torch.zeros_like(encoded)).isfinite().all()
 
 
 def draw_embeddings(backbone: Backbone, encoded: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class LatentDiffusionBackbone(Backbone):
             length = max(int(mask.sum(1).max()) for mask in masks)
             ids, masks, marks = ([part[:, :length] for part in parts] for parts in (ids, masks, marks))
         context, extra = self._read(ids, masks)
-        return Encoding(context, marks[0].to(self.device), extra)
+        return Encoding(context, marks[0].to(context.device), extra)  # with offloading not the denoiser's device
 
     def mean_encoding(self, prompts: Sequence[str], word: str) -> Tensor:
         """See the seam. A text encoder that was asked the same before, and has the same weights, is not run again."""
