@@ -99,10 +99,12 @@ class EditedProjection(nn.Module, BaseTunerLayer):
 
     def _stamp(self, x: Tensor) -> Stamp | None:
         """Of what the output depends on besides the prompt; None inside a layer (LoRA, quantized) that hides it."""
-        if type(self.base_layer) is not nn.Linear or torch.is_grad_enabled():
+        # At every layer and step: without the attribute look-up of modules, which takes longest.
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear or torch.is_grad_enabled():
             return None
-        own = (t for t in (self.base_layer.weight, self.base_layer.bias, *self.target_outputs) if t is not None)
-        stamp = stamp_of(*own)
+        own = [base._parameters["weight"], base._parameters["bias"], *self.target_outputs]
+        stamp = stamp_of(*[tensor for tensor in own if tensor is not None])
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return stamp and ((*stamp[0], autocast), stamp[1])
