@@ -62,6 +62,8 @@ def train(config: TrainConfig) -> RunFolder:
     for key in ("steps", "batch_size"):
         if getattr(method.options, key) < 1:
             raise ConfigError(f"method.{key}={getattr(method.options, key)}: expected at least 1")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed}: expected a whole number from 0 to {2**32 - 1}")
     check_keywords(config.trainer)
     part_size(
         method.options.batch_size, device_count(config.trainer), config.trainer.get("accumulate_grad_batches") or 1

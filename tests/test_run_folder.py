@@ -105,12 +105,44 @@ def test_clearing_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
     folder.begin(CONFIG)
     for name in ("concept.safetensors", "samples.png", "metrics.csv", "notes.txt"):
         (tmp_path / name).write_text("x")
-    for name in ("checkpoints", "diffusers"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.safetensors").write_text("x")
+    for name in ("checkpoints/step-000050.safetensors", "diffusers/x.safetensors"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x")
     folder.finish({})
     folder.clear()
     assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_files_that_no_run_wrote_stay(tmp_path: Path) -> None:
+    """`run.dir=.` beside a user's own models."""
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    own = folder.checkpoints / "sd15.safetensors"
+    mine = [own, folder.metrics, folder.samples]
+    for file in mine:
+        file.write_text("mine")
+    folder.clear()
+    assert all(file.read_text() == "mine" for file in mine)
+    folder.config.write_text("mine: 1\n")
+    with pytest.raises(ConfigError, match="was not written by a run, so nothing is removed"):
+        folder.clear()
+    assert all(file.exists() for file in [*mine, folder.config])
+    (folder.checkpoints / "step-000004.safetensors").touch()
+    folder.finish({})
+    assert [*folder.checkpoints.iterdir()] == [own]
+
+
+def test_replacing_a_run_is_not_asked_for_again_by_its_config(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(changed(run=RunConfig(overwrite=True)))
+    assert not read_config(folder.config).run.overwrite
+
+
+def test_numbers_of_other_types_differ_by_name(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(changed(method={**CONFIG.method, "beta": 1}))
+    with pytest.raises(ConfigError, match=r"method\.beta is 1 there and 1\.0 here"):
+        folder.check(changed(method={**CONFIG.method, "beta": 1.0}))
 
 
 def test_metrics_csv_has_one_row_per_step_and_grows_columns(tmp_path: Path) -> None:

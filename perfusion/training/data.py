@@ -57,6 +57,8 @@ def _drawn(concept: ConceptConfig, resolution: int) -> Examples:
         )
     if concept.toyland.count < 1:
         raise ConfigError(f"concept.toyland.count={concept.toyland.count}: expected at least one picture")
+    if concept.toyland.instance < 0:
+        raise ConfigError(f"concept.toyland.instance={concept.toyland.instance}: expected a number from 0 on")
     toy = sample_instance(np.random.default_rng(concept.toyland.instance), concept.superclass)
     pixels: list[Tensor] = []
     masks: list[Tensor] = []

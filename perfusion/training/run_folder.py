@@ -15,6 +15,7 @@ A job of a sweep leaves two files more: output.log, what its process said, and E
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -46,7 +47,6 @@ _IGNORED = (
     "concept.masks_cache",
     "concept.prior_cache",
 )
-_MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,9 @@ class RunFolder:
         """
         if self.config.exists() and not self.holds(config):
             then, now = _flat(read_config(self.config)), _flat(config)
-            differing = [key for key in sorted({*then, *now}) if then.get(key, _MISSING) != now.get(key, _MISSING)]
+            # By their JSON, as the hash: 1 and 1.0 are equal, and yet differ.
+            texts = [{key: json.dumps(value) for key, value in values.items()} for values in (then, now)]
+            differing = [key for key in sorted({*then, *now}) if texts[0].get(key) != texts[1].get(key)]
             key = differing[0]
             found = f"{key} is {then.get(key)!r} there and {now.get(key)!r} here"
             more = f", {len(differing) - 1} more keys differ" if len(differing) > 1 else ""
@@ -131,21 +133,42 @@ class RunFolder:
         """Make the folder and write its config; what a former attempt died of counts no more."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.error.unlink(missing_ok=True)
-        atomic_write_text(self.config, _header() + OmegaConf.to_yaml(_container(config)))
+        # Who starts from this config does not mean to replace a run once more.
+        kept = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False))
+        atomic_write_text(self.config, _header() + OmegaConf.to_yaml(_container(kept)))
 
     def clear(self) -> None:
-        """Remove what a run wrote here, the marker first; other files in the folder stay."""
+        """Remove what a run wrote here, the marker first; other files stay, and all of them where there was no run.
+
+        Raises:
+            ConfigError: there is a config.yaml that no run wrote.
+        """
+        if not self.config.exists():
+            return
+        if not self.config.read_text(encoding="utf-8", errors="replace").startswith(_header()):
+            raise ConfigError(
+                f"{self.config} was not written by a run, so nothing is removed for run.overwrite=true; choose another "
+                "run.dir="
+            )
         (self.path / "DONE").unlink(missing_ok=True)
         for file in (self.metrics, self.concept, self.samples, self.metrics_csv, self.config, self.error):
             file.unlink(missing_ok=True)
-        for made in (self.checkpoints, self.diffusers, self.path / "progress"):
+        self._remove_checkpoints()
+        for made in (self.diffusers, self.path / "progress"):
             shutil.rmtree(made, ignore_errors=True)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write `metrics.json`, remove the checkpoints and set the marker, in this order."""
         atomic_write_text(self.metrics, json.dumps(metrics, indent=2) + "\n")
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self._remove_checkpoints()
         atomic_write_text(self.path / "DONE", "")
+
+    def _remove_checkpoints(self) -> None:
+        """Of the training; a folder of this name may hold a user's own files as well."""
+        for file in self.checkpoints.glob("step-*.safetensors"):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self.checkpoints.rmdir()
 
 
 def config_hash(config: TrainConfig) -> str:
