@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -249,11 +250,10 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("superclass, placeholder: expected a word each")
     concept = convert(config)
     print(f"concept: {concept.source} ({Path(concept.source).stat().st_size / 1000:.1f} kB)")
-    where = f" path={config.path}" if config.path else ""
-    print(
-        f"next: python -m perfusion.generate concept={concept.source} backbone={config.backbone}{where} "
-        f"prompt='a photo of {concept.placeholder} on the beach'"
-    )
+    words = {"concept": concept.source, "backbone": config.backbone, "path": config.path, "layout": config.layout}
+    words["prompt"] = f"a photo of {concept.placeholder} on the beach"
+    told = " ".join(f"{key}={shlex.quote(value)}" for key, value in words.items() if value is not None)
+    print(f"next: python -m perfusion.generate {told}")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def generate(config: GenerateConfig) -> Path:
         records = _records(config, prompts, chosen, names, attached, steps, guidance)
         records = named(records, known)
         per_picture = [row for _ in prompts for row in chosen for _ in range(config.num)]
-        _draw(config, attached, records, per_picture, known, out)
+        _draw(config, attached, records, per_picture, out)
     print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")
     print(f"all together: {out / GRID}")
     return out
@@ -352,7 +352,6 @@ def _draw(
     attached: Sequence[Attached],
     records: Sequence[ImageRecord],
     strengths: Sequence[tuple[float | None, ...]],
-    known: Sequence[ImageRecord],
     out: Path,
 ) -> None:
     """Draw the pictures of `records` into `out`; when interrupted, the manifest names those that were finished."""
@@ -360,7 +359,7 @@ def _draw(
 
     from perfusion.contact_sheet import captioned_sheet
     from perfusion.files import atomic_path
-    from perfusion.manifest import save_png, write_manifest
+    from perfusion.manifest import known_records, save_png, write_manifest
     from perfusion.sampling import stream
 
     def set_strength(batch: slice) -> None:
@@ -385,7 +384,8 @@ def _draw(
             save_png(out, image, record)
             images.append(image)
     finally:
-        written = {record.file: record for record in (*known, *records[: len(images)])}
+        # Read again: another command may have drawn into the folder meanwhile.
+        written = {record.file: record for record in (*known_records(out), *records[: len(images)])}
         write_manifest(out, written.values())
     front = _is_front(records)
     captions = [r.prompt + (f"   β {_shown(r.beta)}" if front else "") for r in records[:: config.num]]

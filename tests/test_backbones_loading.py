@@ -255,6 +255,12 @@ def test_a_concept_that_names_a_family_alone_is_drawn_in_the_size_of_the_weights
     assert backbone.latent_shape()[1:] == (resolution // 8, resolution // 8)
 
 
+def test_a_size_may_be_height_and_width() -> None:
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(sample_size=(8, 12))
+    assert backbones.resolution_of(pipe) == 64
+
+
 # --- the registry and the presets -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,16 @@ def test_indices_and_files_that_are_not_there(backbone: Backbone, tmp_path: Path
 def test_the_command_says_what_to_do_next_and_overwrites_nothing(
     backbone: Backbone, tmp_path: Path, capsys: Any
 ) -> None:
-    path = written(package(backbone), tmp_path)
-    words = [f"file={path}", "superclass=cat", "placeholder=<cat*>", "backbone=sd15"]
+    folder = tmp_path / "my concepts"
+    folder.mkdir()
+    path = written(package(backbone), folder)
+    words = [f"file={path}", "superclass=cat", "placeholder=<cat*>", "backbone=sd15", "layout=sd15"]
     main(words)
-    assert (tmp_path / "old.safetensors").is_file()
-    assert "next: python -m perfusion.generate concept=" in capsys.readouterr().out
+    concept = folder / "old.safetensors"
+    assert concept.is_file()
+    told = shlex.split(capsys.readouterr().out.split("next: ")[1])
+    assert told[:4] == ["python", "-m", "perfusion.generate", f"concept={concept}"]
+    assert told[4:] == ["backbone=sd15", "layout=sd15", "prompt=a photo of <cat*> on the beach"]
     assert run_cli(module.main, words) == USER_ERROR
     assert "exists, expected a new file" in capsys.readouterr().err
 

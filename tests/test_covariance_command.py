@@ -170,7 +170,7 @@ def test_a_layout_is_used_and_handed_on(tmp_path: Path) -> None:
     assert "backbone.layout=sd21_base" in next_command(command, default_config("toyland"), None)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "stable_diffusion"])
 def test_the_next_command_trains_on_the_users_pictures(name: str, tmp_path: Path) -> None:
     command = CovarianceCommand(backbone=name, path="/models/a b", out=str(tmp_path / "C.safetensors"))
     config = backbone_config(name, command.path, command.dtype, "cpu", None)

@@ -271,3 +271,10 @@ class TestReadImage:
             read_image(tmp_path / "a.gif")
         with pytest.raises(ConceptImageError, match=r"b\.png: cannot be opened: No such file"):
             read_image(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("spec", [2023, [2023]])
+def test_a_folder_named_by_a_year_is_no_number(tmp_path: Path, spec: object) -> None:
+    """As YAML reads `concept.images=2023`."""
+    picture = _save(tmp_path / "2023" / "a.png")
+    assert find_images(spec, base=tmp_path) == [picture]

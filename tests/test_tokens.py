@@ -95,6 +95,16 @@ def test_a_placeholder_of_letters_is_not_found_inside_words(pipe: StableDiffusio
         word.remove()
 
 
+def test_a_placeholder_of_letters_leaves_other_text_alone_that_reads_like_it(pipe: StableDiffusionPipeline) -> None:
+    """Spelled out it would be the tokens of "cat 1"."""
+    before = context(pipe, "a cat 1")
+    added = add_word(pipe, TOWERS, "cat1", "cat")
+    table = pipe.text_encoder.get_input_embeddings()
+    assert torch.equal(context(pipe, "a cat 1"), before)
+    assert table.present()[0].spelled == []
+    added.remove()
+
+
 def test_a_new_word_starts_at_the_mean_of_its_superclass(pipe: StableDiffusionPipeline) -> None:
     table = pipe.text_encoder.get_input_embeddings().weight
     ids = pipe.tokenizer("teddy bear", add_special_tokens=False).input_ids

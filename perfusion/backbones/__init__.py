@@ -107,7 +107,9 @@ def _guessed(pipe: DiffusionPipeline) -> BackboneConfig:
 
 def resolution_of(pipe: DiffusionPipeline) -> int:
     """Side in pixels of the pictures that a pipeline is made for."""
-    return int(pipe.unet.config.sample_size * pipe.vae_scale_factor)  # type: ignore[attr-defined]
+    config: Any = pipe.unet.config  # type: ignore[attr-defined]
+    size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
+    return int(size * pipe.vae_scale_factor)  # type: ignore[attr-defined]
 
 
 __all__ = [

@@ -233,7 +233,9 @@ def add_word(
             if watchers and encoder_name in watchers:
                 table.watchers.append(encoder.register_forward_hook(watchers[encoder_name], with_kwargs=True))
         spelled = table.stock_tokenizer(placeholder, add_special_tokens=False).input_ids
-        spelled = [] if table.stock_tokenizer.unk_token_id in spelled else spelled
+        # Not to be told from other text: "dog1", which reads as "dog 1", or what the tokenizer does not know.
+        if placeholder.isalnum() or table.stock_tokenizer.unk_token_id in spelled:
+            spelled = []
         words[encoder_name] = WordVectors(placeholder, superclass, initial, spelled)
         table.place(words[encoder_name])
         setattr(pipe, tokenizer_name, table.tokenizer())

@@ -53,7 +53,7 @@ class WholeWords:
         if gone := next((standing.word for standing in found if standing.removed), None):
             raise TokenError(
                 f"found {gone!r}, which was detached through another pipeline that shares this text encoder, expected "
-                "prompts without it; make this pipeline anew from the other's components, or attach the concept again"
+                "prompts without it; make this pipeline anew from the other's components"
             )
         if encoding.overflowing and not kwargs.get("return_overflowing_tokens"):
             lost = chain.from_iterable(part.ids for part in encoding.overflowing)

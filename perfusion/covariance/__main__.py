@@ -108,7 +108,9 @@ def next_command(command: CovarianceCommand, config: BackboneConfig, out: Path |
     user's, and named by examples here."""
     on_toyland = command.backbone == "toyland"
     words = {} if on_toyland else {"+experiment": "photos_sdxl" if command.backbone == "sdxl" else "photos_sd15"}
-    words["backbone"] = command.backbone
+    words["backbone"] = (
+        "sd15" if command.backbone == "stable_diffusion" else command.backbone
+    )  # training wants a preset
     if command.path is not None:
         words["backbone.path"] = command.path
     if command.layout is not None:

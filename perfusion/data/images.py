@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -43,7 +44,8 @@ def find_images(spec: str | Sequence[str], base: Path | None = None, *, key: str
         ConceptImageError: nothing was given, a path does not exist, a part of `spec` holds no image, a file that is
             named, or that calls itself an image by its suffix, is none by its first bytes.
     """
-    parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
+    parts: list[Any] = [spec] if isinstance(spec, str | os.PathLike | int | float) else list(spec)
+    parts = [str(part) if isinstance(part, int | float) else part for part in parts]  # YAML reads 2023 as a number
     if not parts or any(not os.fspath(part).strip() for part in parts):
         raise ConceptImageError(
             f"{key}={spec!r} names nothing: expected a folder, a glob, a file, or a list of these (JPEG, PNG or WebP)."
