@@ -20,6 +20,9 @@ machines say little. `ratio` is the median over the rounds of subject / baseline
 the rounds' ratios, `goal` what the ratio should be at most, or the subject where it has a unit. `make bench` measures
 anew and writes this page and `benchmarks/latest.json`; `benchmarks/` says what each side does.
 
+On a machine that is shared with others the spread is large. A ratio that lies nearer to its goal than about
+spread / √rounds has neither reached nor missed it for sure.
+
 | benchmark | model | ratio | spread | goal | subject | baseline | rounds |
 |---|---|---:|---:|---|---:|---:|---:|
 """
