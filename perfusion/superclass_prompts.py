@@ -9,14 +9,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from perfusion.backbones.base import Replacement
-
 KEPT = 8  # outputs of a text encoder that are remembered: of prompts, of negative prompts, and some more
+
+
+class Replacement(NamedTuple):
+    """How one text encoder's prompts read with the superclass in a concept's place: ids of its tokenizer."""
+
+    word: Sequence[int]
+    superclass: Sequence[int]
+    end: int  # of text
+    pad: int  # what stands behind the end; some tokenizers (SD 2.x) have another id for it than for the end
+
 
 # Of each text encoder.
 Replacements = Callable[[], Mapping[str, Replacement]]

@@ -11,12 +11,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from perfusion.backbones.base import Backbone, Replacement
+from perfusion.backbones.base import Backbone
 from perfusion.backbones.tokens import add_word
 from perfusion.concept import Concept
 from perfusion.edit import EditError
 from perfusion.methods.base import Word, build
-from perfusion.superclass_prompts import replace_words
+from perfusion.superclass_prompts import Replacement, replace_words
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.pipelines import sd21_folder
 

@@ -304,7 +304,11 @@ def no_images(folder: Path) -> None:
         (None, "method.steps=0", ["method.steps", "at least 1"]),
         (None, "seed=-1", ["seed=-1", "from 0"]),
         (None, "seed=20240101123456", ["seed=20240101123456", "4294967295"]),
-        (None, "concept.toyland.instance=-1", ["concept.toyland.instance=-1", "from 0"]),
+        (
+            None,
+            "concept.images=null concept.masks=null concept.superclass=cat concept.toyland.instance=-1",
+            ["concept.toyland.instance=-1", "from 0"],
+        ),
         (None, "method=lora method.rank=0", ["method.rank", "found 0", "at least 1"]),
         (None, "method.name=prefusion", ["method.name", "'prefusion'", "perfusion"]),
         (None, "trainer.max_steps=3", ["trainer.max_steps", "method.steps"]),

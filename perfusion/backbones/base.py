@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,6 +20,7 @@ from perfusion.backbones.moments import described
 from perfusion.config import BackboneConfig
 from perfusion.covariance import Factorised
 from perfusion.covariance.matrix import Matrix
+from perfusion.superclass_prompts import Replacement
 
 
 class BackboneError(ValueError):
@@ -58,15 +59,6 @@ class Encoding:
         """(d,), float32, without gradients: the mean over all tokens where the word ends."""
         context, marked = self.context.detach().float(), self.concept[..., None]
         return (context * marked).sum((0, 1)) / marked.sum()
-
-
-class Replacement(NamedTuple):
-    """How one text encoder's prompts read with the superclass in a concept's place: ids of its tokenizer."""
-
-    word: Sequence[int]
-    superclass: Sequence[int]
-    end: int  # of text
-    pad: int  # what stands behind the end; some tokenizers (SD 2.x) have another id for it than for the end
 
 
 class AddedToken(ABC):

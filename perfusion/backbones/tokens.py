@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perfusion.backbones.base import AddedToken, Replacement, TokenError
+from perfusion.backbones.base import AddedToken, TokenError
 from perfusion.backbones.truncation import Standing, refuse_lost_words
+from perfusion.superclass_prompts import Replacement
 
 T = TypeVar("T")
 
