@@ -103,6 +103,9 @@ def test_a_placeholder_of_letters_leaves_other_text_alone_that_reads_like_it(pip
     assert torch.equal(context(pipe, "a cat 1"), before)
     assert table.present()[0].spelled == []
     added.remove()
+    added = add_word(pipe, TOWERS, "catdog", "cat")  # nothing else reads like it
+    assert pipe.text_encoder.get_input_embeddings().present()[0].spelled
+    added.remove()
 
 
 def test_a_new_word_starts_at_the_mean_of_its_superclass(pipe: StableDiffusionPipeline) -> None:

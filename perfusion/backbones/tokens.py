@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perfusion.backbones.base import AddedToken, TokenError
-from perfusion.backbones.truncation import Standing, refuse_lost_words
+from perfusion.backbones.lost_words import Standing, refuse_lost_words
 from perfusion.superclass_prompts import Replacement
 
 T = TypeVar("T")
@@ -235,7 +235,8 @@ def add_word(
                 table.watchers.append(encoder.register_forward_hook(watchers[encoder_name], with_kwargs=True))
         spelled = table.stock_tokenizer(placeholder, add_special_tokens=False).input_ids
         # Not to be told from other text: "dog1", which reads as "dog 1", or what the tokenizer does not know.
-        if placeholder.isalnum() or table.stock_tokenizer.unk_token_id in spelled:
+        with_digits = placeholder.isalnum() and not placeholder.isalpha()
+        if with_digits or table.stock_tokenizer.unk_token_id in spelled:
             spelled = []
         words[encoder_name] = WordVectors(placeholder, superclass, initial, spelled)
         table.place(words[encoder_name])
