@@ -25,9 +25,9 @@ from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.moments import spelled_out
 from perfusion.concept_format import ConceptFileError, read, write
 from perfusion.config import ConfigError
+from perfusion.covariance.configured import spelled_out
 from perfusion.edit import EditError, PromptGate, gates_at
 from perfusion.files import PathLike
 from perfusion.methods.base import Method, Word, build, method_class

@@ -27,7 +27,7 @@ from perfusion.backbones.base import Backbone, BackboneError, TokenError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.backbones.toyland import ToylandBackbone, toyland_captions
 from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig, checked
-from perfusion.covariance import CovarianceError
+from perfusion.covariance.moment import CovarianceError
 from perfusion.generate import GenerateConfig
 from tests.backbone_kinds import KINDS, added, config_of, stock
 from tests.hub import put_in_hub_cache

@@ -12,8 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from perfusion import files
-from perfusion.covariance import CovarianceError, SecondMoment, accumulate, cache, cached_second_moment, factorise
-from perfusion.covariance.cache import PartialSum
+from perfusion.covariance import cache
+from perfusion.covariance.cache import PartialSum, cached_second_moment
+from perfusion.covariance.factor import factorise
+from perfusion.covariance.moment import CovarianceError, SecondMoment
+from perfusion.covariance.stream import accumulate
 
 D = 6
 CAPTIONS = [f"caption {k}" for k in range(11)]
@@ -41,15 +44,6 @@ def test_streaming_equals_the_value_in_one_go(batch_size: int) -> None:
     assert moment.count == 4 * len(CAPTIONS)
     assert_near(moment.value(), one_shot())
     assert torch.equal(moment.value(), moment.value().T)
-
-
-def test_merged_parts_equal_the_whole() -> None:
-    left, right = accumulate(CAPTIONS[:4], encode, 2), accumulate(CAPTIONS[4:], encode, 2)
-    left.merge(right)
-    assert left.count == 4 * len(CAPTIONS)
-    assert_near(left.value(), one_shot())
-    with pytest.raises(CovarianceError, match=f"found width {D + 1}, expected {D}"):
-        left.merge(SecondMoment.empty(D + 1))
 
 
 def test_small_terms_are_not_lost_in_a_large_sum() -> None:

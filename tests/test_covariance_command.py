@@ -13,12 +13,12 @@ from torch import Tensor
 
 import perfusion
 from perfusion import backbones
-from perfusion.backbones import default_config, moments
+from perfusion.backbones import default_config
 from perfusion.backbones.base import BackboneError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.cli import run_cli
 from perfusion.config import BackboneConfig
-from perfusion.covariance import cache
+from perfusion.covariance import cache, configured
 from perfusion.covariance.__main__ import CovarianceCommand, main, measure, next_command
 from perfusion.covariance.matrix import load_matrix
 from perfusion.presets import backbone_config
@@ -82,7 +82,7 @@ def test_an_interrupted_command_goes_on(
         return run_cli(main, [*words.split(), f"out={tmp_path / folder}.safetensors"])
 
     monkeypatch.setattr(cache, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(moments, "CAPTION_BATCH", 8)
+    monkeypatch.setattr(configured, "CAPTION_BATCH", 8)
     encode, seen = StableDiffusionBackbone._encode_captions, []
 
     def stopping(self: Any, batch: list[str]) -> Tensor:

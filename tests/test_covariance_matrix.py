@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perfusion.covariance import CovarianceError
 from perfusion.covariance.matrix import Matrix, load_matrix, save_matrix
+from perfusion.covariance.moment import CovarianceError
 
 D = 5
 ORIGIN = {"name": "everyday", "count": 30, "positions": "all", "text_encoder": "ab12"}

@@ -13,7 +13,7 @@ from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
 from perfusion.config import BackboneConfig, ConfigError
-from perfusion.covariance import Factorised
+from perfusion.covariance.factor import Factorised
 from perfusion.edit import EditError
 from perfusion.generate import main as generate
 from perfusion.methods.base import Batch, Word, build

@@ -16,9 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from perfusion.backbones.moments import described
 from perfusion.config import BackboneConfig
-from perfusion.covariance import Factorised
+from perfusion.covariance.configured import described
+from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
 from perfusion.superclass_prompts import Replacement
 
@@ -172,7 +172,7 @@ class Backbone(ABC):
 
     @property
     def covariance(self) -> str:
-        """What a concept file says of the `C` that was used: `captions:count:ridge`, see `moments.described`."""
+        """What a concept file says of the `C` that was used: `captions:count:ridge`, see `described`."""
         return described(self.config.covariance, self.covariance_origin)
 
     @abstractmethod

@@ -19,9 +19,8 @@ from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from perfusion.backbones import fingerprint, loading, moments
+from perfusion.backbones import fingerprint, loading
 from perfusion.backbones.base import Backbone, BackboneError, EditSite, Encoding, TokenError
-from perfusion.backbones.captions import Captions, caption_stream, captions_digest
 from perfusion.backbones.gradient_checkpointing import gradient_checkpointing
 from perfusion.backbones.tokens import (
     AddedWord,
@@ -34,7 +33,9 @@ from perfusion.backbones.tokens import (
     token_ids,
 )
 from perfusion.config import BackboneConfig, CovarianceConfig
-from perfusion.covariance import Factorised
+from perfusion.covariance import configured
+from perfusion.covariance.captions import Captions, caption_stream, captions_digest
+from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
 
 CONTEXT = "text"  # the one text-context space: what the text encoder gives, read by every cross-attention
@@ -241,7 +242,7 @@ class LatentDiffusionBackbone(Backbone):
             ConfigError: the captions cannot be read.
         """
         settings = self.config.covariance
-        moments.check_settings(settings)
+        configured.check_settings(settings)
         encoders = self.text_encoders()
         dtypes = dict.fromkeys(str(next(encoder.parameters()).dtype) for encoder in encoders.values())
         key: dict[str, object] = {
@@ -253,12 +254,12 @@ class LatentDiffusionBackbone(Backbone):
             "dtype": ", ".join(dtypes).replace("torch.", ""),
         }
         if settings.matrix is not None:
-            matrix = moments.imported(settings, key)
+            matrix = configured.imported(settings, key)
         else:
             key |= {"captions": self._captions_digest(), "count": settings.count, "positions": settings.positions}
             adapted = any(fingerprint.has_adapters(encoder) for encoder in encoders.values())
             cached = None if adapted else key
-            matrix = moments.measured(settings, self.captions(), self._encode_captions, cached, progress)
+            matrix = configured.measured(settings, self.captions(), self._encode_captions, cached, progress)
         self.covariance_origin = matrix.origin
         return matrix
 
@@ -270,7 +271,7 @@ class LatentDiffusionBackbone(Backbone):
             ConfigError: the captions cannot be read.
         """
         projection: Any = fingerprint.base_module(self.edit_sites()[0].projection)
-        return moments.factorised(self.config.covariance, self.moment(progress), projection.in_features)
+        return configured.factorised(self.config.covariance, self.moment(progress), projection.in_features)
 
     def captions(self) -> Captions:
         """The captions that `C` is made of. Raises ConfigError."""
@@ -287,17 +288,17 @@ class LatentDiffusionBackbone(Backbone):
 
         Raises:
             ConfigError: no such captions or selection of positions.
-            CovarianceError: a matrix that cannot be read, or not be used with this model; see `moments.factorised`.
+            CovarianceError: a matrix that cannot be read, or not be used with this model; see `configured.factorised`.
             BackboneError: the UNet's config cannot be read.
         """
         settings = config.covariance
-        moments.check_settings(settings)
+        configured.check_settings(settings)
         if settings.matrix is None:
             cls.captions_of(settings)
             return
-        matrix = moments.imported(settings)
+        matrix = configured.imported(settings)
         width = loading.read_unet_config(cls.source(config)).get("cross_attention_dim")
-        moments.factorised(settings, matrix, width if isinstance(width, int) else None)
+        configured.factorised(settings, matrix, width if isinstance(width, int) else None)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
@@ -403,7 +404,7 @@ class LatentDiffusionBackbone(Backbone):
         ]
         context = self._read([i.input_ids for i in inputs], [i.attention_mask for i in inputs])[0]
         if self.config.covariance.positions == "words":
-            return context[moments.word_positions(tokenizers[0], inputs[0]).to(context.device)]
+            return context[configured.word_positions(tokenizers[0], inputs[0]).to(context.device)]
         return context
 
     def _captions_digest(self) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from perfusion import toyland
 from perfusion.backbones import loading
 from perfusion.backbones.base import BackboneError
-from perfusion.backbones.captions import Captions
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.covariance.captions import Captions
 from perfusion.toyland.captions import caption, vocabulary
 from perfusion.toyland.models import LATENT_CHANNELS, TEXT_POSITIONS
 from perfusion.toyland.world import sample_scene

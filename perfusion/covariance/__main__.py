@@ -76,7 +76,7 @@ def measure(command: CovarianceCommand) -> list[str]:
         KeyboardInterrupt: stopped; its message says where the same command goes on.
     """
     from perfusion import backbones
-    from perfusion.backbones.moments import factorised, spelled_out
+    from perfusion.covariance.configured import factorised, spelled_out
     from perfusion.covariance.matrix import save_matrix
     from perfusion.presets import backbone_config
 

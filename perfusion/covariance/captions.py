@@ -6,10 +6,12 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from perfusion.backbones.everyday import PHRASES
+import yaml
+
 from perfusion.config import ConfigError
 
 BUILT_IN = ("everyday",)
@@ -36,10 +38,8 @@ def caption_stream(name_or_path: str, count: int) -> Captions:
     is read once here, to check and count its lines, and again whenever they are gone through.
 
     Raises:
-        ConfigError: a count below 1, neither a set nor a file, or a file that is empty or no UTF-8.
+        ConfigError: neither a set nor a file, or a file that is empty or no UTF-8.
     """
-    if count < 1:
-        raise ConfigError(f"{_KEY}.count: found {count}, expected at least 1")
     if name_or_path == "everyday":
         return Captions(count, _everyday)
     path = Path(name_or_path).expanduser()
@@ -80,18 +80,26 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _everyday() -> Iterator[str]:
     """Captions without end, the same in every run."""
+    phrases = everyday_phrases()
     # Only `random()` keeps its sequence in every version of Python.
     rng = random.Random(2305)
+
+    def expand(text: str) -> str:
+        """`text` with every `{symbol}` replaced by one of its phrases, and so on for the symbols in these."""
+        return re.sub(r"\{(\w+)\}", phrase, text)
+
+    def phrase(symbol: re.Match[str]) -> str:
+        options = phrases[symbol[1]]
+        return expand(options[int(rng.random() * len(options))])
+
     while True:
-        caption = _expand("{caption}", rng)
-        yield re.sub(r"\b([Aa]) (?=[aeiou](?!ni[fcq]|ne\b))", r"\1n ", caption)
+        yield re.sub(r"\b([Aa]) (?=[aeiou](?!ni[fcq]|ne\b))", r"\1n ", expand("{caption}"))
 
 
-def _expand(text: str, rng: random.Random) -> str:
-    """`text` with every `{symbol}` replaced by one of the symbol's phrases, and so on for the symbols in these."""
-
-    def phrase(match: re.Match[str]) -> str:
-        options = PHRASES[match[1]]
-        return _expand(options[int(rng.random() * len(options))], rng)
-
-    return re.sub(r"\{(\w+)\}", phrase, text)
+@cache
+def everyday_phrases() -> dict[str, list[str]]:
+    """Each symbol of the built-in grammar, which everyday.yaml explains, with the phrases that may stand for it."""
+    grammar = yaml.safe_load(Path(__file__).with_name("everyday.yaml").read_text(encoding="utf-8"))
+    phrases = {symbol: text.splitlines() for symbol, text in grammar["phrases"].items()}
+    words = {symbol: [word.replace("_", " ") for word in text.split()] for symbol, text in grammar["words"].items()}
+    return phrases | words

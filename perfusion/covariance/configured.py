@@ -1,4 +1,4 @@
-"""Where the `C` of a backbone comes from, captions or a ready matrix, and how a concept file tells which it was."""
+"""Where the `C` of a config comes from, captions or a ready matrix, and how a concept file tells which it was."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from perfusion.backbones.captions import Captions
 from perfusion.config import ConfigError, CovarianceConfig
-from perfusion.covariance import CovarianceError, Factorised, accumulate, cached_second_moment, factorise
-from perfusion.covariance.cache import PartialSum
+from perfusion.covariance.cache import PartialSum, cached_second_moment
+from perfusion.covariance.captions import Captions
+from perfusion.covariance.factor import Factorised, factorise
 from perfusion.covariance.matrix import Matrix, load_matrix
+from perfusion.covariance.moment import CovarianceError
+from perfusion.covariance.stream import accumulate
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from perfusion import backbones
-from perfusion.backbones import moments
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept
 from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
-from perfusion.covariance import CovarianceError, cache
+from perfusion.covariance import cache, configured
 from perfusion.covariance.matrix import save_matrix
+from perfusion.covariance.moment import CovarianceError
 from perfusion.methods.base import Word
 from tests.backbone_kinds import KINDS, config_of, stock
 from tests.concepts import untrained_concept
@@ -88,7 +88,7 @@ def test_a_backbone_goes_on_where_it_was_interrupted(
     pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(moments, "CAPTION_BATCH", 8)
+    monkeypatch.setattr(configured, "CAPTION_BATCH", 8)
     whole = around(pipe, tmp_path / "whole", count=30).moment(progress=False)
     encode, seen = StableDiffusionBackbone._encode_captions, []
 
@@ -241,9 +241,9 @@ def test_a_concept_says_which_c_it_was_trained_with(pipe: Any, captions: Path, m
 
 def test_without_a_c_the_config_is_what_can_be_said(captions: Path) -> None:
     settings = CovarianceConfig(captions=str(captions), count=7, ridge=0.01)
-    assert moments.described(settings, None) == "mine.txt:7:0.01"
-    assert moments.described(dataclasses.replace(settings, positions="words"), None) == "mine.txt:7:0.01:words"
-    assert moments.described(dataclasses.replace(settings, matrix="C.npy"), None) == "matrix@?:0.01"
+    assert configured.described(settings, None) == "mine.txt:7:0.01"
+    assert configured.described(dataclasses.replace(settings, positions="words"), None) == "mine.txt:7:0.01:words"
+    assert configured.described(dataclasses.replace(settings, matrix="C.npy"), None) == "matrix@?:0.01"
 
 
 @pytest.mark.parametrize(
@@ -255,4 +255,4 @@ def test_without_a_c_the_config_is_what_can_be_said(captions: Path) -> None:
     ],
 )
 def test_the_parts_of_a_description_have_names(covariance: str, parts: str) -> None:
-    assert moments.spelled_out(covariance) == f"{covariance} ({parts})"
+    assert configured.spelled_out(covariance) == f"{covariance} ({parts})"

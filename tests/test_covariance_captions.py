@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from perfusion.backbones.captions import caption_stream, captions_digest
-from perfusion.backbones.everyday import PHRASES
 from perfusion.config import ConfigError
+from perfusion.covariance.captions import caption_stream, captions_digest, everyday_phrases
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +18,9 @@ def everyday() -> list[str]:
 
 
 def test_everyday_captions_are_the_same_in_every_run(everyday: list[str]) -> None:
-    assert everyday[:3] == [
-        "a gold map made of cardboard",
-        "our robot wearing a small vest in a gallery",
-        "Rome in the morning",
-    ]
+    assert everyday[0] == "a gold map made of cardboard"
+    digest = "e13bb901564edfa443d022b81f10e3a46b9e1cb548f872c0582e173b17c5d106"
+    assert captions_digest(everyday) == digest, "every C in use, and every concept trained with one, stands on these"
     assert list(caption_stream("everyday", 50)) == everyday[:50]  # whatever the count
 
 
@@ -44,8 +41,9 @@ def test_everyday_captions_are_whole_sentences(everyday: list[str]) -> None:
 
 
 def test_every_symbol_of_the_grammar_is_defined_and_used() -> None:
-    used = {name for phrases in PHRASES.values() for phrase in phrases for name in re.findall(r"\{(\w+)\}", phrase)}
-    assert used | {"caption"} == set(PHRASES)
+    grammar = everyday_phrases()
+    used = {name for phrases in grammar.values() for phrase in phrases for name in re.findall(r"\{(\w+)\}", phrase)}
+    assert used | {"caption"} == set(grammar)
 
 
 def test_a_file_gives_its_lines(tmp_path: Path) -> None:
@@ -83,8 +81,6 @@ def test_the_stream_is_lazy() -> None:
 def test_what_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"captions: found no file 'everyda', expected .*everyday"):
         caption_stream("everyda", 1)
-    with pytest.raises(ConfigError, match="count: found 0, expected at least 1"):
-        caption_stream("everyday", 0)
     blank = tmp_path / "blank.txt"
     blank.write_text("\n \n")
     with pytest.raises(ConfigError, match=r"blank\.txt: found no captions"):
