@@ -22,7 +22,7 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import trainer as training
 from perfusion.training.checkpoint import SafetensorsCheckpointIO, newest_readable, step_of
-from perfusion.training.data import PLACES, ConceptData, _Parts, examples_of, part_size
+from perfusion.training.data import PLACES, ConceptData, StepBatches, examples_of, part_size
 from perfusion.training.module import PersonalizationModule, TrainingError
 from perfusion.training.run_folder import RunFolder
 
@@ -171,8 +171,8 @@ def test_processes_and_parts_divide_every_step(
 ) -> None:
     data = ConceptData(examples, backbone, method.options, "<cat*>", seed=0)
     data.setup("fit")
-    whole = _Parts(data, 0, 1, 1)
-    shared = [_Parts(data, rank, 2, 2) for rank in range(2)]
+    whole = list(StepBatches(data, 0, 1, 1))
+    shared = [list(StepBatches(data, rank, 2, 2)) for rank in range(2)]
     for step in range(STEPS):
         expected, names = whole[step]
         assert expected.step_prompts is None and len(names) == 4

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
@@ -151,13 +150,11 @@ class ConceptData(LightningDataModule):
     def _encoded(self, parts: Iterable[Tensor]) -> Tensor:
         return torch.cat([self.backbone.latents(p.to(self.backbone.device, self.backbone.dtype)) for p in parts])
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> StepBatches:
         trainer = self.trainer
         assert trainer is not None
         parts = trainer.accumulate_grad_batches
-        order = _From(trainer.global_step * parts, self.dataset.steps * parts)
-        dataset = _Parts(self, trainer.global_rank, trainer.world_size, parts)
-        return DataLoader(dataset, batch_size=None, sampler=order, collate_fn=_as_it_is)
+        return StepBatches(self, trainer.global_rank, trainer.world_size, parts, start=trainer.global_step)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # made where the backbone is
@@ -207,39 +204,29 @@ def part_size(batch_size: int, devices: int, parts: int) -> int:
     return batch_size // (devices * parts)
 
 
-class _Parts(Dataset[tuple[Batch, list[str]]]):
-    """What one process sees: item j is part `j % parts` of its share of step `j // parts`, a ready batch."""
+class StepBatches:
+    """The ready batches that one process sees: of every step its share, in parts, from step `start` on.
 
-    def __init__(self, data: ConceptData, rank: int, devices: int, parts: int) -> None:
-        self.data, self.parts = data, parts
+    The length is that of the whole run, for Lightning counts batches from the run's start.
+    """
+
+    def __init__(self, data: ConceptData, rank: int, devices: int, parts: int, start: int = 0) -> None:
+        self.data, self.parts, self.start = data, parts, start
         self.size = part_size(data.batch_size, devices, parts)
         self.offset = rank * parts * self.size
         self.whole = devices * parts == 1
 
-    def __getitem__(self, j: int) -> tuple[Batch, list[str]]:
-        dataset, (step, part) = self.data.dataset, divmod(j, self.parts)
-        first = step * dataset.batch_size
-        prompts = None if self.whole else []
-        if part == 0 and not self.whole:
-            prompts = [dataset.prompt(k) for k in range(first, first + dataset.batch_size)]
-        start = first + self.offset + part * self.size
-        slots = range(start, start + self.size)
-        prior = self.data.prior_dataset
-        return self.data.batch([dataset[k] for k in slots], [prior[k] for k in slots] if prior else [], prompts)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch  # it is one already
-
-
-class _From(Sampler[int]):
-    """The numbers from `start` up to `end`. Its length is `end`, for Lightning counts batches from the run's start."""
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.end))
-
     def __len__(self) -> int:
-        return self.end
+        return self.data.dataset.steps * self.parts
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
+        dataset, prior = self.data.dataset, self.data.prior_dataset
+        for j in range(self.start * self.parts, len(self)):
+            step, part = divmod(j, self.parts)
+            first = step * dataset.batch_size
+            prompts = None if self.whole else []
+            if part == 0 and not self.whole:
+                prompts = [dataset.prompt(k) for k in range(first, first + dataset.batch_size)]
+            start = first + self.offset + part * self.size
+            slots = range(start, start + self.size)
+            yield self.data.batch([dataset[k] for k in slots], [prior[k] for k in slots] if prior else [], prompts)
