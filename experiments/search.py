@@ -99,8 +99,9 @@ def main(argv: Sequence[str], execute: Callable[[Sequence[str]], list[sweep.Resu
     if settings.direction not in ("maximize", "minimize"):
         raise ConfigError(f"search.direction={settings.direction}: expected maximize or minimize")
     space = read_space(settings.space)
-    with multirun([*words, *settings_of({key: _first(dimension) for key, dimension in space.items()})]):
-        pass  # composes: a key that is none is found here
+    # A key that is none is found here.
+    if multirun([*words, *settings_of({key: _first(dimension) for key, dimension in space.items()})]) is None:
+        raise ConfigError("hydra/sweeper: expected basic, for what a trial tries is this search's to choose")
     folder = Path(settings.root).expanduser() / settings.name
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder, "search.name="):  # so a trial that nobody finishes was stopped

@@ -30,10 +30,11 @@ class Runs:
         self.interrupt_at = self.fail_at = 0  # the how-manieth run
 
     def __call__(self, words: Sequence[str]) -> list[sweep.Result]:
-        with multirun(words) as jobs:
-            planned = sweep.plan(jobs, words)
-            for config in jobs.configs:
-                self._run(config)
+        jobs = multirun(words)
+        assert jobs is not None
+        planned = sweep.plan(jobs, words)
+        for config in jobs.configs:
+            self._run(config)
         return [sweep.result_of(job) for job in planned.jobs]
 
     def _run(self, config: TrainConfig) -> None:

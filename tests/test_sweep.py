@@ -19,7 +19,7 @@ from perfusion.config import ConfigError
 from perfusion.training import sweep
 from perfusion.training.devices import lease, visible_gpus
 from perfusion.training.job import run_apart
-from perfusion.training.multirun import multirun
+from perfusion.training.multirun import Multirun, multirun
 from perfusion.training.run_folder import RunFolder, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,30 +49,34 @@ def attempts(name: str) -> int:
     return len((folder_of(name).path / "attempts").read_text())
 
 
+def combined(*words: str) -> Multirun:
+    jobs = multirun(words)
+    assert jobs is not None
+    return jobs
+
+
 def test_a_sweep_is_the_product_of_what_varies() -> None:
-    words = ["seed=0,1", "method.steps=5,7", "concept.placeholder=<x*>"]
-    with multirun(words) as jobs:
-        found = [(c.seed, c.method["steps"], c.concept.placeholder) for c in jobs.configs]
-        assert found == [(0, 5, "<x*>"), (0, 7, "<x*>"), (1, 5, "<x*>"), (1, 7, "<x*>")]
-        assert jobs.varied(2) == ["seed=1", "method.steps=5"] and jobs.launcher == "BasicLauncher"
+    jobs = combined("seed=0,1", "method.steps=5,7", "concept.placeholder=<x*>")
+    found = [(c.seed, c.method["steps"], c.concept.placeholder) for c in jobs.configs]
+    assert found == [(0, 5, "<x*>"), (0, 7, "<x*>"), (1, 5, "<x*>"), (1, 7, "<x*>")]
+    assert jobs.varied(2) == ["seed=1", "method.steps=5"] and jobs.launcher == "BasicLauncher"
     assert not list(Path().iterdir()), "composing writes nothing"
 
 
 def test_presets_can_sweep_and_the_command_line_goes_before_them() -> None:
-    with multirun(["+experiment=key_lock_sweep"]) as jobs:
-        found = {(c.method["key_lock"], c.seed) for c in jobs.configs}
-        assert found == {(lock, seed) for lock in ("local", "none") for seed in (0, 1)} and len(jobs.configs) == 4
-    with multirun(["+experiment=key_lock_sweep", "method.key_lock=global", "seed=3"]) as jobs:
-        assert [(c.method["key_lock"], c.seed) for c in jobs.configs] == [("global", 3)]
+    found = [(c.method["key_lock"], c.seed) for c in combined("+experiment=key_lock_sweep").configs]
+    assert found == [(lock, seed) for lock in ("local", "none") for seed in (0, 1)]
+    jobs = combined("+experiment=key_lock_sweep", "method.key_lock=global", "seed=3")
+    assert [(c.method["key_lock"], c.seed) for c in jobs.configs] == [("global", 3)]
 
 
 def test_methods_and_toys_can_be_swept() -> None:
-    with multirun(["+experiment=pareto"]) as jobs:
-        found = {(c.method["name"], c.concept.toyland and c.concept.toyland.instance, c.seed) for c in jobs.configs}
+    jobs = combined("+experiment=pareto")
+    found = {(c.method["name"], c.concept.toyland and c.concept.toyland.instance, c.seed) for c in jobs.configs}
     assert len(found) == len(jobs.configs) == 30
     assert {name for name, _, _ in found} == {"perfusion", *OTHERS}
-    with multirun(["+experiment=pareto", "method=perfusion_toyland,lora_toyland", "seed=0"]) as jobs:
-        assert len({RunFolder.of(config).path for config in jobs.configs}) == 6
+    jobs = combined("+experiment=pareto", "method=perfusion_toyland,lora_toyland", "seed=0")
+    assert len({RunFolder.of(config).path for config in jobs.configs}) == 6
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,8 @@ def test_methods_and_toys_can_be_swept() -> None:
         (["seed=0,1", "method.steps=3,x", "trainer.devices=a", "concept.nmae=x"], ["concept.nmae", "'name'", "seed=0"]),
         (["seed=0,1", "run.dir=one"], ["jobs 0 (seed=0) and 1 (seed=1)", "folder one", "run.dir"]),
         (["run.root=a,b", "logger=csv,wandb"], ["jobs 0", "and 1", "logger=csv"]),
+        (["seed=0,1", "hydra/sweeper=opt"], ["hydra/sweeper=opt", "basic"]),
+        (["seed=interval(0,1)"], ["seed=interval(0,1)", "commas"]),
         (["seed=0,1", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic", "submitit_slurm"]),
         (["from=runs/x", "seed=0,1"], ["from="]),
         (["concept=photos", "seed=0,1"], ["concept.", "not given"]),
@@ -124,6 +130,49 @@ def crashes(launcher: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_crash_costs_its_own_job_alone(capfd: pytest.CaptureFixture[str]) -> None:
     crashes([], capfd)
+
+
+HALVING = """
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+ConfigStore.instance().store("halving", {"_target_": "hydra_plugins.halving.Halving"}, group="hydra/sweeper")
+
+
+class Halving(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments):
+        rate, scores = 0.04, [0.0]
+        for number in range(9):
+            (job,) = self.launcher.launch([[*arguments, f"method.value_rate={rate}"]], initial_job_idx=number)
+            scores.append(job.return_value)
+            if scores[-1] < scores[-2]:
+                break
+            rate /= 2
+        print("scores", *(f"{score:.5f}" for score in scores[1:]))
+"""
+
+
+def test_a_sweeper_that_chooses_its_jobs_is_told_their_scores(tmp_path: Path) -> None:
+    """As in any program of Hydra's: `hydra/sweeper=` names a plugin, which need not know its jobs beforehand."""
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "halving.py").write_text(HALVING)
+    words = ["-m", "hydra/sweeper=halving", "concept.name=whole", "concept.placeholder=<x*>"]
+    code = f"import sys\nfrom perfusion.training import sweep\nsys.exit(sweep.run({words!r}, {STUB!r}))"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    for again in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stderr
+        assert "scores 0.99910 0.99990 1.00000 0.99997" in done.stdout
+        assert done.stdout.count("training seed 0") == (0 if again else 4), "what is done is not done again"
+    assert len(list(Path("runs/default").glob("whole-*/DONE"))) == 4
 
 
 LAUNCHERS = {
@@ -242,9 +291,7 @@ def test_the_gpus_that_cuda_would_see(given: str, seen: list[str], monkeypatch: 
 
 
 def config_file(*words: str) -> Path:
-    with multirun(words) as jobs:
-        planned = sweep.plan(jobs, words)
-    return Path(planned.jobs[0].config)
+    return Path(sweep.plan(combined(*words), words).jobs[0].config)
 
 
 def test_jobs_take_turns_at_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -357,6 +357,19 @@ def test_help_says_what_there_is(here: Path, capfd: pytest.CaptureFixture[str]) 
     assert not os.listdir(here)
 
 
+def test_hydras_own_flags_do_what_they_do_in_any_program(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--cfg", "job", "seed=7") == 0
+    assert "seed: 7\n" in capfd.readouterr().out
+    assert run("-sc", "install=bash") == 0
+    assert "hydra_bash_completion()" in capfd.readouterr().out
+    monkeypatch.setenv("COMP_LINE", "python train.py backbone=")
+    assert run("-sc", "query=bash") == 0
+    assert capfd.readouterr().out.split() == [f"backbone={name}" for name in ("sd15", "sd21", "sdxl", "toyland")]
+    assert not os.listdir(here)
+
+
 def test_wandb_without_an_account_logs_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from perfusion.config import CONF, ConfigError, TrainConfig, checked
 
+_COMPLETION = ("-sc", "--shell_completion")
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
 
 
@@ -31,6 +32,9 @@ def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
     Raises:
         ConfigError: anything that is wrong with the command line or the config.
     """
+    if any(word in _COMPLETION for word in argv):
+        hydra_main(argv, lambda values: None)
+        return
     sources = [word.partition("=")[2] for word in argv if word.startswith("from=")]
     words = [prepared(word) for word in argv if not word.startswith("from=")]
     if sources:
@@ -43,17 +47,26 @@ def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
             raise ConfigError("a sweep is asked for with -m, and with no other flag beside it")
         composed.append(values)  # Hydra's part ends with composing
 
+    hydra_main(words, job)
+    for values in composed:  # none after --help or --cfg
+        task(checked_config(values))
+
+
+def hydra_main(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:
+    """Hydra's own command line: it calls `job` with what the words compose, and with `-m` once for each of its jobs.
+
+    Raises:
+        ConfigError: anything that is wrong with the words.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, we explain
     given = sys.argv
-    sys.argv = [given[0], *words]
+    sys.argv = [given[0], *words]  # the only place where Hydra looks
     try:
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(job)()
     except HydraException as error:
         raise explained(error) from error
     finally:
         sys.argv = given
-    for values in composed:  # none after --help or --cfg
-        task(checked_config(values))
 
 
 def prepared(word: str) -> str:

@@ -7,13 +7,12 @@ table can be made at any time, and the same command finds what is missing, whate
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from perfusion.config import ConfigError, TrainConfig
 from perfusion.files import atomic_write_text
+from perfusion.training.composition import checked_config, hydra_main, prepared
 from perfusion.training.job import TRAIN, error_of, run_apart
 from perfusion.training.multirun import Multirun, multirun
-from perfusion.training.run_folder import RunFolder
+from perfusion.training.run_folder import RunFolder, config_hash
 
 FILE = "sweep.json"
 _FLAGS = ("-m", "--multirun")
@@ -96,7 +96,10 @@ def run(argv: Sequence[str], command: Sequence[str] = TRAIN) -> int:
 
 
 def execute(words: Sequence[str], command: Sequence[str] = TRAIN, results: list[Result] | None = None) -> list[Result]:
-    """Run what is missing of the jobs that words without `-m` mean, with the launcher that they name.
+    """Have Hydra run the jobs that words without `-m` mean, with the sweeper and the launcher that they name.
+
+    A job that is done already ends at once. A sweeper that chooses each job by how those before it went is told
+    `scores.harmonic` of each; its jobs are not known beforehand, so they are not listed, and `results` stays empty.
 
     Args:
         results: filled with what became of every job, also if this raises in the middle; default: a new list.
@@ -108,19 +111,20 @@ def execute(words: Sequence[str], command: Sequence[str] = TRAIN, results: list[
         ConfigError: see `run`. KeyboardInterrupt: stopped. Whatever a launcher raises that lost a worker.
     """
     results = [] if results is None else results
-    with multirun(words) as jobs:
-        sweep = plan(jobs, words)
-        again = [config.run.overwrite for config in jobs.configs]
-        missing = [k for k, job in enumerate(sweep.jobs) if again[k] or result_of(job).state != "done"]
-        before = len(sweep.jobs) - len(missing)
-        print(f"sweep of {len(sweep.jobs)} jobs, {before} of them done before: {sweep.file}", flush=True)
-        try:
-            if missing:
-                alone = jobs.launcher == "BasicLauncher"
-                due = [(sweep.jobs[k].config, sweep.jobs[k].overrides) for k in missing]
-                jobs.launch(missing, functools.partial(_task, due, os.getcwd(), alone, list(command)))
-        finally:
-            results += [result_of(job, k not in missing) for k, job in enumerate(sweep.jobs)]
+    jobs = multirun(words)
+    if jobs is None:
+        hydra_main(["-m", *map(prepared, words)], _task(None, command, show=True))
+        return results
+    sweep = plan(jobs, words)
+    again = [config.run.overwrite for config in jobs.configs]
+    missing = [k for k, job in enumerate(sweep.jobs) if again[k] or result_of(job).state != "done"]
+    before = len(sweep.jobs) - len(missing)
+    print(f"sweep of {len(sweep.jobs)} jobs, {before} of them done before: {sweep.file}", flush=True)
+    try:
+        if missing:
+            hydra_main(["-m", *jobs.words], _task(sweep, command, show=jobs.launcher == "BasicLauncher"))
+    finally:
+        results += [result_of(job, k not in missing) for k, job in enumerate(sweep.jobs)]
     return results
 
 
@@ -140,12 +144,9 @@ def plan(jobs: Multirun, words: Sequence[str]) -> Sweep:
             )
     root = Path(jobs.configs[0].run.root).expanduser() / ".sweep"
     place = root / _name(jobs.configs[0], folders)
-    place.mkdir(parents=True, exist_ok=True)
-    listed = []
-    for k, (config, folder) in enumerate(zip(jobs.configs, folders, strict=True)):
-        file = place / f"{k:04d}.yaml"
-        atomic_write_text(file, OmegaConf.to_yaml(asdict(config)))
-        listed.append(Job(" ".join(jobs.varied(k)), str(folder.path), str(file)))
+    listed = [
+        _listed(config, place / f"{k:04d}.yaml", " ".join(jobs.varied(k))) for k, config in enumerate(jobs.configs)
+    ]
     text = {"words": list(words), "jobs": [asdict(job) for job in listed]}
     atomic_write_text(place / FILE, json.dumps(text, indent=2) + "\n")
     return Sweep(place / FILE, listed)
@@ -197,16 +198,37 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def _task(due: Sequence[tuple[str, str]], folder: str, alone: bool, command: Sequence[str], values: DictConfig) -> None:
-    """What a launcher calls, maybe in another process. Failures are left in the run's folder, not raised."""
-    number = HydraConfig.get().job.num
-    os.chdir(folder)  # where relative paths start, also in a worker that was started elsewhere
-    started = time.monotonic()
-    (file, settings), place = due[number], f"[{number + 1}/{len(due)}]"
-    print(f"{place} {settings or file}", flush=True)
-    error = error_of(run_apart(Path(file), command, show=alone))
-    took = f"{time.monotonic() - started:.0f} s"
-    print(f"{place} {f'failed after {took}: {error}' if error else f'done in {took}'}", flush=True)
+def _task(sweep: Sweep | None, command: Sequence[str], show: bool) -> Callable[[DictConfig], float | None]:
+    """What Hydra's launcher calls for each job, maybe in another process. Failures are left in the run's folder, not
+    raised; it gives the job's score."""
+    here = os.getcwd()
+
+    def task(values: DictConfig) -> float | None:
+        os.chdir(here)  # where relative paths start, also in a worker that was started elsewhere
+        config = checked_config(values)
+        if sweep is None:
+            root, name = Path(config.run.root).expanduser(), f"{config_hash(config)}.yaml"
+            job, place = _listed(config, root / ".sweep" / "chosen" / name), ""
+        else:
+            number = HydraConfig.get().job.num
+            job, place = sweep.jobs[number], f"[{number + 1}/{len(sweep.jobs)}] "
+        if job.run.finished and not config.run.overwrite:
+            return result_of(job).scores.get("harmonic")
+        started = time.monotonic()
+        print(f"{place}{job.overrides or job.config}", flush=True)
+        error = error_of(run_apart(Path(job.config), command, show=show))
+        took = f"{time.monotonic() - started:.0f} s"
+        print(f"{place}{f'failed after {took}: {error}' if error else f'done in {took}'}", flush=True)
+        return None if error else result_of(job).scores.get("harmonic")
+
+    return task
+
+
+def _listed(config: TrainConfig, file: Path, overrides: str = "") -> Job:
+    """A job whose config is in a file from now on."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, OmegaConf.to_yaml(asdict(config)))
+    return Job(overrides, str(RunFolder.of(config).path), str(file))
 
 
 def _name(config: TrainConfig, folders: Sequence[RunFolder]) -> str:
