@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit  # the quantiles of Student's t
 
 from eval.aggregate import Bootstrap, Interval, Summary, summary
 from eval.scores import Point
@@ -83,7 +84,7 @@ class Evidence:
         if n == 1:
             low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
             return Interval(mean, float(low), float(high))
-        off = t_quantile((1 + level) / 2, n - 1) * math.sqrt(n / (n - 1)) * float(np.std(drawn))
+        off = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(n / (n - 1)) * float(np.std(drawn))
         return Interval(mean, mean - off, mean + off)
 
     def mean_difference(self, a: Sequence[Setting], b: Sequence[Setting], measure: str) -> Interval:
@@ -100,15 +101,6 @@ class Evidence:
         """How long each training took, without loading and samples."""
         found: list[Mapping[str, Any]] = [json.loads(run.metrics.read_text()) for run in self.runs(training)]
         return [float(metrics["seconds"]["training"]) for metrics in found]
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Of Student's t, for a probability of at least a half: with t = √ν tan θ its density is that of cos^{ν−1} θ."""
-    angles = np.linspace(0, np.pi / 2, 100_001)
-    density = np.cos(angles) ** (degrees - 1)
-    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = np.interp(2 * probability - 1, cumulative / cumulative[-1], angles)
-    return float(math.sqrt(degrees) * np.tan(angle))
 
 
 def folder_bytes(folder: Path) -> int:

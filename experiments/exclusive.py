@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from perfusion.config import ConfigError
 
@@ -21,11 +22,11 @@ def alone(folder: Path, instead: str) -> Iterator[None]:
         ConfigError: another process works there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{folder}: found another process at work there, expected none; wait for it or choose another {instead}"
-            ) from None
+    try:
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: found another process at work there, expected none; wait for it or choose another {instead}"
+        ) from None
+    with held:
         yield

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from eval.aggregate import RESAMPLES, Bootstrap
 from experiments import results
@@ -18,8 +19,7 @@ from experiments.evidence import Evidence
 from experiments.exclusive import alone
 from experiments.experiment import Experiment, experiments
 from experiments.page import IMAGES, page
-from experiments.pool import Outcome, Pool
-from experiments.progress import Progress, clock
+from experiments.pool import Outcome, Pool, seconds_of
 from experiments.protocol import Protocol
 from experiments.runner import Runner, Wanted
 from perfusion.cli import parse_key_values, run_cli
@@ -116,8 +116,6 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
     wanted = {one.id: one.wanted(runner.protocol) for one in chosen}
     tasks = runner.tasks((w for some in wanted.values() for w in some), (t for one in chosen for t in one.trainings))
     needed = {one.id: {t.name for t in _tasks_of(tasks, one, wanted[one.id], runner)} for one in chosen}
-    progress = Progress(tasks, config.workers)
-    begun = time.monotonic()
     over: set[str] = set()
     failures: list[str] = []
     evidence: dict[bool, Evidence] = {}  # of single toys and of pairs: experiments share what they have in common
@@ -126,11 +124,11 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
         for one in [one for one in chosen if one.id in needed and needed[one.id] <= over]:
             del needed[one.id]
             if not (groups := one.groups(runner.protocol)):
-                progress.say(f"{one.id}: left out, it needs two concepts")
+                tqdm.write(f"{one.id}: left out, it needs two concepts")
                 continue
             mine = evidence.setdefault(one.pairs, Evidence(runner, groups, Bootstrap(config.resamples)))
             try:
-                failures.extend(_judge(one, mine, out, progress))
+                failures.extend(_judge(one, mine, out))
             except Exception as error:  # what is still to be trained and drawn does not depend on it
                 traceback.print_exc()
                 failures.append(f"{one.id}: not judged, {type(error).__name__}: {error}")
@@ -138,15 +136,15 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
     def done(outcome: Outcome) -> None:
         runner.keep(outcome)
         over.add(outcome.task.name)
-        progress.done(outcome)
         settle()
 
-    print(f"{len(tasks)} tasks for {', '.join(wanted)}; about {clock(progress.seconds_left())} minutes", flush=True)
+    minutes = seconds_of(tasks) / config.workers / 60
+    print(f"{len(tasks)} tasks for {', '.join(wanted)}; about {minutes:.0f} minutes", flush=True)
     settle()
     with Pool(config.workers, runner.root / "log") as pool:
-        pool.run(tasks, done)
-    print(f"results: {out / 'results'}, {out / 'docs' / 'results.md'}; {clock(time.monotonic() - begun)} minutes")
-    return progress.failures + failures
+        failed = pool.run(tasks, done)
+    print(f"results: {out / 'results'}, {out / 'docs' / 'results.md'}")
+    return failed + failures
 
 
 def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
@@ -156,7 +154,7 @@ def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], r
     return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
 
 
-def _judge(one: Experiment, evidence: Evidence, out: Path, progress: Progress) -> list[str]:
+def _judge(one: Experiment, evidence: Evidence, out: Path) -> list[str]:
     """Write an experiment's result, figures and the page anew; gives why it could not be judged."""
     runner = evidence.runner
     wanted = one.wanted(runner.protocol)
@@ -172,7 +170,7 @@ def _judge(one: Experiment, evidence: Evidence, out: Path, progress: Progress) -
         draw(one, evidence, runner.root / "figures", out / "docs" / IMAGES)
     (out / "docs").mkdir(parents=True, exist_ok=True)
     atomic_write_text(out / "docs" / "results.md", page(results.read_all(out / "results")))
-    progress.say(f"{one.id}: {finding.verdict.value} ({finding.key})")
+    tqdm.write(f"{one.id}: {finding.verdict.value} ({finding.key})")
     return []
 
 

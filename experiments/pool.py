@@ -1,7 +1,8 @@
-"""Persistent worker processes, one thread each: what a worker has loaded, it keeps for its next task.
+"""Tasks in worker processes, one thread each: what a worker has loaded, it keeps for its next task.
 
-A task that raises, or whose worker is killed, costs that task and those that need it; the others go on. Workers end
-with the process that started them, however that ends.
+A task that raises, or whose worker is killed, costs that task and those that need it; the others go on. (One executor
+of `size` processes would be broken as a whole by one kill, so each worker is an executor of its own.) Workers end with
+the process that started them, however that ends.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from tqdm import tqdm
+
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_SPAWN = multiprocessing.get_context("spawn")
+_SECONDS = {"train": 0.03, "draw": 0.45}  # of one core, for one unit of a task's size: a training picture, a drawn one
+_EVERY = 20.0  # seconds between two lines of progress where nobody watches a terminal
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Task:
     needs: tuple[str, ...] = ()
     about: Any = None
 
+    @property
+    def guess(self) -> float:
+        """Seconds that it takes, about."""
+        return self.size * _SECONDS.get(self.kind, 1.0)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -55,13 +64,30 @@ class Outcome:
     seconds: float = 0.0
 
 
-@dataclass
 class _Worker:
-    process: Any
-    tasks: Any  # connection: (call, arguments) one way, (value, error) the other
-    lifeline: Any  # connection that nobody writes to: it closes when this process ends
-    task: Task | None = None
-    begun: float = 0.0
+    """One process, started anew after it was killed."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._start()
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.executor = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(self._log,))
+
+    def submit(self, task: Task) -> Future[Any]:
+        try:
+            return self.executor.submit(_call, task.call, task.arguments)
+        except BrokenProcessPool:  # killed while it had nothing to do
+            self._start()
+            return self.executor.submit(_call, task.call, task.arguments)
+
+    def outcome(self, task: Task, future: Future[Any]) -> Outcome:
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
+            self._start()
+            return Outcome(task, error="its worker was killed")
+        return Outcome(task, error=str(error)) if error else Outcome(task, *future.result())
 
 
 @dataclass
@@ -75,143 +101,91 @@ class Pool:
 
     size: int
     logs: Path
-    _workers: list[_Worker] = field(default_factory=list)
+    _idle: list[_Worker] = field(default_factory=list)
 
     def __enter__(self) -> Pool:
         self.logs.mkdir(parents=True, exist_ok=True)
+        self._idle = [_Worker(self.logs / f"worker-{k}.log") for k in range(self.size)]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for worker in self._workers:
-            self._end(worker)
-        self._workers.clear()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for worker in self._idle:
+            worker.executor.shutdown()
+        if kind is not None:
+            for process in multiprocessing.active_children():  # nobody waits for their tasks any more
+                process.terminate()
 
-    def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> dict[str, Outcome]:
-        """All outcomes by the tasks' names. Tasks begin in their order as far as what they need is there.
+    def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> list[str]:
+        """What failed, a line for each task. Tasks begin in their order as far as what they need is there.
 
         Args:
             done: called with each outcome, in this process, as soon as it is known.
         """
-        names = {task.name for task in tasks}
-        assert len(names) == len(tasks) and all({*task.needs} <= names for task in tasks)
-        outcomes: dict[str, Outcome] = {}
-        waiting = list(tasks)
+        errors: dict[str, str | None] = {}  # of tasks that are over
+        waiting, busy = list(tasks), dict[Future[Any], tuple[Task, _Worker]]()
+        bar = _bar(tasks)
 
         def settle(outcome: Outcome) -> None:
-            outcomes[outcome.task.name] = outcome
+            errors[outcome.task.name] = outcome.error
+            bar.set_postfix_str(outcome.task.name, refresh=False)
+            bar.update(outcome.task.guess)
+            if outcome.error is not None:
+                bar.write(f"failed: {outcome.task.name}: {outcome.error}")
             done(outcome)
 
-        while len(outcomes) < len(tasks):
-            for task in [task for task in waiting if _missed(task, outcomes)]:
-                waiting.remove(task)
-                settle(Outcome(task, error=f"not tried, for {_missed(task, outcomes)} failed"))
-            while (ready := _first_ready(waiting, outcomes)) and (worker := self._idle()):
-                waiting.remove(ready)
-                worker.task, worker.begun = ready, time.monotonic()
-                worker.tasks.send((ready.call, ready.arguments))
-            busy = [worker for worker in self._workers if worker.task is not None]
-            if busy:
-                ended = connection.wait([worker.tasks for worker in busy])
-                for worker in busy:
-                    if worker.tasks in ended:
-                        settle(self._outcome(worker))
-        return outcomes
-
-    def _idle(self) -> _Worker | None:
-        for worker in [worker for worker in self._workers if worker.task is None]:
-            if worker.process.is_alive():
-                return worker
-            self._end(worker)  # killed while it had nothing to do
-            self._workers.remove(worker)
-        if len(self._workers) == self.size:
-            return None
-        self._workers.append(_started(self.logs / f"worker-{len(self._workers)}.log"))
-        return self._workers[-1]
-
-    def _outcome(self, worker: _Worker) -> Outcome:
-        """What a worker has to say of its task; one that was killed says nothing, and another takes its place."""
-        assert worker.task is not None
-        task, seconds = worker.task, time.monotonic() - worker.begun
-        try:
-            value, error = worker.tasks.recv()
-            worker.task = None
-        except (EOFError, ConnectionError):
-            worker.process.join()
-            value, error = None, _death(worker.process.exitcode)
-            self._end(worker)
-            self._workers.remove(worker)
-        return Outcome(task, value, error, seconds)
-
-    def _end(self, worker: _Worker) -> None:
-        worker.tasks.close()
-        if worker.task is None:  # it reads that there are no more, and leaves in order
-            worker.process.join(timeout=10)
-        worker.lifeline.close()
-        worker.process.join(timeout=5)
+        with bar:
+            while waiting or busy:
+                for task in [*waiting]:
+                    if lost := [name for name in task.needs if errors.get(name) is not None]:
+                        waiting.remove(task)
+                        settle(Outcome(task, error=f"not tried, for {lost[0]} failed"))
+                    elif self._idle and errors.keys() >= {*task.needs}:
+                        waiting.remove(task)
+                        worker = self._idle.pop()
+                        busy[worker.submit(task)] = task, worker
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    task, worker = busy.pop(future)
+                    self._idle.append(worker)
+                    settle(worker.outcome(task, future))
+        return [f"{name}: {error}" for name, error in errors.items() if error is not None]
 
 
-def _first_ready(waiting: Sequence[Task], outcomes: dict[str, Outcome]) -> Task | None:
-    done = {name for name, outcome in outcomes.items() if outcome.error is None}
-    return next((task for task in waiting if {*task.needs} <= done), None)
+def seconds_of(tasks: Sequence[Task]) -> float:
+    """How long they take on one core, about."""
+    return sum(task.guess for task in tasks)
 
 
-def _missed(task: Task, outcomes: dict[str, Outcome]) -> str | None:
-    """A task that this one needs and that has failed."""
-    return next((name for name in task.needs if name in outcomes and outcomes[name].error is not None), None)
+def _bar(tasks: Sequence[Task]) -> Any:
+    """Progress in guessed seconds of one core, from which tqdm tells the time that is left."""
+    shape = f"{{percentage:3.0f}}% of {len(tasks)} tasks after {{elapsed}}, about {{remaining}} left{{postfix}}"
+    pace = 0.1 if sys.stderr.isatty() else _EVERY
+    return tqdm(total=seconds_of(tasks), bar_format=shape, mininterval=pace, maxinterval=pace, smoothing=0)
 
 
-def _death(status: int | None) -> str:
-    if status is not None and status < 0:
-        return f"its worker was killed by {signal.Signals(-status).name}"
-    return f"its worker ended with status {status}"
-
-
-def _started(log: Path) -> _Worker:
-    ours, theirs = _SPAWN.Pipe()
-    end, lifeline = _SPAWN.Pipe(duplex=False)
-    process = _SPAWN.Process(target=_work, args=(theirs, end, log), daemon=True)
-    before = {name: os.environ.get(name) for name in _THREADS}
+def _begin(log: Path) -> None:
+    """What a worker does first. Ctrl-C is for the process that started it, with which it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ |= dict.fromkeys(_THREADS, "1")
-    try:
-        process.start()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    theirs.close()
-    end.close()
-    return _Worker(process, ours, lifeline)
-
-
-def _work(tasks: Any, end: Any, log: Path) -> None:
-    """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
-    threading.Thread(target=_end_with, args=(end,), daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
-    while True:
-        try:
-            call, arguments = tasks.recv()
-        except (EOFError, ConnectionError):
-            return
-        value, error = None, None
-        try:
-            value = call(*arguments)
-        except Exception as raised:
-            traceback.print_exc()
-            error = str(raised).splitlines()[0] if str(raised) else type(raised).__name__
-        except BaseException as raised:  # a KeyboardInterrupt or SystemExit of a library
-            traceback.print_exc()
-            error = f"{type(raised).__name__} {raised}"
-        sys.stdout.flush()
-        tasks.send((value, error))
 
 
-def _end_with(end: Any) -> None:
-    """End this process when the one that started it does."""
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None, float]:
+    """A task's value or error, and the seconds that it took. Errors travel as text: not every exception can be sent."""
+    begun, value, error = time.monotonic(), None, None
     try:
-        end.recv()
-    except (EOFError, OSError):
-        os._exit(1)
+        value = call(*arguments)
+    except BaseException as raised:  # a library's SystemExit included
+        traceback.print_exc()
+        error = str(raised).splitlines()[0] if str(raised) else type(raised).__name__
+    sys.stdout.flush()
+    return value, error, time.monotonic() - begun

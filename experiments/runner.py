@@ -95,18 +95,16 @@ class Runner:
                 tasks.setdefault(task.name, task)
         return list(tasks.values())
 
-    def keep(self, outcome: Outcome) -> list[Wanted]:
-        """Take in what a task has found; gives the settings that it is about."""
-        if outcome.task.kind != "draw":
-            return []
+    def keep(self, outcome: Outcome) -> None:
+        """Take in what a task has found."""
+        if outcome.task.kind != "draw" or outcome.error is not None:
+            return
         wanted: tuple[Wanted, ...] = outcome.task.about
-        if outcome.error is None:
-            if outcome.task.size > 1:
-                self._spend({one: outcome.seconds / len(wanted) for one in wanted})
-            self.points |= zip(wanted, outcome.value.points, strict=True)
-            shown = {**self.document.get("references", {}), **outcome.value.document["references"]}
-            self.document = {**outcome.value.document, "references": shown}
-        return list(wanted)
+        if outcome.task.size > 1:
+            self._spend({one: outcome.seconds / len(wanted) for one in wanted})
+        self.points |= zip(wanted, outcome.value.points, strict=True)
+        shown = {**self.document.get("references", {}), **outcome.value.document["references"]}
+        self.document = {**outcome.value.document, "references": shown}
 
     def trained(self, trainings: Iterable[Training]) -> bool:
         """Whether all toys have been learned by all of them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,8 @@ from omegaconf import OmegaConf
 from eval.aggregate import concept_scores
 from experiments.exclusive import alone
 from experiments.pool import Pool
-from experiments.progress import Progress
 from experiments.protocol import TUNING
 from experiments.runner import Runner, Wanted
-from experiments.search import Dimension, optuna_module, read_space, settings_of
 from experiments.settings import (
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
@@ -36,6 +34,7 @@ from experiments.settings import (
     by_scale,
     by_steps,
 )
+from experiments.study import Study, read_space
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import CONF, ConfigError
 from perfusion.files import atomic_write_text
@@ -52,8 +51,7 @@ The first trial of a method is its preset, conf/method/<method>_toyland.yaml, as
 experiments/spaces/<method>_toyland.yaml lists what else is tried. The same command resumes; a larger trials= extends a
 finished search. The best settings are printed as they go into the preset, and written to <out>/best.yaml.
 """
-_ERROR, _AT = "error", "at"  # attributes of a trial: why it failed; what was found, and where on the dial
-_ASKED = "asked"  # attribute of a study: all that its trials have in common
+_AT = "at"  # attribute of a trial: what was found, and where on the dial
 _STARTUP = 4  # trials before the sampler learns from them
 
 _BETAS = (0.55, 0.7, 0.85, 1.0)
@@ -82,24 +80,7 @@ class Search:
     """The trials of one method."""
 
     training: Training
-    space: Mapping[str, Dimension]
-    study: Any
-
-    @property
-    def over(self) -> list[Any]:
-        """Trials with a score or an error, but not those that were stopped."""
-        return [t for t in self.study.get_trials(deepcopy=False) if t.value is not None or _ERROR in t.user_attrs]
-
-    def ask(self, seed: int) -> tuple[Any, Training]:
-        """The next trial and what it trains."""
-        optuna = optuna_module()
-        number = len(self.over)
-        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        self.study.sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=_STARTUP)
-        trial = self.study.ask()
-        point = {key: dimension.suggest(trial, key) for key, dimension in self.space.items()}
-        words = settings_of(point)
-        return trial, dataclasses.replace(self.training, changes=tuple(words))
+    study: Study
 
 
 def dial(training: Training) -> tuple[Setting, ...]:
@@ -141,66 +122,54 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _opened(name: str, runner: Runner) -> Search:
-    """The search of a method, new or with the trials of former processes; its preset comes first, then what was
-    stopped.
-
-    Raises:
-        ConfigError: former trials drew other things, or tried other settings.
-    """
-    optuna = optuna_module()
-    training = METHODS[name]
+    """The search of a method, new or with the trials of former processes; its preset comes first."""
+    training, protocol = METHODS[name], runner.protocol
     space = read_space(training.preset)
-    folder = runner.root / "studies"
-    folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / name}.db", study_name=name, direction="maximize", load_if_exists=True
+    preset = OmegaConf.load(CONF / "method" / f"{training.preset}.yaml")
+    asked = {
+        "toys": [toy.name for toy in protocol.toys],
+        "prompts": protocol.prompts,
+        "seeds": protocol.seeds,
+        "sampler": f"{protocol.steps} steps, guidance {protocol.guidance:g}",
+        "changes": runner.changes,
+        "dial": [setting.name for setting in dial(training)],
+    }
+    study = Study(
+        runner.root / "studies" / f"{name}.db",
+        space,
+        asked,
+        name=name,
+        startup=_STARTUP,
+        first={key: OmegaConf.select(preset, key.removeprefix("method.")) for key in space},
+        instead="out=",
     )
-    asked = repr((runner.protocol, runner.changes, dict(space), dial(training)))
-    if study.user_attrs.get(_ASKED, asked) != asked:
-        raise ConfigError(
-            f"{folder / name}.db: found trials with another protocol, space or changes, which cannot be compared with "
-            "new ones; choose another out="
-        )
-    study.set_user_attr(_ASKED, asked)
-    if not study.get_trials(deepcopy=False):
-        preset = OmegaConf.load(CONF / "method" / f"{training.preset}.yaml")
-        study.enqueue_trial({key: OmegaConf.select(preset, key.removeprefix("method.")) for key in space})
-    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-    return Search(training, space, study)
+    return Search(training, study)
 
 
 def _round(number: int, searches: Sequence[Search], runner: Runner, pool: Pool, config: TuneConfig) -> list[str]:
     """One trial of every method that has had no more than `number`; what failed."""
-    state = optuna_module().trial.TrialState
-    asked = [(search, *search.ask(config.seed)) for search in searches if len(search.over) <= number]
+    asked: list[tuple[Study, Any, Training, list[Wanted]]] = []
+    for search in searches:
+        if len(search.study.over) <= number:
+            trial, words = search.study.ask(config.seed)
+            training = dataclasses.replace(search.training, changes=tuple(words))
+            wanted = [Wanted(setting, (toy,)) for setting in dial(training) for toy in runner.protocol.toys]
+            asked.append((search.study, trial, training, wanted))
     if not asked:
         return []
-    toys = runner.protocol.toys
-    wanted = {id(trial): [Wanted(s, (toy,)) for s in dial(training) for toy in toys] for _, trial, training in asked}
-    tasks = runner.tasks(one for some in wanted.values() for one in some)
-    progress = Progress(tasks, config.workers)
     print(f"trial {number + 1} of {config.trials}", flush=True)
-
-    def done(outcome: Any) -> None:
-        runner.keep(outcome)
-        progress.done(outcome)
-
-    pool.run(tasks, done)
-    for search, trial, training in asked:
-        mine = wanted[id(trial)]
-        name = f"{search.training.label}: {' '.join(training.changes)}"
-        if all(one in runner.points for one in mine):
+    failures = pool.run(runner.tasks(one for *_, wanted in asked for one in wanted), runner.keep)
+    for study, trial, training, wanted in asked:
+        name = f"{training.label}: {' '.join(training.changes)}"
+        if all(one in runner.points for one in wanted):
             value, said = objective(runner, dial(training))
             trial.set_user_attr(_AT, said)
-            search.study.tell(trial, value)
+            study.tell(trial, value)
             print(f"  {value:.4f}  {name}  ({said})", flush=True)
         else:
-            trial.set_user_attr(_ERROR, "; ".join(progress.failures))
-            search.study.tell(trial, state=state.FAIL)
+            study.fail(trial, "; ".join(failures))
             print(f"  failed  {name}", flush=True)
-    return progress.failures
+    return failures
 
 
 def objective(runner: Runner, settings: Sequence[Setting]) -> tuple[float, str]:
@@ -216,13 +185,13 @@ def objective(runner: Runner, settings: Sequence[Setting]) -> tuple[float, str]:
 
 def _best(search: Search) -> str:
     """The best trial of a method as keys of its preset."""
-    scored = [trial for trial in search.over if trial.value is not None]
+    over, best = search.study.over, search.study.best
     head = f"# conf/method/{search.training.preset}.yaml: "
-    if not scored:
-        return f"{head}no trial of {len(search.over)} succeeded\n"
-    best = max(scored, key=lambda trial: trial.value)
-    first = f"the preset as it stood has {scored[0].value:.4f}"
-    head += f"{best.value:.4f}, the best of {len(search.over)} trials; {first}\n# {best.user_attrs[_AT]}\n"
+    if best is None:
+        return f"{head}no trial of {len(over)} succeeded\n"
+    first = next(trial.value for trial in over if trial.value is not None)
+    head += f"{best.value:.4f}, the best of {len(over)} trials; the preset as it stood has {first:.4f}\n"
+    head += f"# {best.user_attrs[_AT]}\n"
     return head + "".join(f"{key.removeprefix('method.')}: {_spelled(v)}\n" for key, v in best.params.items())
 
 

@@ -51,11 +51,12 @@ class Inline:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> None:
+    def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> list[str]:
         for task in tasks:
             Inline.calls.append(task)
             started = time.monotonic()
             done(Outcome(task, task.call(*task.arguments), seconds=time.monotonic() - started))
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -151,20 +152,22 @@ def test_a_failed_training_is_listed_and_the_rest_goes_on(
     ran: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Broken(Inline):
-        def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> None:
-            bad = [task for task in tasks if task.kind == "train"]
+        def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> list[str]:
+            bad = [task.name for task in tasks if task.kind == "train"]
             assert bad
+            lost = [task for task in tasks if {task.name, *task.needs} & {*bad}]
             for task in tasks:
-                if task in bad or {*task.needs} & {one.name for one in bad}:
-                    done(Outcome(task, error="its worker was killed by SIGKILL"))
+                if task in lost:
+                    done(Outcome(task, error="its worker was killed"))
                 else:
                     super().run([task], done)
+            return [f"{task.name}: its worker was killed" for task in lost]
 
     monkeypatch.setattr(paper, "Pool", Broken)
     assert run(folder, "only=mask,one_shot", "report=false") == 1
     said = capsys.readouterr()
     assert "mask: " in said.out
-    assert "failed: train perfusion, cat-101: its worker was killed by SIGKILL" in said.err
+    assert "failed: train perfusion, cat-101: its worker was killed" in said.err
     assert "failed: one_shot: not judged, 3 of 7 sets of pictures are missing" in said.err
 
 
@@ -255,7 +258,7 @@ def test_tuning_goes_on_and_prints_a_preset(
     best = (folder / "tune" / "best.yaml").read_text()
     assert best in said and "the best of 2 trials" in best and "\nvalue_rate: " in best and "at beta-" in best
     assert run_cli(tune.main, [*words, "trials=2", f"out={folder}/tune", "seeds=2"]) == 2
-    assert "perfusion.db: found trials with another protocol" in capsys.readouterr().err
+    assert "perfusion.db holds another search (seeds is [100] there and [100, 101] here)" in capsys.readouterr().err
     assert run_cli(tune.main, ["methods=no"]) == 2
 
 

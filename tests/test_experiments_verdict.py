@@ -11,7 +11,7 @@ import pytest
 from eval.aggregate import Bootstrap, Interval
 from eval.scores import Picture, Point
 from experiments import curves
-from experiments.evidence import Evidence, Line, t_quantile
+from experiments.evidence import Evidence, Line
 from experiments.experiment import Experiment, experiments
 from experiments.protocol import Protocol
 from experiments.runner import Wanted
@@ -224,11 +224,6 @@ def test_intervals_over_few_toys_miss_the_truth_as_seldom_as_they_say() -> None:
             assert interval.low is not None and interval.high is not None
             missed[n] += not interval.low <= 0 <= interval.high
     assert all(0.017 * 400 <= count <= 0.083 * 400 for count in missed.values()), missed
-
-
-def test_quantiles_of_student() -> None:
-    """Printed tables."""
-    assert [t_quantile(0.975, n) for n in (1, 3, 7, 30)] == pytest.approx([12.706, 3.182, 2.365, 2.042], abs=1e-3)
 
 
 def test_a_short_front_on_another_decides_nothing() -> None:

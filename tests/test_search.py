@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import search
+from experiments.study import SPACES, read_space
 from perfusion.cli import run_cli
 from perfusion.config import TrainConfig
 from perfusion.training import sweep
@@ -159,8 +160,8 @@ def test_another_search_of_the_same_name_is_refused(runs: Runs, capsys: pytest.C
 
 
 def test_the_shipped_spaces_are_spaces() -> None:
-    names = [path.stem for path in search.SPACES.glob("*.yaml")]
-    assert "perfusion" in names and all(search.read_space(name) for name in names)
+    names = [path.stem for path in SPACES.glob("*.yaml")]
+    assert "perfusion" in names and all(read_space(name) for name in names)
 
 
 def test_a_trial_runs_in_a_process_of_its_own(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
