@@ -28,9 +28,10 @@ test: setup ## Run the tests
 test-slow: setup ## Run the tests that `make test` leaves out because they take long
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
-lint: setup ## Check style, formatting and types
+lint: setup ## Check style, formatting, imports and types
 	$(PYTHON) -m ruff check $(SOURCES)
 	$(PYTHON) -m ruff format --check $(SOURCES)
+	.venv/bin/lint-imports --no-cache --no-logo
 	$(PYTHON) -m pyright
 
 format: setup ## Mend style and formatting where that is safe

@@ -6,7 +6,7 @@ concepts: so a prompt counts the same however many pictures it has. Intervals ar
 each of these its seeds; a seed is drawn for all prompts at once, for they share its noise.
 
 The draws depend on the names of the concepts and on how many trainings and seeds each has, on nothing else. So two
-methods that were shown the same concepts and seeds are drawn alike, and `difference` compares them pair by pair.
+methods that were shown the same concepts and seeds are drawn alike, and can be compared draw by draw.
 """
 
 from __future__ import annotations
@@ -92,21 +92,6 @@ def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
     return Summary(points[0].method, points[0].setting, concepts, images, scores, draws)
 
 
-def difference(a: Summary, b: Summary, measure: str, level: float = LEVEL) -> Interval:
-    """How much higher `a` scores than `b`, drawn in pairs; both must come from the same `Bootstrap`.
-
-    Raises:
-        ScoreError: they do not show the same concepts, or one lacks the measure.
-    """
-    if set(a.concepts) != set(b.concepts):
-        raise ScoreError(f"{a.method} and {b.method}: expected the same concepts, found {a.concepts} and {b.concepts}")
-    for one in (a, b):
-        if measure not in one.scores:
-            raise ScoreError(f"{one.method}: has no {measure}")
-    mean = a.scores[measure].mean - b.scores[measure].mean
-    return _interval([mean], a.draws[measure] - b.draws[measure], level, a.scores[measure].low is not None)
-
-
 def concept_scores(point: Point) -> dict[str, float]:
     """The scores of one concept: the means over its prompts of the means over their pictures."""
     return {name: float(value[0]) for name, value in _weighted(point, np.ones((1, len(point.pictures)))).items()}
@@ -150,6 +135,12 @@ def prompt_scores(point: Point) -> list[dict[str, Any]]:
     return rows
 
 
+def harmonic_mean(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
+    """2ab / (a + b); 0 where either is not above 0, for then one of two goals is missed altogether; NaN of NaN."""
+    product, total = np.maximum(a, 0) * np.maximum(b, 0), np.add(a, b)
+    return 2 * product / np.where(product == 0, 1, total)
+
+
 def as_json(scores: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
     """Intervals as they stand in files."""
     return {
@@ -177,11 +168,7 @@ def _weighted(point: Point, weights: np.ndarray) -> dict[str, np.ndarray]:
         ]
         result[name] = _mean(np.stack(parts, axis=1), axis=1)
     if "clip_i" in result and "clip_t" in result:
-        i, t = result["clip_i"], result["clip_t"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            result["harmonic"] = np.where(
-                (i > 0) & (t > 0), 2 * i * t / (i + t), np.where(np.isnan(i + t), np.nan, 0.0)
-            )
+        result["harmonic"] = harmonic_mean(result["clip_i"], result["clip_t"])
     if point.pairs:
         result["diversity"] = _diversity(point, prompts, weights)
     return result

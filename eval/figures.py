@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from eval.front import Front
 from eval.looks import looks
 from eval.measures import Measure
-from eval.pareto import Front
 from perfusion.files import atomic_path
 
 _INK, _GRID = "#222222", "#E4E4E4"

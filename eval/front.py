@@ -1,12 +1,21 @@
-"""Pareto fronts of points whose coordinates are all better when they are higher."""
+"""Pareto fronts of methods: which settings no other dominates, and the volume that they dominate together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+
+from eval.aggregate import Interval, Summary
+from eval.measures import Measure
+from eval.scores import Value
+from eval.tables import labels_of
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
     """Which of n points (n, d) no other point is at least as good as everywhere and better somewhere: bool (n,).
+    All coordinates are better when they are higher.
 
     Of equal points none dominates the other.
     """
@@ -35,3 +44,78 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
         volume += (height - below) * hypervolume(points[points[:, -1] >= height, :-1], reference[:-1])
         below = height
     return float(volume)
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One setting of a method.
+
+    Attributes:
+        on_front: no other setting of the same method is better in one score and no worse in the other.
+        best: the same among the settings of all methods.
+    """
+
+    setting: dict[str, Value]
+    label: str
+    x: Interval
+    y: Interval
+    on_front: bool
+    best: bool
+    concepts: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Front:
+    """One method's settings, and what they dominate together."""
+
+    method: str
+    points: tuple[FrontPoint, ...]
+    hypervolume: Interval
+
+
+def fronts(
+    summaries: Sequence[Summary], x: Measure, y: Measure, reference: Sequence[float], level: float
+) -> list[Front]:
+    """The front of each method, in the order of `summaries`; settings that lack one of the scores are left out.
+
+    A score that is better when it is lower counts from the reference downwards.
+    """
+    summaries = [s for s in summaries if x.name in s.scores and y.name in s.scores]
+    signs = np.array([1.0 if m.higher else -1.0 for m in (x, y)])
+    means = np.array([[s.scores[m.name].mean for m in (x, y)] for s in summaries]).reshape(-1, 2) * signs
+    best = non_dominated(means)
+    labels = labels_of(summaries)
+    start = np.array(reference) * signs
+    found = []
+    for method in dict.fromkeys(s.method for s in summaries):
+        mine = [i for i, s in enumerate(summaries) if s.method == method]
+        on_front = non_dominated(means[mine])
+        points = tuple(
+            FrontPoint(
+                dict(summaries[i].setting),
+                labels[i],
+                summaries[i].scores[x.name],
+                summaries[i].scores[y.name],
+                bool(on),
+                bool(best[i]),
+                len(summaries[i].concepts),
+                summaries[i].images,
+            )
+            for i, on in zip(mine, on_front, strict=True)
+        )
+        drawn = np.stack([[summaries[i].draws[m.name] for m in (x, y)] for i in mine])  # (settings, 2, resamples)
+        volume = _volume(means[mine], np.moveaxis(drawn, -1, 0) * signs, start, level)
+        has_interval = any(point.x.low is not None for point in points)
+        found.append(Front(method, points, volume if has_interval else Interval(volume.mean)))
+    return found
+
+
+def _volume(means: np.ndarray, drawn: np.ndarray, start: np.ndarray, level: float) -> Interval:
+    """The hypervolume of the means, with an interval over the resamples (B, settings, 2)."""
+    drawn = drawn[np.isfinite(drawn).all((1, 2))]
+    mean = hypervolume(means, start)
+    if not len(drawn):
+        return Interval(mean)
+    low, high = np.quantile([hypervolume(one, start) for one in drawn], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))

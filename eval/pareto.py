@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import MISSING
 
-from eval.aggregate import RESAMPLES, Bootstrap, Interval, Summary, summarize
-from eval.front import hypervolume, non_dominated
+from eval.aggregate import RESAMPLES, Bootstrap, summarize
+from eval.front import Front, fronts
 from eval.measures import Measure, measure
-from eval.scores import Point, ScoreError, Value, read_all
-from eval.tables import labels_of
+from eval.scores import Point, ScoreError, read_all
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.files import atomic_write_text
 
@@ -44,81 +42,6 @@ class ParetoConfig:
     resamples: int = RESAMPLES  # of the bootstrap over concepts and seeds
     seed: int = 0  # of the bootstrap
     title: str | None = None  # of the figure
-
-
-@dataclass(frozen=True)
-class FrontPoint:
-    """One setting of a method.
-
-    Attributes:
-        on_front: no other setting of the same method is better in one score and no worse in the other.
-        best: the same among the settings of all methods.
-    """
-
-    setting: dict[str, Value]
-    label: str
-    x: Interval
-    y: Interval
-    on_front: bool
-    best: bool
-    concepts: int
-    images: int
-
-
-@dataclass(frozen=True)
-class Front:
-    """One method's settings, and what they dominate together."""
-
-    method: str
-    points: tuple[FrontPoint, ...]
-    hypervolume: Interval
-
-
-def fronts(
-    summaries: Sequence[Summary], x: Measure, y: Measure, reference: Sequence[float], level: float
-) -> list[Front]:
-    """The front of each method, in the order of `summaries`; settings that lack one of the scores are left out.
-
-    A score that is better when it is lower counts from the reference downwards.
-    """
-    summaries = [s for s in summaries if x.name in s.scores and y.name in s.scores]
-    signs = np.array([1.0 if m.higher else -1.0 for m in (x, y)])
-    means = np.array([[s.scores[m.name].mean for m in (x, y)] for s in summaries]).reshape(-1, 2) * signs
-    best = non_dominated(means)
-    labels = labels_of(summaries)
-    start = np.array(reference) * signs
-    found = []
-    for method in dict.fromkeys(s.method for s in summaries):
-        mine = [i for i, s in enumerate(summaries) if s.method == method]
-        on_front = non_dominated(means[mine])
-        points = tuple(
-            FrontPoint(
-                dict(summaries[i].setting),
-                labels[i],
-                summaries[i].scores[x.name],
-                summaries[i].scores[y.name],
-                bool(on),
-                bool(best[i]),
-                len(summaries[i].concepts),
-                summaries[i].images,
-            )
-            for i, on in zip(mine, on_front, strict=True)
-        )
-        drawn = np.stack([[summaries[i].draws[m.name] for m in (x, y)] for i in mine])  # (settings, 2, resamples)
-        volume = _volume(means[mine], np.moveaxis(drawn, -1, 0) * signs, start, level)
-        has_interval = any(point.x.low is not None for point in points)
-        found.append(Front(method, points, volume if has_interval else Interval(volume.mean)))
-    return found
-
-
-def _volume(means: np.ndarray, drawn: np.ndarray, start: np.ndarray, level: float) -> Interval:
-    """The hypervolume of the means, with an interval over the resamples (B, settings, 2)."""
-    drawn = drawn[np.isfinite(drawn).all((1, 2))]
-    mean = hypervolume(means, start)
-    if not len(drawn):
-        return Interval(mean)
-    low, high = np.quantile([hypervolume(one, start) for one in drawn], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
 
 
 def chosen(points: Sequence[Point], concept: str | None) -> list[Point]:

@@ -15,9 +15,10 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from eval.aggregate import RESAMPLES, Bootstrap, Summary, summarize, summary
+from eval.front import Front, fronts
 from eval.looks import looks
 from eval.measures import Measure, measure, ordered
-from eval.pareto import Front, as_csv, fronts
+from eval.pareto import as_csv
 from eval.scores import Point, ScoreError, read_all, setting_key
 from eval.sheets import SIDE, SUFFIX, Sheet, make_sheet
 from eval.tables import labels_of, latex, markdown, table_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.aggregate import Interval
+from eval.aggregate import Interval, harmonic_mean
 from experiments.curves import area, gain, lead, levels, margin
 from experiments.evidence import Evidence, Line, X, Y
 from experiments.settings import BASE_MODEL, Setting
@@ -66,12 +66,7 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
 
 def best_of(evidence: Evidence, settings: Sequence[Setting]) -> Setting:
     """The setting with the best harmonic mean of identity and prompt accuracy."""
-
-    def harmonic(setting: Setting) -> float:
-        x, y = evidence.line([setting]).means[0]
-        return 2 * x * y / (x + y) if x + y else 0.0
-
-    return max(settings, key=harmonic)
+    return max(settings, key=lambda setting: float(harmonic_mean(*evidence.line([setting]).means[0])))
 
 
 def gained(

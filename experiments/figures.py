@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from eval.figures import draw_fronts, save_figure
+from eval.front import fronts
 from eval.measures import measure
-from eval.pareto import fronts
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment
 from perfusion.files import atomic_path

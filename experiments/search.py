@@ -74,7 +74,6 @@ def main(argv: Sequence[str], execute: Callable[[Sequence[str]], list[sweep.Resu
             folder / "study.db",
             space,
             {"words": words, "objective": settings.objective},
-            name="search",
             direction=settings.direction,
             instead="search.name=",
         )

@@ -94,7 +94,6 @@ class Study:
         space: Space,
         asked: Mapping[str, Any],
         *,
-        name: str,
         direction: str = "maximize",
         startup: int = 10,
         first: Mapping[str, Any] | None = None,
@@ -104,7 +103,6 @@ class Study:
         Args:
             file: made if missing.
             asked: what all trials have in common beside the space, in values that JSON can hold.
-            name: of the study in the file.
             startup: trials before the sampler learns from them.
             first: the settings of the first trial; default: what the sampler says.
             instead: the key that names another file, for the message.
@@ -116,7 +114,7 @@ class Study:
         self._space, self._startup = space, startup
         file.parent.mkdir(parents=True, exist_ok=True)
         self._study = self._optuna.create_study(
-            storage=f"sqlite:///{file}", study_name=name, direction=direction, load_if_exists=True
+            storage=f"sqlite:///{file}", study_name="search", direction=direction, load_if_exists=True
         )
         asked = {**asked, "space": {key: repr(dimension) for key, dimension in space.items()}}
         asked = json.loads(json.dumps(asked))  # as it will be found there

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from eval.aggregate import concept_scores
+from eval.aggregate import concept_scores, harmonic_mean
 from experiments.exclusive import alone
 from experiments.pool import Pool
 from experiments.protocol import TUNING
@@ -138,7 +138,6 @@ def _opened(name: str, runner: Runner) -> Search:
         runner.root / "studies" / f"{name}.db",
         space,
         asked,
-        name=name,
         startup=_STARTUP,
         first={key: OmegaConf.select(preset, key.removeprefix("method.")) for key in space},
         instead="out=",
@@ -178,8 +177,9 @@ def objective(runner: Runner, settings: Sequence[Setting]) -> tuple[float, str]:
     for setting in settings:
         scores = [concept_scores(runner.points[Wanted(setting, (toy,))]) for toy in runner.protocol.toys]
         identity, prompt = (float(np.mean([s[name] for s in scores])) for name in ("identity", "prompt"))
-        harmonic = 2 * identity * prompt / (identity + prompt) if identity + prompt else 0.0
-        found.append((harmonic, f"identity {identity:.3f}, prompt {prompt:.3f} at {setting.name}"))
+        found.append(
+            (float(harmonic_mean(identity, prompt)), f"identity {identity:.3f}, prompt {prompt:.3f} at {setting.name}")
+        )
     return max(found)
 
 

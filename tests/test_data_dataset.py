@@ -18,13 +18,13 @@ PROMPTS = ["a photo of a <cat*>", "a good photo of a <cat*>", "a picture of the 
 def _dataset(**changes) -> StepDataset:
     settings = {
         "n_images": 5, "prompts": PROMPTS, "latent_shape": (4, 8, 8), "steps": 60, "batch_size": 4, "seed": 3,
-        "num_train_timesteps": 1000, "flip": True,
+        "num_train_timesteps": 1000,
     }  # fmt: skip
     return StepDataset(**(settings | changes))
 
 
 def _equal(one, two) -> bool:
-    plain = ("index", "flip", "prompt", "timestep")
+    plain = ("index", "prompt", "timestep")
     return all(one[key] == two[key] for key in plain) and torch.equal(one["noise"], two["noise"])
 
 
@@ -45,8 +45,8 @@ class TestStepDataset:
         data = _dataset()
         assert len(data) == 240
         item = data[7]
-        assert set(item) == {"index", "flip", "prompt", "timestep", "noise"}
-        assert type(item["index"]) is int and type(item["timestep"]) is int and type(item["flip"]) is bool
+        assert set(item) == {"index", "prompt", "timestep", "noise"}
+        assert type(item["index"]) is int and type(item["timestep"]) is int
         assert item["noise"].shape == (4, 8, 8) and item["noise"].dtype == torch.float32
 
     def test_item_is_a_function_of_seed_and_place(self):
@@ -64,7 +64,7 @@ class TestStepDataset:
         resumed = DataLoader(torch.utils.data.Subset(_dataset(), range(4 * 23, 240)), batch_size=4)
         for before, after in zip(batches[23:], resumed, strict=True):
             assert torch.equal(before["noise"], after["noise"]) and before["prompt"] == after["prompt"]
-            assert all(torch.equal(before[key], after[key]) for key in ("index", "timestep", "flip"))
+            assert all(torch.equal(before[key], after[key]) for key in ("index", "timestep"))
         assert batches[0]["noise"].shape == (4, 4, 8, 8) and batches[0]["timestep"].dtype == torch.int64
 
     def test_more_steps_leave_the_first_ones(self):
@@ -90,17 +90,10 @@ class TestStepDataset:
         items = [data[k] for k in range(len(data))]
         times = np.array([item["timestep"] for item in items])
         assert times.min() < 10 and times.max() in range(990, 1000) and abs(times.mean() - 499.5) < 25
-        assert abs(np.mean([item["flip"] for item in items]) - 0.5) < 0.04
         counts = [sum(item["prompt"] == prompt for item in items) / len(items) for prompt in PROMPTS]
         assert all(abs(share - 1 / 3) < 0.04 for share in counts)
         noise = torch.stack([item["noise"] for item in items])
         assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.02
-
-    def test_without_flip_only_the_flips_change(self):
-        flipped, plain = _dataset(), _dataset(flip=False)
-        assert not any(plain[k]["flip"] for k in range(100)) and any(flipped[k]["flip"] for k in range(100))
-        assert all(_equal(plain[k], {**flipped[k], "flip": False}) for k in range(100))
-        assert StepDataset(1, PROMPTS, (1,), 1, 1, 0, 10).flip is False
 
     def test_ends(self):
         data = _dataset(steps=2)

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from eval.aggregate import Bootstrap, Interval, Summary, summarize
-from eval.front import hypervolume
+from eval.front import fronts, hypervolume
 from eval.measures import BY_NAME
-from eval.pareto import fronts, main
+from eval.pareto import main
 from eval.scores import read_scores
 from perfusion.cli import run_cli
 from tests.scored import made_up

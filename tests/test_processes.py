@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipelines import tiny_pipeline_folder
 from safetensors.torch import load_file
-from scorers import make_scorer
 
 from perfusion.config import BackboneConfig, ConfigError, TrainConfig
 from perfusion.training.devices import device_count, device_of, rank_of
+from tests.pipelines import tiny_pipeline_folder
+from tests.scorers import make_scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from pipelines import tiny_pipeline_folder
 
 from perfusion import sweep as command
 from perfusion.cli import run_cli
@@ -21,6 +20,7 @@ from perfusion.training.devices import lease, visible_gpus
 from perfusion.training.job import run_apart
 from perfusion.training.multirun import Multirun, multirun
 from perfusion.training.run_folder import RunFolder, read_config
+from tests.pipelines import tiny_pipeline_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = [sys.executable, str(ROOT / "tests" / "training_stub.py")]

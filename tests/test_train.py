@@ -14,10 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import tiny_pipeline_folder
 from safetensors.torch import load_file
-from scorers import make_scorer
-from segmenters import clipseg_folder
 
 from perfusion import generate, train
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
@@ -29,6 +26,9 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import loggers
 from perfusion.training.module import PersonalizationModule
+from tests.pipelines import tiny_pipeline_folder
+from tests.scorers import make_scorer
+from tests.segmenters import clipseg_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 5

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from pipelines import RESOLUTION, tiny_pipeline
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,6 +24,7 @@ from perfusion.training.checkpoint import SafetensorsCheckpointIO, newest_readab
 from perfusion.training.data import PLACES, ConceptData, StepBatches, examples_of, part_size
 from perfusion.training.module import PersonalizationModule, TrainingError
 from perfusion.training.run_folder import RunFolder
+from tests.pipelines import RESOLUTION, tiny_pipeline
 
 STEPS = 6
 CONCEPT = ConceptConfig(name="cat", superclass="cat", placeholder="<cat*>", toyland=ToylandConcept(count=3))

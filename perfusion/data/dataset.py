@@ -100,8 +100,6 @@ class Draw(TypedDict):
 
     index: int
     """Which picture, in [0, n)."""
-    flip: bool
-    """Whether it is mirrored."""
     prompt: str
     timestep: int
     """In [0, num_train_timesteps)."""
@@ -127,7 +125,6 @@ class StepDataset(Dataset[Draw]):
         batch_size: items of one step, over all processes.
         seed: of the run.
         num_train_timesteps: of the noise schedule.
-        flip: mirror half of the items. It leaves every other draw as it is.
 
     Raises:
         ValueError: `prompts` is empty.
@@ -142,7 +139,6 @@ class StepDataset(Dataset[Draw]):
         batch_size: int,
         seed: int,
         num_train_timesteps: int,
-        flip: bool = False,
     ) -> None:
         if not prompts:
             raise ValueError("no training prompts; expected at least one, such as 'a photo of a <cat*>'")
@@ -154,7 +150,6 @@ class StepDataset(Dataset[Draw]):
         self.batch_size = batch_size
         self.seed = seed
         self.num_train_timesteps = num_train_timesteps
-        self.flip = flip
 
     def __len__(self) -> int:
         return self.steps * self.batch_size
@@ -166,11 +161,10 @@ class StepDataset(Dataset[Draw]):
         draw = generator_of("step", self.seed, step, slot)
         prompt = int(torch.randint(len(self.prompts), (), generator=draw))
         timestep = int(torch.randint(self.num_train_timesteps, (), generator=draw))
-        mirrored = bool(torch.randint(2, (), generator=draw))  # drawn without `flip` too: the noise stays the same
+        torch.randint(2, (), generator=draw)  # without this draw the noise of a seed would be another
         noise = torch.randn(self.latent_shape, generator=draw)
         return {
             "index": self._image(k),
-            "flip": self.flip and mirrored,
             "prompt": self.prompts[prompt],
             "timestep": timestep,
             "noise": noise,
