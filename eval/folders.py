@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.scores import SETTING_KEYS, ScoreError, Value
+from eval.scores import BESIDE_DIALS, ScoreError, Value
 from perfusion.data.prompts import contains, replace_placeholder
-from perfusion.manifest import FILE_NAME, ImageRecord, read_manifest
+from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, read_manifest
 
-JOINED = " + "  # between what is said of several concepts in one picture
 CONFIG = "config.yaml"  # in the folder of a training run
 
 
@@ -122,7 +121,8 @@ def plain_prompt(record: ImageRecord) -> str:
 
 def setting_of(record: ImageRecord) -> dict[str, Value]:
     """What sets the picture apart from others of its method and concept."""
-    return {key: value for key in SETTING_KEYS if (value := getattr(record, key)) is not None}
+    beside = {key: value for key in BESIDE_DIALS if (value := getattr(record, key)) is not None}
+    return {**record.dials, **beside}
 
 
 def same_prompt(records: Sequence[ImageRecord]) -> Iterator[tuple[int, int]]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from eval.folders import JOINED, ImageFolder, parts
+from eval.folders import ImageFolder, parts
 from eval.scores import ScoreError
 from eval.selection import pictures
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import find_images, read_image
-from perfusion.manifest import ImageRecord
+from perfusion.manifest import JOINED, ImageRecord
 from perfusion.training.data import examples_of
 from perfusion.training.run_folder import read_config
 

@@ -21,19 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from perfusion.files import PathLike, atomic_write_text
+from perfusion.manifest import spelled
 
 VERSION = 1
 Value = str | int | float
-# What may set pictures of one method apart, and how it is written.
-SETTING_KEYS = ("beta", "tau", "key_lock", "scale", "steps", "guidance", "setting")
-_SPELLED = {
-    "beta": "β {}",
-    "tau": "τ {}",
-    "key_lock": "{} keys",
-    "scale": "scale {}",
-    "steps": "{} steps",
-    "guidance": "guidance {}",
-}
+# What sets pictures of one method apart beside its dials, and how it is written.
+BESIDE_DIALS = {"steps": "{} steps", "guidance": "guidance {}", "setting": "{}"}
 
 
 class ScoreError(ValueError):
@@ -98,13 +91,14 @@ def merged(points: Iterable[Point]) -> list[Point]:
             if picture.file in seen:
                 raise ScoreError(f"{picture.file}: is in two points of {point.method}, {point.concept}, expected one")
             seen.add(picture.file)
-    return sorted(together.values(), key=lambda p: (p.method, setting_order(p.setting), p.concept))
+    keys = _keys([point.setting for point in together.values()])
+    return sorted(together.values(), key=lambda p: (p.method, setting_order(p.setting, keys), p.concept))
 
 
-def setting_order(setting: Mapping[str, Value]) -> list[tuple[Any, ...]]:
+def setting_order(setting: Mapping[str, Value], keys: Iterable[str]) -> list[tuple[Any, ...]]:
     """Sorts settings: nothing first, then numbers by size, then text, "50 steps" before "100 steps"."""
     order: list[tuple[Any, ...]] = []
-    for value in map(setting.get, SETTING_KEYS):
+    for value in map(setting.get, keys):
         if value is None:
             order.append((0,))
         elif isinstance(value, str):
@@ -114,15 +108,22 @@ def setting_order(setting: Mapping[str, Value]) -> list[tuple[Any, ...]]:
     return order
 
 
+def _keys(settings: Iterable[Mapping[str, Value]]) -> list[str]:
+    """What settings say: dials first, as they come."""
+    found = dict.fromkeys(key for setting in settings for key in setting)
+    return [*(key for key in found if key not in BESIDE_DIALS), *(key for key in BESIDE_DIALS if key in found)]
+
+
 def setting_labels(settings: Sequence[Mapping[str, Value]]) -> list[str]:
     """What to call each of one method's settings: those of its values in which they differ; "" for a single one."""
-    differing = [key for key in SETTING_KEYS if len({setting.get(key) for setting in settings}) > 1]
+    differing = [key for key in _keys(settings) if len({setting.get(key) for setting in settings}) > 1]
     return [", ".join(_spelled(key, setting[key]) for key in differing if key in setting) for setting in settings]
 
 
 def _spelled(key: str, value: Value) -> str:
-    shown = f"{value:g}" if isinstance(value, float) else str(value)
-    return _SPELLED.get(key, "{}").format(shown)
+    if key not in BESIDE_DIALS:
+        return spelled(key, value)
+    return BESIDE_DIALS[key].format(f"{value:g}" if isinstance(value, float) else value)
 
 
 def write_scores(

@@ -10,8 +10,8 @@ import dataclasses
 import functools
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,10 @@ from perfusion.config import BackboneConfig, TrainConfig, checked
 # Torch and its friends take seconds to import: the process that only plans does without them.
 if TYPE_CHECKING:
     from perfusion.backbones.base import Backbone
-    from perfusion.concept import Attached, Concept
+    from perfusion.concept import Attached
     from perfusion.manifest import ImageRecord
 
 AT_ONCE = 16  # pictures in one batch
-PER_PICTURE = ("beta", "tau")  # dials that every picture of a batch may have for itself
-JOINED = " + "  # what is said of several concepts in one picture, as manifests have it
 
 
 @dataclass(frozen=True)
@@ -98,118 +96,45 @@ def draw(job: Job) -> Judged:
     """Draw what is missing and measure all; raises what `perfusion.generate` and `eval.score` raise."""
     _one_thread()
     from perfusion.concept import Concept
+    from perfusion.drawing import Shot, draw
 
     backbone = _backbone(json.dumps(dataclasses.asdict(job.backbone), sort_keys=True))
-    concepts = [Concept.load(file) for file in job.concepts]
-    groups: dict[Any, list[Look]] = {}
-    for look in job.looks:
-        own = tuple(name for name in PER_PICTURE if name in look.dials)
-        groups.setdefault((own, tuple(_of_batch(look).items())), []).append(look)
-    for looks in groups.values():
-        _draw(job, looks, concepts, backbone)
+    with ExitStack() as stack:
+        attached = [stack.enter_context(Concept.load(file).attach(backbone)) for file in job.concepts]
+        shots = [
+            Shot(record, look.folder, [look.dials] * len(attached))
+            for look in job.looks
+            for record in _records(job, look, attached)
+        ]
+        shots.sort(key=lambda shot: shot.record.prompt)  # a batch shares what is computed of a prompt
+        draw(backbone.pipe, attached, shots, AT_ONCE, size=job.backbone.resolution, exact=False, again=False)
     return _measure(job)
 
 
-def _draw(job: Job, looks: Sequence[Look], concepts: Sequence[Concept], backbone: Backbone) -> None:
-    """The pictures of looks that differ in β and τ alone, which every picture of a batch may have for itself."""
-    from perfusion.manifest import known_records, save_png, write_manifest
-    from perfusion.sampling import stream
-
-    with _attached(concepts, backbone, _of_batch(looks[0])) as attached:
-        records = {look.folder: _records(job, look, concepts, attached) for look in looks}
-        missing = [
-            (look, record) for look in looks for record in records[look.folder] if not _is_there(look.folder, record)
-        ]
-        missing.sort(key=lambda pair: pair[1].prompt)  # a batch shares what is computed of a prompt
-        for look in looks:
-            look.folder.mkdir(parents=True, exist_ok=True)
-
-        def dial(batch: slice) -> None:
-            _dial(attached, [look.dials for look, _ in missing[batch]])
-
-        images = stream(
-            backbone.pipe,
-            [record.prompt for _, record in missing],
-            [record.seed for _, record in missing],  # type: ignore[misc]
-            job.steps,
-            job.guidance,
-            AT_ONCE,
-            size=job.backbone.resolution,
-            exact=False,
-            prepare=dial,
-        )
-        for (look, record), image in zip(missing, images, strict=True):
-            save_png(look.folder, image, record, flush=False)  # `_is_there` looks into it
-    for folder, mine in records.items():
-        known = {record.file: record for record in known_records(folder)}
-        write_manifest(folder, {**known, **{record.file: record for record in mine}}.values())
-
-
-@contextmanager
-def _attached(concepts: Sequence[Concept], backbone: Backbone, dials: Any) -> Iterator[list[Attached]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(concept.attach(backbone, **dials)) for concept in concepts]
-
-
-def _dial(attached: Sequence[Attached], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Give every picture of a batch its own β and τ."""
-    import torch
-
-    for name in PER_PICTURE:
-        if name in rows[0]:
-            for one in attached:
-                setattr(one, name, torch.tensor([float(row[name]) for row in rows]))
-
-
-def _of_batch(look: Look) -> dict[str, Any]:
-    """The dials that a whole batch has in common."""
-    return {name: value for name, value in look.dials.items() if name not in PER_PICTURE}
-
-
-def _records(job: Job, look: Look, concepts: Sequence[Concept], attached: Sequence[Attached]) -> list[ImageRecord]:
+def _records(job: Job, look: Look, attached: Sequence[Attached]) -> list[ImageRecord]:
+    from perfusion.drawing import described, recorded
     from perfusion.generate import slug
-    from perfusion.manifest import ImageRecord
+    from perfusion.manifest import JOINED, ImageRecord
 
     superclasses = tuple(toy.superclass for toy in job.toys)
-    dials = {name: _value(attached, name, look) for name in ("beta", "tau", "key_lock", "scale")}
     common: dict[str, Any] = {
-        "concept": JOINED.join(toy.name for toy in job.toys),
-        "concept_hash": JOINED.join(concept.hash for concept in concepts) or None,
+        **described([one.concept for one in attached], [toy.name for toy in job.toys]),
         # Scores read prompts with the superclass in its place, so that looks which are told are no wish of the prompt.
         "placeholder": None if job.words == superclasses else JOINED.join(job.words),
         "superclass": JOINED.join(superclasses),
         "method": job.method,
         "backbone": "toyland",
         "instance": job.toys[0].instance if len(job.toys) == 1 else None,
+        "dials": recorded(attached, [look.dials] * len(attached)),
         "steps": job.steps,
         "guidance": job.guidance,
         "setting": look.said,
-        **dials,
     }
     return [
         ImageRecord(file=f"{slug(template)}-{seed}.png", prompt=filled(template, *job.words), seed=seed, **common)
         for template in job.templates
         for seed in job.seeds
     ]
-
-
-def _value(attached: Sequence[Attached], name: str, look: Look) -> Any:
-    """A dial as the manifest has it: what was set, else what the concept has; None for a method without it."""
-    if not attached or name not in attached[0].concept.dials:
-        return None
-    return look.dials.get(name, getattr(attached[0], name))
-
-
-def _is_there(folder: Path, record: ImageRecord) -> bool:
-    """Whether the picture lies there, made by the same training."""
-    from PIL import Image
-
-    try:
-        with Image.open(folder / record.file) as image:
-            image.load()
-            return getattr(image, "text", {}).get("concept_hash") == record.concept_hash
-    except OSError:
-        return False
 
 
 def _measure(job: Job) -> Judged:

@@ -138,7 +138,7 @@ class Runner:
 
     def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
         setting, toys, protocol = members[0].setting, members[0].toys, self.protocol
-        looks = tuple(Look(self.folder(one), one.setting.dials, self._said(one)) for one in members)
+        looks = tuple(Look(self.folder(one), dict(one.setting.dials), self._said(one)) for one in members)
         templates = protocol.templates(*toys)
         missing = sum(len(templates) * len(protocol.seeds) for look in looks if not (look.folder / FILE_NAME).exists())
         job = Job(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,22 +50,15 @@ class Setting:
 
     Attributes:
         training: None: the base model, with the superclass's word.
+        dials: names and values; not a mapping, so that settings can be keys of one.
         described: all looks of the toy are told beside the superclass's word; of the base model alone.
         share: of the training's steps that have been taken.
     """
 
     training: Training | None
-    beta: float | None = None
-    tau: float | None = None
-    key_lock: str | None = None
-    scale: float | None = None
+    dials: tuple[tuple[str, Any], ...] = ()
     share: float = 1.0
     described: bool = False
-
-    @property
-    def dials(self) -> dict[str, Any]:
-        given = {"beta": self.beta, "tau": self.tau, "key_lock": self.key_lock, "scale": self.scale}
-        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def label(self) -> str:
@@ -76,7 +69,7 @@ class Setting:
     @property
     def name(self) -> str:
         """For people, and unique among the settings of a training."""
-        parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials.items()]
+        parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials]
         parts += [f"share-{self.share:.2f}"] if self.share != 1 else []
         if self.training is None:
             return "described" if self.described else "the-superclass"
@@ -100,9 +93,14 @@ BASE_MODEL = Setting(None)
 DESCRIBED = Setting(None, described=True)
 
 
-def by_beta(training: Training, betas: tuple[float, ...] = BETAS, **dials: Any) -> tuple[Setting, ...]:
-    """A front of one training."""
-    return tuple(Setting(training, beta=beta, **dials) for beta in betas)
+def by_dial(training: Training, name: str, values: Sequence[Any], **others: Any) -> tuple[Setting, ...]:
+    """A front of one training: one of its method's dials swept, others set."""
+    return tuple(Setting(training, ((name, value), *others.items())) for value in values)
+
+
+def by_beta(training: Training, betas: Sequence[float] = BETAS, **others: Any) -> tuple[Setting, ...]:
+    """A front of Perfusion."""
+    return by_dial(training, "beta", betas, **others)
 
 
 def by_steps(training: Training) -> tuple[Setting, ...]:
@@ -110,9 +108,9 @@ def by_steps(training: Training) -> tuple[Setting, ...]:
     return tuple(Setting(training, share=share) for share in (*training.shares, 1.0))
 
 
-def by_scale(training: Training, scales: tuple[float, ...] = SCALES) -> tuple[Setting, ...]:
-    """A LoRA at several strengths."""
-    return tuple(Setting(training, scale=scale) for scale in scales)
+def by_scale(training: Training, scales: Sequence[float] = SCALES) -> tuple[Setting, ...]:
+    """A front of LoRA."""
+    return by_dial(training, "scale", scales)
 
 
 def preset_value(training: Training, key: str) -> Any:

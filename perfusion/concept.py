@@ -30,12 +30,16 @@ from perfusion.config import ConfigError
 from perfusion.covariance.configured import spelled_out
 from perfusion.edit import EditError, PromptGate, gates_at
 from perfusion.files import PathLike
-from perfusion.methods.base import Method, Word, build, method_class
+from perfusion.methods.base import Dial, Method, Word, build, method_class
 from perfusion.provenance import provenance
 
 LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
 _COMMIT_DIGITS = 12
 _HASH_DIGITS = 12
+
+
+class DialError(ConfigError, AttributeError):
+    """A setting that a concept's method does not have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +118,10 @@ class Concept:
         return total.hexdigest()[:_HASH_DIGITS]
 
     @property
-    def dials(self) -> tuple[str, ...]:
-        """What can be set while it draws, such as `beta`. Raises ConceptFileError for a method that is not known."""
+    def dials(self) -> Mapping[str, Dial]:
+        """What can be set while it draws, by name. Raises ConceptFileError for a method that is not known."""
         try:
-            return method_class(self.method).dials
+            return {dial.name: dial for dial in method_class(self.method).dials}
         except ConfigError as error:
             raise self._unusable(error) from error
 
@@ -125,15 +129,7 @@ class Concept:
         """The same with its tensors in `dtype`."""
         return dataclasses.replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
-    def attach(
-        self,
-        pipe: DiffusionPipeline | Backbone,
-        *,
-        beta: float | Tensor | None = None,
-        tau: float | Tensor | None = None,
-        key_lock: str | None = None,
-        scale: float | None = None,
-    ) -> Attached:
+    def attach(self, pipe: DiffusionPipeline | Backbone, **dials: Any) -> Attached:
         """Put the concept into a stock pipeline, for drawing: prompts may hold its placeholder until `detach()`.
 
         The weights must be those that it was trained with, but may be loaded in another dtype: float32 takes what was
@@ -142,12 +138,12 @@ class Concept:
         Several concepts that were trained apart may be attached at once, each with a placeholder and strength of its
         own; the order does not matter, and they may leave in any order.
 
-        Everything is checked before the pipeline is touched. `beta` and `tau` are for methods with a gate, `key_lock`
-        (local or global) for those that lock keys, `scale` for LoRA; None is the value that the concept's settings
+        Everything is checked before the pipeline is touched. `dials` are those of the concept's method: `beta`, `tau`
+        and `key_lock` (local or global) of Perfusion, `scale` of LoRA; None is the value that the concept's settings
         name. They can be changed later.
 
         Raises:
-            ConfigError: one of the four is given, and the concept's method has no such thing.
+            DialError: the concept's method has no such dial.
             ConceptFileError: the concept is not made for this backbone, or with another covariance than one that is
                 attached; its tensors do not fit its method, or this version of perfusion does not know its method or
                 settings.
@@ -156,7 +152,6 @@ class Concept:
                 concept in training; or β or τ is impossible; or the weights are away (sequential offloading).
             BackboneError: no backbone fits the pipeline.
         """
-        dials = {"beta": beta, "tau": tau, "key_lock": key_lock, "scale": scale}
         dials = {name: value for name, value in dials.items() if value is not None}
         for name in dials:
             self.check_dial(name)
@@ -181,10 +176,10 @@ class Concept:
         return attached
 
     def check_dial(self, name: str) -> None:
-        """Hold that `name` can be set while it draws. Raises ConfigError."""
+        """Hold that `name` can be set while it draws. Raises DialError."""
         if name not in self.dials:
             others = f"it has {' and '.join(self.dials)}" if self.dials else "its strength cannot be set"
-            raise ConfigError(
+            raise DialError(
                 f"{name}: found a concept of the method {self.method!r}, which has no {name}; {others} ({self.source})"
             )
 
@@ -263,46 +258,32 @@ def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.fl
 
 
 class Attached:
-    """A concept inside a pipeline: for `with`, or until `detach()`. Nothing happens when this object is dropped."""
+    """A concept inside a pipeline: for `with`, or until `detach()`. Nothing happens when this object is dropped.
+
+    The dials of the concept's method are attributes of this object: `attached.beta = 0.6`. Other names: DialError.
+    """
+
+    concept: Concept
+    method: Method
+    backbone: Backbone
 
     def __init__(self, concept: Concept, method: Method, backbone: Backbone) -> None:
-        self.concept, self.method, self.backbone = concept, method, backbone
+        vars(self).update(concept=concept, method=method, backbone=backbone)
 
     @property
-    def beta(self) -> float | Tensor:
-        """β of the gate: a number, or one value per sample (S,); see `PromptGate.beta`. ConfigError without a gate."""
-        return self._settable("beta").beta
+    def dials(self) -> dict[str, Any]:
+        """What all dials are set to."""
+        return {name: getattr(self.method, name) for name in self.concept.dials}
 
-    @beta.setter
-    def beta(self, value: float | Tensor) -> None:
-        self._settable("beta").beta = value
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.concept.check_dial(name)
+        return getattr(self.method, name)
 
-    @property
-    def tau(self) -> float | Tensor:
-        """τ of the gate, likewise."""
-        return self._settable("tau").tau
-
-    @tau.setter
-    def tau(self, value: float | Tensor) -> None:
-        self._settable("tau").tau = value
-
-    @property
-    def key_lock(self) -> str:
-        """Key-locking: `local` or `global`; `none` where keys were trained. ConfigError for a method without it."""
-        return self._settable("key_lock").key_lock
-
-    @key_lock.setter
-    def key_lock(self, value: str) -> None:
-        self._settable("key_lock").key_lock = value
-
-    @property
-    def scale(self) -> float:
-        """Strength of a LoRA: 0 is the base model, 1 what was trained. ConfigError for another method."""
-        return self._settable("scale").scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        self._settable("scale").scale = value
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.concept.check_dial(name)
+        setattr(self.method, name, value)
 
     def detach(self) -> None:
         """Leave the pipeline bit-identical to before `attach`; idempotent."""
@@ -315,10 +296,6 @@ class Attached:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
-
-    def _settable(self, name: str) -> Any:
-        self.concept.check_dial(name)
-        return self.method
 
 
 def _check_weights_are_there(backbone: Backbone) -> None:

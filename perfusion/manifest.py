@@ -1,11 +1,13 @@
 """Pictures with their origin: `manifest.json` beside them, and the same in the text chunks of every PNG.
 
-The manifest is a JSON list with one object per picture. `file` and `prompt` are required, every other key of
-`ImageRecord` is optional: pictures that another tool made can be described, and scored, in the same way.
+The manifest is a JSON list with one object per picture. `file` and `prompt` are required, every other field of
+`ImageRecord` is optional, and any other key is a dial of the method: pictures that another tool made can be described,
+and scored, in the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -13,8 +15,9 @@ import math
 import os
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ from PIL.PngImagePlugin import PngInfo
 from perfusion.files import PathLike, atomic_path, atomic_write_text
 
 FILE_NAME = "manifest.json"
+JOINED = " + "  # between what is said of several concepts in one picture
+_DIALS = "dials"
+_TYPO = 0.75  # how like a field's name a key has to be to pass for a mistake
 
 
 class ManifestError(ValueError):
@@ -46,14 +52,19 @@ class ImageRecord:
     superclass: str | None = None
     method: str | None = None
     backbone: str | None = None
-    beta: float | str | None = None  # text where concepts differ in it
-    tau: float | str | None = None  # likewise
-    key_lock: str | None = None
-    scale: float | str | None = None  # of a LoRA
+    # What the method's dials were set to, such as beta; text where concepts differ. In files each is a key of its own.
+    dials: Mapping[str, float | str] = field(default_factory=dict)
     steps: int | None = None
     guidance: float | None = None
     setting: str | None = None  # what else sets pictures of one method apart, e.g. "trained 200 steps"
     instance: int | None = None  # of a toy that Toyland draws: the seed of its looks, as in `concept.toyland.instance`
+
+
+def spelled(name: str, value: float | str) -> str:
+    """A dial for people, Greek where its name is that of a letter: `β 0.6`, `key_lock global`."""
+    with contextlib.suppress(KeyError):
+        name = unicodedata.lookup(f"GREEK SMALL LETTER {name}")
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def save_png(folder: PathLike, image: Image.Image, record: ImageRecord, flush: bool = True) -> None:
@@ -117,26 +128,28 @@ def _records(path: Path) -> list[ImageRecord]:
 
 
 def _known(record: ImageRecord) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(record).items() if value is not None}
+    known: dict[str, Any] = {}
+    for key, value in dataclasses.asdict(record).items():
+        known |= value if key == _DIALS else {} if value is None else {key: value}
+    return known
 
 
 def _record(entry: Any, where: str) -> ImageRecord:
     if not isinstance(entry, Mapping):
         raise ManifestError(f"{where}: found {_kind(entry)}, expected an object")
-    hints = typing.get_type_hints(ImageRecord)
+    hints = {key: hint for key, hint in typing.get_type_hints(ImageRecord).items() if key != _DIALS}
     for key, value in entry.items():
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ManifestError(f"{where}: unknown key {key!r}{hint} Known: {', '.join(hints)}")
-        _check(value, hints[key], f"{where}: {key}")
+        if key not in hints and (near := difflib.get_close_matches(key, hints, n=1, cutoff=_TYPO)):
+            raise ManifestError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}? Known: {', '.join(hints)}")
+        _check(value, hints.get(key, float | str | None), f"{where}: {key}")
     for key in ("file", "prompt"):
         if not entry.get(key):
             raise ManifestError(f"{where}: {key!r} is missing or empty")
     inside = os.path.normpath(entry["file"])
     if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
         raise ManifestError(f"{where}: found the file {entry['file']!r}, expected one inside of the manifest's folder")
-    return ImageRecord(**entry)
+    dials = {key: value for key, value in entry.items() if key not in hints and value is not None}
+    return ImageRecord(**{key: value for key, value in entry.items() if key in hints}, dials=dials)
 
 
 def _check(value: Any, hint: Any, where: str) -> None:

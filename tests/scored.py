@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ def noise(seed: int, side: int = SIDE) -> Image.Image:
 
 
 def record(file: str, prompt: str = "a photo of <cat*>", seed: int | None = 0, **known: Any) -> ImageRecord:
-    """A picture of the concept `cat`, unless `known` says otherwise."""
+    """A picture of the concept `cat`, unless `known` says otherwise; what is no field is a dial."""
     cat = {"concept": "cat", "placeholder": "<cat*>", "superclass": "cat", "method": "perfusion"}
-    return ImageRecord(file, prompt, seed, **{**cat, **known})
+    fields = {field.name for field in dataclasses.fields(ImageRecord)}
+    dials = {name: value for name, value in known.items() if name not in fields and value is not None}
+    known = {name: value for name, value in known.items() if name in fields}
+    return ImageRecord(file, prompt, seed, **{**cat, **known}, dials=dials)
 
 
 def folder(path: Path, records: Iterable[ImageRecord], first: int = 0) -> Path:

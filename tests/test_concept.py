@@ -12,7 +12,7 @@ from perfusion.backbones.base import Backbone, TokenError
 from perfusion.concept import Concept, save_concept
 from perfusion.config import ConfigError
 from perfusion.edit import EditError
-from perfusion.methods.base import Word
+from perfusion.methods.base import Dial, Word
 from perfusion.methods.perfusion import Perfusion
 from tests.concepts import things, tiny_backbone, untrained_concept
 
@@ -121,7 +121,7 @@ def test_an_impossible_strength_attaches_nothing(backbone: Backbone, path: Path)
 def test_a_method_without_a_gate_has_no_strength(
     backbone: Backbone, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Perfusion, "dials", ("scale",))
+    monkeypatch.setattr(Perfusion, "dials", (Dial("scale"),))
     with pytest.raises(ConfigError, match="beta: found a concept of the method 'perfusion', which has no beta; it has"):
         Concept.load(path).attach(backbone, beta=0.5)
     with Concept.load(path).attach(backbone) as attached, pytest.raises(ConfigError, match="which has no tau"):

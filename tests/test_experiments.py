@@ -110,7 +110,7 @@ def test_runs_and_pictures_can_be_used_by_hand(ran: Path) -> None:
     folders = [path.parent for path in ran.rglob("pictures/**/manifest.json")]
     assert len(folders) == 7
     records = [record for path in folders for record in read_manifest(path)]
-    assert len(records) == 14 and {record.beta for record in records} == {None, *FEW_BETAS}
+    assert len(records) == 14 and {record.dials.get("beta") for record in records} == {None, *FEW_BETAS}
     assert {record.method for record in records} == {"base", "perfusion, 5 pictures", "perfusion, 5 pictures, no mask"}
     assert {record.instance for record in records} == {TABLE_TOYS[0].instance}
 
@@ -189,7 +189,8 @@ def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Pa
     changes = (*CHANGES.split(","), f"backbone.covariance.cache={folder}/covariance")
     runner = Runner(folder / "runs", protocol, changes)
     cat, dog = TABLE_TOYS[:2]
-    beta, (early, late) = Setting(PERFUSION, beta=0.5), (Setting(TEXTUAL_INVERSION, share=s) for s in (1 / 3, 1.0))
+    (beta,) = by_beta(PERFUSION, (0.5,))
+    early, late = (Setting(TEXTUAL_INVERSION, share=share) for share in (1 / 3, 1.0))
     wanted = [Wanted(beta, (cat, dog)), Wanted(Setting(None), (cat,)), Wanted(early, (cat,)), Wanted(late, (cat,))]
     wanted.append(Wanted(DESCRIBED, (cat,)))
     pool: Any = Inline(1, folder)

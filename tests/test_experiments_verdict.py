@@ -111,7 +111,7 @@ class MadeUp:
                     pictures.append(Picture(Path(f"{len(pictures)}.png"), template, seed, "t", scores))
                 n = len(self.protocol.seeds)
                 pairs += [(k * n, k * n + j, means[2] + 0.001 * own.standard_normal()) for j in range(1, n)]
-            setting: dict[str, Any] = {**wanted.setting.dials, "setting": wanted.setting.name}
+            setting: dict[str, Any] = {**dict(wanted.setting.dials), "setting": wanted.setting.name}
             self.points[wanted] = Point(wanted.setting.label, toys, setting, tuple(pictures), tuple(pairs))
 
     def seconds(self, wanted: Wanted) -> float:
@@ -128,7 +128,7 @@ def perfusion_front(setting: Setting) -> np.ndarray:
     """A trade by β, the same in all experiments, that ends in the base model."""
     if setting.label == BASE:
         return np.array([0.95, 0.2, 0.1])
-    beta = setting.beta if setting.beta is not None else 0.5
+    beta = dict(setting.dials).get("beta", 0.5)
     return np.array([0.4 + 0.5 * beta, 0.9 - 0.5 * beta, 0.1])
 
 
@@ -138,8 +138,8 @@ SIDES: dict[str, Callable[[Setting], bool]] = {
     "key_lock": lambda s: s.label == "perfusion",
     "mask": lambda s: s.label == "perfusion, 5 pictures",
     "train_bias": lambda s: s.label == "perfusion",
-    "temperature": lambda s: s.tau is None,
-    "lock_types": lambda s: s.key_lock == "global",
+    "temperature": lambda s: "tau" not in dict(s.dials),
+    "lock_types": lambda s: ("key_lock", "global") in s.dials,
     "multi_concept": lambda s: s.label == "perfusion",
     "one_shot": lambda s: s.label == "perfusion",
     "covariance": lambda s: s.label == "perfusion",
@@ -170,7 +170,7 @@ def test_another_place_on_the_same_front_is_no_gain(name: str) -> None:
 
     def truth(setting: Setting) -> np.ndarray:
         at = dict(zip(FEW_BETAS, (0.4, 0.6, 0.8), strict=True))
-        strength = 1.0 if setting.label == BASE else at[setting.beta or 0]
+        strength = 1.0 if setting.label == BASE else at[dict(setting.dials).get("beta", 0)]
         strength *= 1.0 if SIDES[name](setting) or setting.label == BASE else 0.8
         return np.array([0.35 + 0.6 * strength, 0.9 - 0.7 * strength, 0.1])
 
@@ -203,7 +203,7 @@ def test_a_lead_needs_no_more_prompt_accuracy_than_there_is() -> None:
         if setting.label == BASE:
             return np.array([0.98, 0.2, 0.1])
         if setting.label == "perfusion":
-            return np.array([0.98, 0.9 - 0.2 * (setting.beta or 0), 0.1])
+            return np.array([0.98, 0.9 - 0.2 * (dict(setting.dials).get("beta", 0)), 0.1])
         return np.array([0.98 if setting.share != 1 else 0.8, 0.5, 0.1])
 
     assert judged(KNOWN["pareto"], truth) is judged(KNOWN["multi_concept"], truth) is Verdict.HOLDS

@@ -11,9 +11,9 @@ from perfusion.manifest import ImageRecord, ManifestError, known_records, read_m
 
 FULL = ImageRecord(
     file="a.png", prompt="a photo of <chat très mignon*> 猫", seed=2**63, concept="chat", concept_hash="0123456789ab",
-    placeholder="<chat*>", superclass="cat", method="perfusion", backbone="toyland", beta=0.65, tau=0.15,
-    key_lock="local", steps=50,
-    guidance=4.0, scale=0.5, setting="trained 200 steps", instance=16,
+    placeholder="<chat*>", superclass="cat", method="perfusion", backbone="toyland",
+    dials={"beta": 0.65, "tau": 0.15, "key_lock": "local"}, steps=50, guidance=4.0, setting="trained 200 steps",
+    instance=16,
 )  # fmt: skip
 PICTURE = Image.new("RGB", (3, 2), (10, 20, 30))
 
@@ -31,7 +31,8 @@ def test_a_record_survives_in_the_manifest_and_in_the_picture(tmp_path: Path) ->
     assert read_manifest(tmp_path) == known_records(tmp_path) == [FULL, bare]
     with Image.open(tmp_path / "a.png") as image:
         assert image.tobytes() == PICTURE.tobytes()
-        expected = {k: str(v) for k, v in dataclasses.asdict(FULL).items() if k != "file"}
+        known = {**dataclasses.asdict(FULL), **FULL.dials}
+        expected = {k: str(v) for k, v in known.items() if k not in ("file", "dials")}
         assert image.text == expected
     with Image.open(tmp_path / "sub" / "b.png") as image:
         assert image.text == {"prompt": "a cat"}, "what is not known is not written"
@@ -41,7 +42,7 @@ def test_a_record_survives_in_the_manifest_and_in_the_picture(tmp_path: Path) ->
 def test_a_manifest_of_another_tool_needs_file_and_prompt_only(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").touch()
     write(tmp_path, [{"file": "x.jpg", "prompt": "a cat", "beta": 1, "seed": None}])
-    assert read_manifest(tmp_path) == [ImageRecord("x.jpg", "a cat", beta=1)]
+    assert read_manifest(tmp_path) == [ImageRecord("x.jpg", "a cat", dials={"beta": 1})]
 
 
 def test_pictures_that_are_gone(tmp_path: Path) -> None:
@@ -62,6 +63,7 @@ def test_pictures_that_are_gone(tmp_path: Path) -> None:
         ([{"file": "a.png"}], "entry 0: 'prompt' is missing or empty"),
         ([{"file": "a.png", "prompt": ""}], "'prompt' is missing or empty"),
         ([{"file": "a.png", "prompt": "x", "sead": 1}], r"unknown key 'sead'; did you mean 'seed'\? Known: file, "),
+        ([{"file": "a.png", "prompt": "x", "beta": [0.5]}], r"beta: found \[0.5\], expected a finite number or text"),
         ([{"file": "a.png", "prompt": "x", "seed": "1"}], "seed: found '1', expected a whole number or null"),
         ([{"file": "a.png", "prompt": "x", "seed": True}], "seed: found True"),
         ([{"file": "a.png", "prompt": "x", "seed": 0.5}], "seed: found 0.5"),

@@ -112,7 +112,7 @@ def test_the_files_of_both_encoders_of_sdxl(tmp_path: Path) -> None:
 
 def test_it_needs_no_covariance_and_goes_beside_a_concept_with_one(backbone: Backbone) -> None:
     concept = random_concept(backbone, WORD, 0, name="textual_inversion")
-    assert concept.covariance == "" and concept.dials == ()
+    assert concept.covariance == "" and concept.dials == {}
     other = untrained_concept(backbone, Word("<cat*>", "cat"), 1)
     assert other.covariance
     before = draw(backbone.pipe, "a cat")

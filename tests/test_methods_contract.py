@@ -16,7 +16,9 @@ from benchmarks.memory import kept_bytes
 from perfusion.backbones import backbone_class
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept, save_concept
-from perfusion.methods.base import Batch, Method, Word, available, build
+from perfusion.generate import GenerateConfig
+from perfusion.manifest import ImageRecord
+from perfusion.methods.base import Batch, Method, Word, available, build, method_class
 from tests.backbone_kinds import KINDS, config_of
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
@@ -302,3 +304,10 @@ def test_every_preset_gives_all_options_of_its_method(preset: str) -> None:
 
 def test_every_method_has_a_preset() -> None:
     assert set(available()) <= {path.stem for path in CONF.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_dial_is_a_property_that_no_file_or_command_calls_something_else(name: str) -> None:
+    taken = {field.name for schema in (ImageRecord, GenerateConfig) for field in dataclasses.fields(schema)}
+    for dial in method_class(name).dials:
+        assert isinstance(getattr(method_class(name), dial.name), property) and dial.name not in taken

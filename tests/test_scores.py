@@ -48,7 +48,7 @@ def test_points_of_several_folders_become_one(tmp_path: Path):
 
 def test_settings_are_called_by_what_differs():
     settings = [{"beta": 0.3, "tau": 0.1, "key_lock": "local"}, {"beta": 0.25, "tau": 0.1, "key_lock": "global"}]
-    assert setting_labels(settings) == ["β 0.3, local keys", "β 0.25, global keys"]
+    assert setting_labels(settings) == ["β 0.3, key_lock local", "β 0.25, key_lock global"]
     assert setting_labels(settings[:1]) == [""]
     assert setting_labels([{"setting": "rank 4"}, {"setting": "rank 8", "steps": 50}]) == ["rank 4", "50 steps, rank 8"]
 
@@ -56,7 +56,7 @@ def test_settings_are_called_by_what_differs():
 def test_settings_are_in_order():
     texts = ["rank 4", "rank 16", "rank 128"]
     given = [{"beta": 0.5}, {"beta": 0.25}, {"beta": "0.4 + 0.6"}, {}, *({"setting": t} for t in texts[::-1])]
-    found = sorted(given, key=setting_order)
+    found = sorted(given, key=lambda setting: setting_order(setting, ["beta", "setting"]))
     assert found == [{}, *({"setting": t} for t in texts), {"beta": 0.25}, {"beta": 0.5}, {"beta": "0.4 + 0.6"}]
 
 

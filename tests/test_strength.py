@@ -150,17 +150,15 @@ def test_auto_draws_with_the_best_and_says_which(
         return [Strength(beta, 0.5, 0.5, 1 - abs(beta - 0.7)) for beta in grid]
 
     monkeypatch.setattr(strength, "measure", scripted)
-    out = generate(
-        GenerateConfig(concept=str(file), prompt="a photo of <cat*>", beta="auto", num=1, steps=STEPS, out="pictures")
-    )
+    out = generate(GenerateConfig(str(file), "a photo of <cat*>", {"beta": "auto"}, num=1, steps=STEPS, out="pictures"))
     (record,) = read_manifest(out)
-    assert asked == [GRID] and record.beta == 0.7
+    assert asked == [GRID] and record.dials["beta"] == 0.7
     assert "beta=auto: 0.7 has the best harmonic mean" in capsys.readouterr().out
 
 
 def test_auto_is_for_one_concept(file: Path) -> None:
     with pytest.raises(ConfigError, match="beta=auto: found several concepts"):
-        generate(GenerateConfig(concept=[str(file), str(file)], prompt="<cat*>", beta="auto"))
+        generate(GenerateConfig(concept=[str(file), str(file)], prompt="<cat*>", dials={"beta": "auto"}))
 
 
 def test_scores_of_known_embeddings() -> None:

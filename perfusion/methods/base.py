@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from perfusion import methods
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.config import ConfigError, checked
 from perfusion.registry import modules_that_define
@@ -53,11 +54,26 @@ class Batch:
     step_prompts: Sequence[str] | None = None  # of the whole step with its first part, none later; None: this is it all
 
 
+@dataclass(frozen=True)
+class Dial:
+    """Something that can be set while an attached concept draws.
+
+    Attributes:
+        name: of the method's property.
+        number: else it is a word.
+        per_picture: the property also takes a tensor (S,), a value for each of the S pictures of a batch.
+    """
+
+    name: str
+    number: bool = True
+    per_picture: bool = False
+
+
 class Method(nn.Module, ABC):
     """A personalization method. Its own parameters and buffers are all that training changes."""
 
     Options: ClassVar[type[MethodOptions]]
-    dials: ClassVar[tuple[str, ...]] = ()  # properties that may be set while an attached concept draws, such as beta
+    dials: ClassVar[tuple[Dial, ...]] = ()  # no other file has to know them
     needs_covariance: ClassVar[bool] = False  # whether what it learns depends on the backbone's second moment
 
     def __init__(self, options: Any, word: Word) -> None:
@@ -159,8 +175,8 @@ def check_bounds(options: MethodOptions, bounds: Mapping[str, tuple[bool, str]])
 
 
 def available() -> list[str]:
-    """Names of the methods in this package."""
-    return [*modules_that_define("METHOD", Path(__file__).parent)]
+    """Names of the methods in this package and in the folders of PERFUSION_METHODS."""
+    return sorted(name for folder in methods.__path__ for name in modules_that_define("METHOD", Path(folder)))
 
 
 def method_class(name: str) -> type[Method]:

@@ -32,7 +32,7 @@ from perfusion.backbones.fingerprint import base_module
 from perfusion.config import ConfigError
 from perfusion.edit import EditError, holder_of
 from perfusion.files import atomic_path
-from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
+from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 
 ADAPTER = "concept"  # PEFT's name of it; every concept has layers of its own
 _PREFIX = "unet"  # of stock files: the part of the pipeline
@@ -60,7 +60,7 @@ class LoRA(Method):
     say."""
 
     Options = LoRAOptions
-    dials = ("scale",)
+    dials = (Dial("scale"),)
     options: LoRAOptions
 
     def __init__(self, options: LoRAOptions, word: Word) -> None:

@@ -21,7 +21,7 @@ from perfusion.backbones.base import Backbone, EditSite, Encoding
 from perfusion.data.prompts import fill, templates
 from perfusion.edit import EditError, PromptGate, attach_edit, unedited
 from perfusion.left_out import LeftOut
-from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
+from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 from perfusion.methods.weights import check_free, projection_places
 from perfusion.prompt_gate import JointGate
 from perfusion.rank_one import precision_times
@@ -64,7 +64,7 @@ class Perfusion(Method):
     """
 
     Options = PerfusionOptions
-    dials = ("beta", "tau", "key_lock")
+    dials = (Dial("beta", per_picture=True), Dial("tau", per_picture=True), Dial("key_lock", number=False))
     needs_covariance = True
     options: PerfusionOptions
 

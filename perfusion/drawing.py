@@ -1,0 +1,159 @@
+"""Pictures with attached concepts, each written as soon as it is drawn, with all that is known of it beside it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from perfusion.concept import Attached, Concept
+from perfusion.manifest import JOINED, ImageRecord, known_records, save_png, write_manifest
+from perfusion.sampling import stream
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to draw.
+
+    Attributes:
+        record: of the picture; it is drawn by its prompt, seed, steps and guidance.
+        folder: that its file is written to.
+        dials: what each of the attached concepts is set to; what is not named stays as it is.
+    """
+
+    record: ImageRecord
+    folder: Path
+    dials: Sequence[Mapping[str, Any]] = ()
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    attached: Sequence[Attached],
+    shots: Sequence[Shot],
+    batch: int = 8,
+    *,
+    size: int | None = None,
+    exact: bool = True,
+    progress: bool = False,
+    again: bool = True,
+) -> list[Image.Image]:
+    """Draw pictures, write them and name them in their folders' manifests; returns those that were drawn, in order.
+
+    What else a manifest names stays in it. When interrupted, manifests name what was finished. The concepts are set
+    back to what they were set to before.
+
+    Args:
+        batch, size, exact, progress: see `sampling.stream`.
+        again: False leaves out pictures that lie there, made by the same training.
+    """
+    missing = [k for k, shot in enumerate(shots) if again or not _is_there(shot)]
+    finished = {*range(len(shots))} - {*missing}
+    images: dict[int, Image.Image] = {}
+    before = [one.dials for one in attached]
+    dials = [
+        [{**own, **given} for own, given in zip(before, shot.dials or [{}] * len(before), strict=True)]
+        for shot in shots
+    ]
+    try:
+        for together in _by_what_a_batch_shares(attached, shots, dials, missing):
+            records = [shots[k].record for k in together]
+
+            def prepare(batch: slice, together: Sequence[int] = together) -> None:
+                _set(attached, [dials[k] for k in together[batch]])
+
+            drawn = stream(
+                pipe,
+                [record.prompt for record in records],
+                [record.seed for record in records],  # type: ignore[misc]
+                records[0].steps,  # type: ignore[arg-type]
+                records[0].guidance,  # type: ignore[arg-type]
+                batch,
+                progress,
+                size=size,
+                exact=exact,
+                prepare=prepare,
+            )
+            for k, image in zip(together, drawn, strict=True):
+                shots[k].folder.mkdir(parents=True, exist_ok=True)
+                save_png(shots[k].folder, image, shots[k].record, flush=again)  # `_is_there` looks into it
+                images[k] = image
+    finally:
+        _set(attached, [before])
+        _name([shots[k] for k in sorted(finished | {*images})])
+    return [images[k] for k in missing]
+
+
+def described(concepts: Sequence[Concept], names: Iterable[str]) -> dict[str, Any]:
+    """What records say of the concepts that are drawn together, under these names; of none, the base model draws."""
+    return {
+        "concept": JOINED.join(names),
+        "concept_hash": JOINED.join(concept.hash for concept in concepts) or None,
+        "placeholder": JOINED.join(concept.placeholder for concept in concepts),
+        "superclass": JOINED.join(concept.superclass for concept in concepts),
+        "method": JOINED.join(dict.fromkeys(concept.method for concept in concepts)),
+        "backbone": next((concept.fingerprint.get("family") for concept in concepts), None),
+    }
+
+
+def recorded(attached: Sequence[Attached], dials: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
+    """What a record says of concepts' dials: each in one value if the concepts agree, else joined."""
+    values = [{**one.dials, **given} for one, given in zip(attached, dials, strict=True)]
+    names = dict.fromkeys(name for row in values for name in row)
+    return {name: _as_one([row.get(name) for row in values]) for name in names}
+
+
+def _as_one(row: Sequence[Any]) -> float | str:
+    """Infinity is text, for JSON has no number for it."""
+    if len({*row}) == 1:
+        return "inf" if row[0] == math.inf else row[0]
+    return JOINED.join("none" if value is None else value if isinstance(value, str) else f"{value:g}" for value in row)
+
+
+def _by_what_a_batch_shares(
+    attached: Sequence[Attached], shots: Sequence[Shot], dials: Sequence[Sequence[Mapping[str, Any]]], of: Iterable[int]
+) -> list[list[int]]:
+    """The shots `of` in groups whose pictures can be in one batch."""
+
+    def shared(k: int) -> str:
+        common = [
+            {name: value for name, value in given.items() if not one.concept.dials[name].per_picture}
+            for one, given in zip(attached, dials[k], strict=True)
+        ]
+        return repr((shots[k].record.steps, shots[k].record.guidance, common))
+
+    groups: dict[str, list[int]] = {}
+    for k in of:
+        groups.setdefault(shared(k), []).append(k)
+    return [*groups.values()]
+
+
+def _set(attached: Sequence[Attached], rows: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Set the dials for a batch: those that differ between its pictures to a value for each."""
+    for one, settings in zip(attached, zip(*rows, strict=True), strict=True):
+        for name in settings[0]:
+            values = [given[name] for given in settings]
+            setattr(one, name, values[0] if len({*values}) == 1 else torch.tensor(values))
+
+
+def _name(shots: Sequence[Shot]) -> None:
+    """Write the manifests anew, read at this moment: another command may have drawn into a folder meanwhile."""
+    for folder, mine in itertools.groupby(sorted(shots, key=lambda shot: shot.folder), key=lambda shot: shot.folder):
+        records = [*known_records(folder), *(shot.record for shot in mine)]
+        write_manifest(folder, {record.file: record for record in records}.values())
+
+
+def _is_there(shot: Shot) -> bool:
+    """Whether the picture lies there, made by the same training."""
+    try:
+        with Image.open(shot.folder / shot.record.file) as image:
+            image.load()
+            return getattr(image, "text", {}).get("concept_hash") == shot.record.concept_hash
+    except OSError:
+        return False
