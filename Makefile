@@ -1,5 +1,5 @@
 # Every target that needs the environment creates it first (tools/setup); nothing has to be activated.
-# ARGS is handed on to the command, for example: make test ARGS="-k rank_one"
+# ARGS is handed on to the command, for example: make test ARGS="-k equations"
 
 PYTHON := .venv/bin/python
 SOURCES := perfusion eval experiments benchmarks tests

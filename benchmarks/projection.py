@@ -16,10 +16,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from benchmarks.timing import Pair
-from perfusion.backbones.base import EditSite
 from perfusion.backbones.latent_diffusion import edit_sites_of
 from perfusion.backbones.layouts import layout_config, meta_denoiser
-from perfusion.edit import PromptGate, attach_edit
+from perfusion.editing.gate import PromptGate
+from perfusion.editing.layer import attach_edit
+from perfusion.editing.places import EditSite
 from perfusion.toyland import models
 
 BATCH = 16  # prompts: the paper's batch

@@ -28,7 +28,9 @@ from perfusion.backbones.base import Backbone
 from perfusion.concept_format import ConceptFileError, read, write
 from perfusion.config import ConfigError
 from perfusion.covariance.configured import spelled_out
-from perfusion.edit import EditError, PromptGate, gates_at
+from perfusion.editing import EditError
+from perfusion.editing.gate import PromptGate
+from perfusion.editing.layer import gates_at
 from perfusion.files import PathLike
 from perfusion.methods.base import Dial, Method, Word, build, method_class
 from perfusion.provenance import provenance

@@ -25,8 +25,9 @@ from perfusion.config import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from perfusion.backbones.base import Backbone, EditSite
+    from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
+    from perfusion.editing.places import EditSite
 
 PACKAGE = "perfusion-pytorch"
 KEYS = ("embed_params", "key_value_params", "C_inv")

@@ -147,7 +147,7 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     """
     import torch
 
-    from perfusion.edit import PromptGate
+    from perfusion.editing.gate import PromptGate
     from perfusion.presets import load_for
 
     assert config.prompt is not None

@@ -6,10 +6,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from perfusion import rank_one
-from perfusion.backbones.base import EditSite
 from perfusion.backbones.latent_diffusion import edit_sites_of
-from perfusion.edit import Edit, EditedProjection, PromptGate, attach_edit
+from perfusion.editing import equations
+from perfusion.editing.gate import PromptGate
+from perfusion.editing.layer import Edit, EditedProjection, attach_edit
+from perfusion.editing.places import EditSite
 
 B, N, D = 2, 7, 24
 BETA, TAU = 0.7, 0.15
@@ -45,7 +46,7 @@ class Bench:
         samples = normal(200, D) @ mix + mean
         self.C = samples.T @ samples / len(samples)
         self.i, self.s = normal(count, D), normal(count, D)
-        directions = rank_one.precision_times(torch.linalg.cholesky(self.C), self.i)
+        directions = equations.precision_times(torch.linalg.cholesky(self.C), self.i)
         # The concepts come in along the tokens, in turn, so that the gates go from closed to open.
         share = torch.linspace(0, 1.5, N, dtype=torch.float64)[:, None]
         context = (normal(B, N, D) @ mix + mean) * (1 - share / 1.5) + share * self.i[[n % count for n in range(N)]]

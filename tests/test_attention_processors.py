@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, tiny_sdxl_backbone, untrained_concept
 from tests.drawing import CLOSED, PLAIN, PROMPT, call

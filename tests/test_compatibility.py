@@ -20,7 +20,7 @@ from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.concept import Concept
 from perfusion.concept_format import ConceptFileError
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.drawing import CLOSED, PLAIN, PROMPT, call

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.concept import Concept, save_concept
 from perfusion.config import ConfigError
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.methods.base import Dial, Word
 from perfusion.methods.perfusion import Perfusion
 from tests.concepts import things, tiny_backbone, untrained_concept

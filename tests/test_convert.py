@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from perfusion import convert as module
-from perfusion.backbones.base import Backbone, EditSite
+from perfusion.backbones.base import Backbone
 from perfusion.cli import USER_ERROR, run_cli
 from perfusion.concept import Concept, ConceptFileError
 from perfusion.convert import ConversionError, ConvertConfig, convert, main, read_package
+from perfusion.editing.places import EditSite
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, untrained_concept
 

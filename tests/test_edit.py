@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfusion import rank_one
-from perfusion.edit import EditError
+from perfusion.editing import EditError, equations
 from tests.benches import BETA, TAU, Bench, Counter, snapshot
 
 
@@ -39,15 +38,15 @@ def test_two_concepts_equal_equation_4_with_the_orthonormal_basis_of_appendix_b(
     bench.attach()
     found = bench.projections()
     factor = torch.linalg.cholesky(bench.C)
-    basis = rank_one.orthonormal_basis(bench.i, factor)
+    basis = equations.orthonormal_basis(bench.i, factor)
     e = bench.context
-    components = rank_one.similarity(e, rank_one.precision_times(factor, basis)[:, None, None])
-    directions = rank_one.similarity_direction(bench.i, factor)[:, None, None]
-    gates = rank_one.gate(rank_one.similarity(e, directions), BETA, TAU)
+    components = equations.similarity(e, equations.precision_times(factor, basis)[:, None, None])
+    directions = equations.similarity_direction(bench.i, factor)[:, None, None]
+    gates = equations.gate(equations.similarity(e, directions), BETA, TAU)
     for site in bench.sites:
         W, own = site.projection.weight, bench.outputs[site.name]
         targets = bench.s @ W.T if own is None else own
-        expected = rank_one.edited_projection_many(e @ W.T, components, gates, basis @ W.T, targets)
+        expected = equations.edited_projection_many(e @ W.T, components, gates, basis @ W.T, targets)
         torch.testing.assert_close(found[site.name], expected, rtol=1e-10, atol=1e-10)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
-from perfusion.edit import gates_at, unedited
+from perfusion.editing.layer import gates_at, unedited
 from perfusion.methods.base import Word
 from tests.benches import Bench, Counter
 from tests.concepts import tiny_backbone, untrained_concept

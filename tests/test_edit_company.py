@@ -8,10 +8,11 @@ from diffusers.models.attention_processor import Attention
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from perfusion.backbones.fingerprint import base_module
 from perfusion.backbones.latent_diffusion import edit_sites_of
-from perfusion.edit import EditedProjection, EditError, attach_edit
-from perfusion.rank_one import low_rank_update
+from perfusion.editing import EditError
+from perfusion.editing.equations import low_rank_update
+from perfusion.editing.layer import EditedProjection, attach_edit
+from perfusion.editing.places import base_module
 from tests.benches import B, Bench, D
 
 

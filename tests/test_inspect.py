@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from perfusion.backbones.base import Backbone
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
+from perfusion.editing.equations import gate, inner_product
 from perfusion.inspect import InspectConfig, main
 from perfusion.methods.base import Word, build
-from perfusion.rank_one import gate, inner_product
 from tests.concepts import random_concept, toyland_backbone
 from tests.pipelines import toyland_folder
 

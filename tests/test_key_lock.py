@@ -12,11 +12,11 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.tokens import add_word
 from perfusion.concept import Concept
-from perfusion.edit import EditError
+from perfusion.editing import EditError
+from perfusion.editing.superclass_prompts import Replacement, replace_words
+from perfusion.editing.tokens import add_word
 from perfusion.methods.base import Word, build
-from perfusion.superclass_prompts import Replacement, replace_words
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.pipelines import sd21_folder
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perfusion.backbones.base import Backbone, EditSite
+from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept
 from perfusion.concept_format import ConceptFileError
-from perfusion.edit import Edit, EditedProjection, EditError, PromptGate, attach_edit, unedited
+from perfusion.editing import EditError
+from perfusion.editing.equations import precision_times
+from perfusion.editing.gate import JointGate, PromptGate
+from perfusion.editing.layer import Edit, EditedProjection, attach_edit, unedited
+from perfusion.editing.places import EditSite
 from perfusion.methods.base import Word, build
-from perfusion.prompt_gate import JointGate
-from perfusion.rank_one import precision_times
 from tests.benches import BETA, TAU, Bench, snapshot
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.drawing import CLOSED

@@ -14,7 +14,7 @@ from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
 from perfusion.config import BackboneConfig, ConfigError
 from perfusion.covariance.factor import Factorised
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.generate import main as generate
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.custom_diffusion import CustomDiffusion, token_vectors

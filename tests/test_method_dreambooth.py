@@ -14,7 +14,7 @@ from perfusion.backbones.fingerprint import base_parameters
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.concept import Concept, save_concept
 from perfusion.config import BackboneConfig, ConfigError
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.dreambooth import DreamBooth
 from tests.concepts import tiny_backbone, untrained_concept

@@ -18,7 +18,7 @@ from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.toyland import WEIGHTS
 from perfusion.concept import Concept
 from perfusion.config import BackboneConfig, ConfigError
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.inspect import meta_backbone
 from perfusion.methods.base import Word, build
 from perfusion.methods.lora import LoRA

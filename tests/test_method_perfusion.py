@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfusion import rank_one
 from perfusion.backbones.base import Backbone, Encoding, TokenError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
 from perfusion.data.prompts import fill, templates
-from perfusion.edit import PromptGate
+from perfusion.editing import equations
+from perfusion.editing.gate import PromptGate
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.perfusion import KeyLock, Perfusion
 from tests.pipelines import tiny_pipeline
@@ -224,7 +224,7 @@ def test_the_target_input_follows_the_word_by_a_moving_average(backbone: Backbon
         expected = 0.99 * expected + 0.01 * (context[0, 2] + context[1, 3] + context[1, 5]).detach() / 3
         state = attached.state()
         torch.testing.assert_close(state["target_input"], expected)
-        direction = rank_one.precision_times(factor, state["target_input"])
+        direction = equations.precision_times(factor, state["target_input"])
         torch.testing.assert_close(state["direction"].double(), direction / direction.abs().max(), rtol=1e-6, atol=1e-6)
         assert not state["target_input"].requires_grad
 
@@ -296,9 +296,9 @@ def test_what_half_precision_in_the_file_does_to_the_similarity(d: int, conditio
     factor = torch.linalg.cholesky(basis * scales.square() @ basis.T)
     i = encodings[:1]
     encodings = torch.cat((encodings, 0.7 * i + 0.3 * encodings))
-    exact = rank_one.similarity(encodings, rank_one.similarity_direction(i, factor))
+    exact = equations.similarity(encodings, equations.similarity_direction(i, factor))
 
-    direction = rank_one.precision_times(factor, i)
+    direction = equations.precision_times(factor, i)
     stored, stored_i = (direction / direction.abs().max()).half().float(), i.half().float()
     gate = PromptGate(stored_i, stored, stored_i, 0.7, 0.15)
     assert exact.max() == pytest.approx(1, abs=0.4) and exact.std() > 0.02

@@ -15,7 +15,7 @@ from experiments.pictures import BETAS, CAT, PICTURES, SCENES, TEDDY, TRAINED_KE
 from perfusion.cli import run_cli
 from perfusion.concept import Concept
 from perfusion.config import TrainConfig
-from perfusion.edit import EditedProjection
+from perfusion.editing.layer import EditedProjection
 from perfusion.methods.base import Word
 from perfusion.training import composition
 from tests.concepts import toyland_backbone, untrained_concept

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import perfusion
-from perfusion.backbones.base import TokenError
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.concept import Concept
+from perfusion.editing import TokenError
 from perfusion.methods.base import Word
 from tests.concepts import things_and_hooks, tiny_sdxl_backbone, untrained_concept
 from tests.pipelines import tiny_sdxl

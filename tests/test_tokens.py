@@ -7,8 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from perfusion.backbones.base import TokenError
-from perfusion.backbones.tokens import (
+from perfusion.editing import TokenError
+from perfusion.editing.tokens import (
     ExtendedEmbedding,
     TokenMemory,
     add_word,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,31 +20,12 @@ from perfusion.config import BackboneConfig
 from perfusion.covariance.configured import described
 from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
-from perfusion.superclass_prompts import Replacement
+from perfusion.editing.places import EditSite
+from perfusion.editing.tokens import AddedToken
 
 
 class BackboneError(ValueError):
     """A backbone that cannot be loaded or does not fit what is asked of it."""
-
-
-class TokenError(ValueError):
-    """A placeholder, superclass or prompt that the tokenizer cannot take as asked."""
-
-
-@dataclass(frozen=True)
-class EditSite:
-    """One cross-attention projection that can be edited."""
-
-    name: str  # dotted path inside the denoiser, e.g. "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    kind: Literal["k", "v"]
-    context: str  # the text-context space that it reads
-    parent: nn.Module  # the attention module that holds it
-    attribute: str  # "to_k" or "to_v"
-
-    @property
-    def projection(self) -> nn.Module:
-        """What stands at the site now: the bias-free linear layer (h, d), or an edit around it."""
-        return getattr(self.parent, self.attribute)
 
 
 @dataclass(frozen=True)
@@ -59,28 +40,6 @@ class Encoding:
         """(d,), float32, without gradients: the mean over all tokens where the word ends."""
         context, marked = self.context.detach().float(), self.concept[..., None]
         return (context * marked).sum((0, 1)) / marked.sum()
-
-
-class AddedToken(ABC):
-    """A word added to every tokenizer and text encoder of a backbone, with trainable embeddings."""
-
-    placeholder: str
-
-    @abstractmethod
-    def embeddings(self) -> dict[str, nn.Parameter]:
-        """Name of the text encoder -> its vectors for the word, (vectors, d_e) float32."""
-
-    @abstractmethod
-    def encoders(self) -> dict[str, nn.Module]:
-        """Name -> text encoder, in the order in which their outputs stand side by side in the denoiser's context."""
-
-    @abstractmethod
-    def replacements(self) -> dict[str, Replacement]:
-        """Name of the text encoder -> what the superclass is in the word's place, as its tokenizer has them now."""
-
-    @abstractmethod
-    def remove(self) -> None:
-        """Put tokenizers and embedding tables back exactly as they were."""
 
 
 class Backbone(ABC):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from perfusion.backbones.tokens import ExtendedEmbedding
+from perfusion.editing.places import base_module
+from perfusion.editing.tokens import ExtendedEmbedding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,20 +23,6 @@ _SAMPLE = 64  # values of each tensor that are looked at before a digest is take
 
 # Module -> what was reckoned from its weights -> how they looked, and the outcome.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[bytes, Any]]] = weakref.WeakKeyDictionary()
-
-
-def base_module(module: nn.Module) -> nn.Module:
-    """What `module` was before words, adapters (LoRA), edits or `torch.compile` were put around it."""
-    while (inner := _inside(module)) is not None:
-        module = inner
-    return module
-
-
-def _inside(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, ExtendedEmbedding):
-        return module.base
-    around = (getattr(module, name, None) for name in ("base_layer", "_orig_mod"))  # peft's name, torch.compile's name
-    return next((inner for inner in around if isinstance(inner, nn.Module)), None)
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -20,9 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from perfusion.backbones import fingerprint, loading
-from perfusion.backbones.base import Backbone, BackboneError, EditSite, Encoding, TokenError
+from perfusion.backbones.base import Backbone, BackboneError, Encoding
 from perfusion.backbones.gradient_checkpointing import gradient_checkpointing
-from perfusion.backbones.tokens import (
+from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.covariance import configured
+from perfusion.covariance.captions import Captions, caption_stream, captions_digest
+from perfusion.covariance.factor import Factorised
+from perfusion.covariance.matrix import Matrix
+from perfusion.editing import TokenError
+from perfusion.editing.places import EditSite, base_module
+from perfusion.editing.tokens import (
     AddedWord,
     ExtendedEmbedding,
     TokenMemory,
@@ -32,18 +39,12 @@ from perfusion.backbones.tokens import (
     last_tokens,
     token_ids,
 )
-from perfusion.config import BackboneConfig, CovarianceConfig
-from perfusion.covariance import configured
-from perfusion.covariance.captions import Captions, caption_stream, captions_digest
-from perfusion.covariance.factor import Factorised
-from perfusion.covariance.matrix import Matrix
 
-CONTEXT = "text"  # the one text-context space: what the text encoder gives, read by every cross-attention
 BUILT_IN_SAMPLE = 256  # captions of a built-in set that tell its version from others
 _KINDS: tuple[Literal["k"], Literal["v"]] = ("k", "v")
 
 
-def edit_sites_of(denoiser: nn.Module, context: str = CONTEXT) -> list[EditSite]:
+def edit_sites_of(denoiser: nn.Module) -> list[EditSite]:
     """Every K and V projection of a diffusers UNet that reads the text, in module order, K before V.
 
     Needs no weights: a UNet on the meta device will do.
@@ -52,7 +53,7 @@ def edit_sites_of(denoiser: nn.Module, context: str = CONTEXT) -> list[EditSite]
         BackboneError: the projections are fused, so that an edit would change nothing.
     """
     sites: list[EditSite] = []
-    for name, module in fingerprint.base_module(denoiser).named_modules():
+    for name, module in base_module(denoiser).named_modules():
         if not (isinstance(module, Attention) and module.is_cross_attention):
             continue
         if isinstance(module.processor, FusedAttnProcessor2_0):  # `fused_projections` stays true after unfusing
@@ -60,7 +61,7 @@ def edit_sites_of(denoiser: nn.Module, context: str = CONTEXT) -> list[EditSite]
                 f"{name}: its K and V projections are fused, and an edit of them would do nothing; call "
                 "unfuse_qkv_projections() first"
             )
-        sites += [EditSite(f"{name}.to_{kind}", kind, context, module, f"to_{kind}") for kind in _KINDS]
+        sites += [EditSite(f"{name}.to_{kind}", kind, module, f"to_{kind}") for kind in _KINDS]
     return sites
 
 
@@ -270,7 +271,7 @@ class LatentDiffusionBackbone(Backbone):
             CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
             ConfigError: the captions cannot be read.
         """
-        projection: Any = fingerprint.base_module(self.edit_sites()[0].projection)
+        projection: Any = base_module(self.edit_sites()[0].projection)
         return configured.factorised(self.config.covariance, self.moment(progress), projection.in_features)
 
     def captions(self) -> Captions:

@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from perfusion.backbones.fingerprint import base_module, base_parameters
-from perfusion.backbones.tokens import ExtendedEmbedding
+from perfusion.backbones.fingerprint import base_parameters
+from perfusion.editing.places import base_module
+from perfusion.editing.tokens import ExtendedEmbedding
 from perfusion.files import atomic_path
 
 _INDEX = "model_index.json"

@@ -32,9 +32,9 @@ from diffusers import (
 from torch import Tensor, nn
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
-from perfusion.backbones.tokens import ExtendedEmbedding
 from perfusion.config import BackboneConfig
-from perfusion.superclass_prompts import replace_words
+from perfusion.editing.superclass_prompts import replace_words
+from perfusion.editing.tokens import ExtendedEmbedding
 
 _POOLING = "text_encoder_2"  # whose pooled output the UNet takes
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from perfusion.backbones.base import AddedToken, Backbone
 from perfusion.data.prompts import fill, templates
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.methods.base import Word, check_bounds
 from perfusion.methods.merging import SharedProjections
 from perfusion.methods.prior import PriorMethod, PriorOptions

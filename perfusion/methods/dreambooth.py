@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.fingerprint import base_module
 from perfusion.backbones.saving import save_pipeline
-from perfusion.edit import EditError
+from perfusion.editing import EditError
+from perfusion.editing.places import base_module
 from perfusion.methods.base import Word, check_bounds
 from perfusion.methods.prior import PriorMethod, PriorOptions
 from perfusion.methods.weights import OwnWeights, Slot, check_unedited, copy_into, slots

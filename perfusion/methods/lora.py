@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.fingerprint import base_module
 from perfusion.config import ConfigError
-from perfusion.edit import EditError, holder_of
+from perfusion.editing import EditError
+from perfusion.editing.layer import holder_of
+from perfusion.editing.places import base_module
 from perfusion.files import atomic_path
 from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 

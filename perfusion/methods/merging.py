@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
-from perfusion.edit import EditError
+from perfusion.editing import EditError
+from perfusion.editing.equations import precision_times
 from perfusion.methods.base import Word
 from perfusion.methods.weights import check_free, check_trainable, projection_places
-from perfusion.rank_one import precision_times
 
 
 class Member(Protocol):

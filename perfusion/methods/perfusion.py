@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perfusion.backbones.base import Backbone, EditSite, Encoding
+from perfusion.backbones.base import Backbone, Encoding
 from perfusion.data.prompts import fill, templates
-from perfusion.edit import EditError, PromptGate, attach_edit, unedited
-from perfusion.left_out import LeftOut
+from perfusion.editing import EditError
+from perfusion.editing.equations import precision_times
+from perfusion.editing.gate import JointGate, PromptGate
+from perfusion.editing.layer import attach_edit, unedited
+from perfusion.editing.left_out import LeftOut
+from perfusion.editing.places import EditSite
 from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 from perfusion.methods.weights import check_free, projection_places
-from perfusion.prompt_gate import JointGate
-from perfusion.rank_one import precision_times
 
 TWINS = 10  # degrees between the i* of two concepts
 

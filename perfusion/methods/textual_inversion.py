@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from perfusion.backbones.base import AddedToken, Backbone
-from perfusion.edit import EditError
+from perfusion.editing import EditError
 from perfusion.files import atomic_path
 from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 

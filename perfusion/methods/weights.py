@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.fingerprint import base_module
-from perfusion.edit import EditError, gates_at
+from perfusion.editing import EditError
+from perfusion.editing.layer import gates_at
+from perfusion.editing.places import base_module
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from perfusion.backbones.base import TokenError
+from perfusion.editing import TokenError
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perfusion.superclass_prompts import Replacements, replace_words
+from perfusion.editing.superclass_prompts import Replacements, replace_words
 
 
 class LeftOut:

@@ -8,7 +8,7 @@ For encodings e of a prompt and J concepts:
 
 A concept whose β is infinite is left out: its gate is 0, and the sums go over the others. Without others, e' = e.
 
-`perfusion.edit` brings these to the layers.
+`perfusion.editing.layer` brings these to the layers.
 """
 
 import math
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perfusion.rank_one import gate, low_rank_update, similarity
+from perfusion.editing import EditError
+from perfusion.editing.equations import gate, low_rank_update, similarity
 
 # Smallest eigenvalue of the cosines between concepts, in the C⁻¹ metric, as a share of the largest, below which they
 # cannot be told apart in float32.
@@ -35,10 +36,6 @@ Stamp = tuple[tuple[object, ...], tuple[int, ...]]
 _version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 Directions = Tensor | Callable[[Tensor], Tensor]
-
-
-class EditError(ValueError):
-    """An edit that cannot be attached or set as asked, or that something else has taken out of the denoiser."""
 
 
 @dataclass(frozen=True, eq=False)

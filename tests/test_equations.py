@@ -1,11 +1,11 @@
-"""`rank_one` against float64 closed forms written out here with an explicit inverse of C."""
+"""`equations` against float64 closed forms written out here with an explicit inverse of C."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from perfusion import rank_one
+from perfusion.editing import equations
 
 B, N, D, H = 3, 7, 12, 5
 BETA, TAU = 0.7, 0.15
@@ -43,17 +43,17 @@ class World:
 
     def edited(self, e: Tensor | None = None, beta: float | Tensor = BETA, tau: float | Tensor = TAU) -> Tensor:
         e = self.e if e is None else e
-        r = rank_one.similarity(e, rank_one.similarity_direction(self.i[0], self.factor))
-        g = rank_one.gate(r, beta, tau)
-        return rank_one.edited_projection(e @ self.W.T, r, g, self.W @ self.i[0], self.o[0])
+        r = equations.similarity(e, equations.similarity_direction(self.i[0], self.factor))
+        g = equations.gate(r, beta, tau)
+        return equations.edited_projection(e @ self.W.T, r, g, self.W @ self.i[0], self.o[0])
 
     def edited_many(self, basis: Tensor | None = None, order: list[int] | None = None) -> Tensor:
         i, o = (self.i, self.o) if order is None else (self.i[order], self.o[order])
-        basis = rank_one.orthonormal_basis(i, self.factor) if basis is None else basis
-        components = rank_one.similarity(self.e, rank_one.precision_times(self.factor, basis)[:, None, None])
-        directions = rank_one.similarity_direction(i, self.factor)[:, None, None]
-        gates = rank_one.gate(rank_one.similarity(self.e, directions), BETA, TAU)
-        return rank_one.edited_projection_many(self.e @ self.W.T, components, gates, basis @ self.W.T, o)
+        basis = equations.orthonormal_basis(i, self.factor) if basis is None else basis
+        components = equations.similarity(self.e, equations.precision_times(self.factor, basis)[:, None, None])
+        directions = equations.similarity_direction(i, self.factor)[:, None, None]
+        gates = equations.gate(equations.similarity(self.e, directions), BETA, TAU)
+        return equations.edited_projection_many(self.e @ self.W.T, components, gates, basis @ self.W.T, o)
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -63,17 +63,17 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def test_precision_and_inner_product_equal_the_explicit_inverse() -> None:
     w = World(2)
-    assert_near(rank_one.precision_times(w.factor, w.e), w.e @ w.inverse, 1e-10)
-    assert_near(rank_one.precision_times(w.factor, w.i[0]), w.inverse @ w.i[0], 1e-10)
-    assert_near(rank_one.inner_product(w.factor, w.i[0], w.e), w.e @ w.inverse @ w.i[0], 1e-10)
+    assert_near(equations.precision_times(w.factor, w.e), w.e @ w.inverse, 1e-10)
+    assert_near(equations.precision_times(w.factor, w.i[0]), w.inverse @ w.i[0], 1e-10)
+    assert_near(equations.inner_product(w.factor, w.i[0], w.e), w.e @ w.inverse @ w.i[0], 1e-10)
 
 
 def test_similarity_and_gate_equal_their_formulas() -> None:
     w = World()
-    r = rank_one.similarity(w.e, rank_one.similarity_direction(w.i[0], w.factor))
+    r = equations.similarity(w.e, equations.similarity_direction(w.i[0], w.factor))
     assert_near(r, w.r(), 1e-10)
-    assert_near(rank_one.gate(r, BETA, TAU), w.g(), 1e-10)
-    assert rank_one.similarity(w.i[0], rank_one.similarity_direction(w.i[0], w.factor)).item() == pytest.approx(1)
+    assert_near(equations.gate(r, BETA, TAU), w.g(), 1e-10)
+    assert equations.similarity(w.i[0], equations.similarity_direction(w.i[0], w.factor)).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -86,8 +86,8 @@ def test_equation_3_equals_the_closed_form(seed: int) -> None:
 def test_ungated_equation_3_is_rome() -> None:
     w = World()
     updated = w.W + torch.outer(w.o[0] - w.W @ w.i[0], w.inverse @ w.i[0]) / (w.i[0] @ w.inverse @ w.i[0])
-    assert_near(rank_one.rome_update(w.W, w.i[0], w.o[0], w.factor), updated, 1e-10)
-    ungated = rank_one.edited_projection(w.e @ w.W.T, w.r(), w.r(), w.W @ w.i[0], w.o[0])
+    assert_near(equations.rome_update(w.W, w.i[0], w.o[0], w.factor), updated, 1e-10)
+    ungated = equations.edited_projection(w.e @ w.W.T, w.r(), w.r(), w.W @ w.i[0], w.o[0])
     assert_near(ungated, w.e @ updated.T, 1e-10)
 
 
@@ -109,7 +109,7 @@ def test_an_orthogonal_encoding_changes_by_no_more_than_the_closed_gate(beta: fl
 @pytest.mark.parametrize("count", range(1, 9))
 def test_equation_4_equals_the_closed_form(count: int) -> None:
     w = World(count)
-    basis = rank_one.orthonormal_basis(w.i, w.factor)
+    basis = equations.orthonormal_basis(w.i, w.factor)
     assert_near(basis @ w.inverse @ basis.T, torch.eye(count, dtype=torch.float64), 1e-9)
     assert_near(w.edited_many(), w.closed_form(), 1e-9)
 
@@ -123,7 +123,7 @@ def test_equation_4_does_not_depend_on_order_or_basis() -> None:
     w = World(4)
     assert_near(w.edited_many(order=[2, 0, 3, 1]), w.edited_many(), 1e-9)
     rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
-    rotated = rotation @ rank_one.orthonormal_basis(w.i, w.factor)
+    rotated = rotation @ equations.orthonormal_basis(w.i, w.factor)
     assert_near(w.edited_many(basis=rotated), w.edited_many(), 1e-9)
 
 
@@ -131,17 +131,17 @@ def test_concepts_that_cannot_be_told_apart_are_refused() -> None:
     w = World(3)
     twice = torch.stack((w.i[0], w.i[1], 2 * w.i[0] - w.i[1]))
     with pytest.raises(ValueError, match="number 3 of 3 in the span"):
-        rank_one.orthonormal_basis(twice, w.factor)
+        equations.orthonormal_basis(twice, w.factor)
     with pytest.raises(ValueError, match=f"found {D + 1} of width {D}"):
-        rank_one.orthonormal_basis(torch.randn(D + 1, D), w.factor)
+        equations.orthonormal_basis(torch.randn(D + 1, D), w.factor)
 
 
 def test_gradients_of_equation_3() -> None:
     w = World()
 
     def output(e: Tensor, i: Tensor, o: Tensor, weight: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
-        r = rank_one.similarity(e, rank_one.similarity_direction(i, w.factor))
-        return rank_one.edited_projection(e @ weight.T, r, rank_one.gate(r, beta, tau), weight @ i, o)
+        r = equations.similarity(e, equations.similarity_direction(i, w.factor))
+        return equations.edited_projection(e @ weight.T, r, equations.gate(r, beta, tau), weight @ i, o)
 
     beta = torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64)
     inputs = (w.e, w.i[0], w.o[0], w.W, beta, torch.tensor(0.4, dtype=torch.float64))
@@ -152,11 +152,11 @@ def test_gradients_of_equation_4() -> None:
     w = World(3)
 
     def output(e: Tensor, i: Tensor, o: Tensor) -> Tensor:
-        basis = rank_one.orthonormal_basis(i, w.factor)
-        components = rank_one.similarity(e, rank_one.precision_times(w.factor, basis)[:, None, None])
-        directions = rank_one.similarity_direction(i, w.factor)[:, None, None]
-        gates = rank_one.gate(rank_one.similarity(e, directions), 0.5, 0.4)
-        return rank_one.edited_projection_many(e @ w.W.T, components, gates, basis @ w.W.T, o)
+        basis = equations.orthonormal_basis(i, w.factor)
+        components = equations.similarity(e, equations.precision_times(w.factor, basis)[:, None, None])
+        directions = equations.similarity_direction(i, w.factor)[:, None, None]
+        gates = equations.gate(equations.similarity(e, directions), 0.5, 0.4)
+        return equations.edited_projection_many(e @ w.W.T, components, gates, basis @ w.W.T, o)
 
     assert torch.autograd.gradcheck(output, [x.clone().requires_grad_() for x in (w.e, w.i, w.o)])
 
@@ -186,8 +186,8 @@ def test_rounding_stays_within_two_units_of_the_terms(dtype: torch.dtype) -> Non
     w = World()
     w.e, w.W, w.i, w.o = (x.to(dtype) for x in (w.e, w.W, w.i, w.o))
     h, projected = w.e @ w.W.T, w.W @ w.i[0]
-    r = rank_one.similarity(w.e, rank_one.similarity_direction(w.i[0], w.factor))
-    found = rank_one.edited_projection(h, r, rank_one.gate(r, BETA, TAU), projected, w.o[0])
+    r = equations.similarity(w.e, equations.similarity_direction(w.i[0], w.factor))
+    found = equations.edited_projection(h, r, equations.gate(r, BETA, TAU), projected, w.o[0])
     assert r.dtype == torch.float32 and found.dtype == dtype
 
     w.e, w.W, w.i, w.o = (x.double() for x in (w.e, w.W, w.i, w.o))
@@ -199,9 +199,9 @@ def test_rounding_stays_within_two_units_of_the_terms(dtype: torch.dtype) -> Non
 
 def test_similarity_and_gate_are_not_rounded_by_autocast() -> None:
     w = World()
-    e, direction = w.e.float(), rank_one.similarity_direction(w.i[0], w.factor).float()
+    e, direction = w.e.float(), equations.similarity_direction(w.i[0], w.factor).float()
     with torch.autocast("cpu", torch.bfloat16):
-        r = rank_one.similarity(e, direction)
-        g = rank_one.gate(r.bfloat16(), BETA, TAU)
+        r = equations.similarity(e, direction)
+        g = equations.gate(r.bfloat16(), BETA, TAU)
     assert_near(r, w.r().float(), 1e-5)
     assert g.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Attach the rank-one edit (`perfusion.rank_one`, Eq. 3 and 4) to a denoiser, and take it off again.
+"""Attach the rank-one edit (`perfusion.editing.equations`, Eq. 3 and 4) to a denoiser, and take it off again.
 
 A `PromptGate` computes what all layers share once per call of the denoiser, so little more than its own matrix product
 is left to a layer: with e' and the gates g_j of the prompt,
@@ -9,7 +9,7 @@ is left to a layer: with e' and the gates g_j of the prompt,
 Without gradients these do not depend on the diffusion step: they are computed once per prompt.
 
 With global key-locking the K projections are left as they are but read the prompt with the superclasses in the
-concepts' places (`perfusion.superclass_prompts`).
+concepts' places (`perfusion.editing.superclass_prompts`).
 
 Edits of one denoiser share their layers: each concept brings its gate and its target outputs, and may leave in any
 order.
@@ -25,16 +25,14 @@ from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from perfusion.backbones.base import EditSite
-from perfusion.backbones.fingerprint import base_module
-from perfusion.prompt_gate import EditedPrompt, EditError, JointGate, PromptGate, Stamp, same, stamp_of
-from perfusion.rank_one import low_rank_update
-from perfusion.superclass_prompts import Replacements, SuperclassPrompts
+from perfusion.editing import EditError
+from perfusion.editing.equations import low_rank_update
+from perfusion.editing.gate import EditedPrompt, JointGate, PromptGate, Stamp, same, stamp_of
+from perfusion.editing.places import EditSite, base_module
+from perfusion.editing.superclass_prompts import Replacements, SuperclassPrompts
 
 _FUSED = ("fuse_qkv_projections", "call unfuse_qkv_projections()")
 _TAKEN_OUT = ("unload_lora_weights, say", "call detach() of every concept, then attach them again")
-
-__all__ = ["Edit", "EditError", "EditedProjection", "PromptGate", "attach_edit", "gates_at", "holder_of", "unedited"]
 
 
 @dataclass
@@ -266,7 +264,7 @@ class Edit:
         return [member.gate for member in self._shared.members]
 
     def lock(self, encoders: Mapping[str, nn.Module], words: Replacements | None) -> None:
-        """Lock the concept's keys globally, or locally if `words` is None; see `perfusion.superclass_prompts`.
+        """Lock the concept's keys globally, or locally if `words` is None; see `perfusion.editing.superclass_prompts`.
 
         With several concepts all must be locked alike, or the next call of the denoiser raises EditError.
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,9 +23,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from perfusion.backbones.base import AddedToken, TokenError
-from perfusion.backbones.lost_words import Standing, refuse_lost_words
-from perfusion.superclass_prompts import Replacement
+from perfusion.editing import TokenError
+from perfusion.editing.lost_words import Standing, refuse_lost_words
+from perfusion.editing.superclass_prompts import Replacement
 
 T = TypeVar("T")
 
@@ -149,6 +150,28 @@ class ExtendedEmbedding(nn.Module):
                 parts |= dict.fromkeys(_teach(extended, word.word, len(word.weight)), word.standing)
         refuse_lost_words(extended, parts)
         return extended
+
+
+class AddedToken(ABC):
+    """A word added to every tokenizer and text encoder of a backbone, with trainable embeddings."""
+
+    placeholder: str
+
+    @abstractmethod
+    def embeddings(self) -> dict[str, nn.Parameter]:
+        """Name of the text encoder -> its vectors for the word, (vectors, d_e) float32."""
+
+    @abstractmethod
+    def encoders(self) -> dict[str, nn.Module]:
+        """Name -> text encoder, in the order in which their outputs stand side by side in the denoiser's context."""
+
+    @abstractmethod
+    def replacements(self) -> dict[str, Replacement]:
+        """Name of the text encoder -> what the superclass is in the word's place, as its tokenizer has them now."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Put tokenizers and embedding tables back exactly as they were."""
 
 
 class AddedWord(AddedToken):
