@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from perfusion import backbones
-from perfusion.backbones.base import AddedToken, Backbone
+from perfusion.backbones.base import Backbone
 from perfusion.config import BackboneConfig
+from perfusion.editing.words import AddedWord
 from tests.pipelines import sd21_folder, sdxl_folder, tiny_pipeline_folder, toyland_folder
 
 # kind -> name of its backbone, builder of a folder with a small pipeline of the kind
@@ -32,7 +33,7 @@ def config_of(name: str, folder: Path, cache: Path, **values: Any) -> BackboneCo
 
 
 @contextmanager
-def added(backbone: Backbone, vectors: int = 1) -> Iterator[AddedToken]:
+def added(backbone: Backbone, vectors: int = 1) -> Iterator[AddedWord]:
     """`<cat*>` in the backbone, and out of it again whatever happens."""
     token = backbone.add_token("<cat*>", "cat", vectors)
     try:

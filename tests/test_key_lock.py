@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
 from perfusion.editing import EditError
-from perfusion.editing.superclass_prompts import Replacement, replace_words
-from perfusion.editing.tokens import add_word
+from perfusion.editing.tokens import token_ids
+from perfusion.editing.words import add_word, replace_words
 from perfusion.methods.base import Word, build
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.pipelines import sd21_folder
@@ -39,7 +39,7 @@ P = 3  # padding, where it is not the end
     ],
 )
 def test_words_are_replaced_and_positions_follow(ids, pairs, new, where) -> None:
-    assert replace_words(ids, [Replacement(*pair, E, E) for pair in pairs]) == (new, where)
+    assert replace_words(ids, pairs, E, E) == (new, where)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_words_are_replaced_and_positions_follow(ids, pairs, new, where) -> None
 )
 def test_the_end_of_text_stays_where_padding_is_something_else(ids, pair, new, where) -> None:
     """As for SD 2.x and the second text encoder of SDXL, which pools at the end of text."""
-    assert replace_words(ids, [Replacement(*pair, E, P)]) == (new, where)
+    assert replace_words(ids, [pair], E, P) == (new, where)
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 1, 10])
@@ -68,8 +68,10 @@ def test_a_prompt_with_its_superclass_reads_as_though_it_had_been_written(tmp_pa
     on = " on" * (pipe.tokenizer.model_max_length - 4 - spare)
     read = lambda text: pipe.tokenizer(text, padding="max_length", truncation=True).input_ids  # noqa: E731
     plain = read("teddy bear" + on)
-    added = add_word(pipe, {"text_encoder": "tokenizer"}, "<bear*>", "teddy bear")
-    assert replace_words(read("<bear*>" + on), [added.replacements()["text_encoder"]])[0] == plain
+    add_word(pipe, {"text_encoder": "tokenizer"}, "<bear*>", "teddy bear")
+    bear, teddy = (token_ids(pipe.tokenizer, text) for text in ("<bear*>", "teddy bear"))
+    end, pad = pipe.tokenizer.eos_token_id, pipe.tokenizer.pad_token_id
+    assert replace_words(read("<bear*>" + on), [(bear, teddy)], end, pad)[0] == plain
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
 from perfusion.editing import EditError
 from perfusion.methods.base import Word
-from tests.concepts import tiny_backbone, tiny_sdxl_backbone, untrained_concept
+from tests.concepts import things_and_hooks, tiny_backbone, tiny_sdxl_backbone, untrained_concept
 
 PROMPT = "a photo of a {} on the beach"
 SUPERCLASS = "teddy bear"  # two tokens in the place of one
@@ -30,15 +30,10 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
 def backbone(backbones: dict[str, Backbone], request: pytest.FixtureRequest) -> Iterator[Backbone]:
     """One of them; no hook is left in it."""
     found = backbones[request.param]
-    bear(found)  # SDXL keeps a hook that its first concept brings
-
-    def hooks() -> list[int]:
-        roots = (found.denoiser, *found.text_encoders().values())
-        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for root in roots for m in root.modules()]
-
-    before = hooks()
+    bear(found)  # transformers keeps hooks of its own from the first call that asks for hidden states
+    before = things_and_hooks(found.pipe)
     yield found
-    assert hooks() == before
+    assert things_and_hooks(found.pipe) == before
 
 
 def bear(backbone: Backbone) -> Concept:
@@ -108,6 +103,16 @@ def test_all_of_several_left_out(backbone: Backbone) -> None:
     first, second = bear(backbone), mug(backbone)
     with first.attach(backbone, beta=math.inf), second.attach(backbone, beta=math.inf):
         assert torch.equal(draw(backbone, "a <mug*> and a <bear*>"), expected)
+
+
+def test_leaving_out_again_and_again_leaves_nothing_behind(backbone: Backbone) -> None:
+    with bear(backbone).attach(backbone) as attached:
+        hooks = things_and_hooks(backbone.pipe)
+        undo = len(attached.method._undo._exit_callbacks)  # type: ignore[attr-defined]
+        for beta in (math.inf, torch.tensor([math.inf, 0.4]), math.inf, 0.4):
+            attached.beta = beta
+            assert things_and_hooks(backbone.pipe) == hooks
+            assert len(attached.method._undo._exit_callbacks) == undo  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf, torch.tensor([0.5, -math.inf])])

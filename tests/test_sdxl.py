@@ -173,6 +173,30 @@ def test_global_locking_takes_the_keys_of_both_encoders_from_the_superclass(
     torch.testing.assert_close(read[0][0, 2:10], plain[0, 3:11])
 
 
+@pytest.mark.parametrize(
+    ("key_lock", "prompt", "calls"),
+    [
+        ("local", BEAR, (1, 2)),  # the second encoder pools the superclass
+        ("global", BEAR, (2, 2)),  # which are the keys as well
+        ("global", PLAIN, (1, 1)),
+    ],
+)
+def test_no_text_is_read_twice(
+    backbone: StableDiffusionXLBackbone, bear: Concept, key_lock: str, prompt: str, calls: tuple[int, int]
+) -> None:
+    counts = [0, 0]
+    with bear.attach(backbone, key_lock=key_lock), pytest.MonkeyPatch.context() as patch:
+        for k, encoder in enumerate(backbone.text_encoders().values()):
+
+            def counted(*args: Any, k: int = k, forward: Any = encoder.forward, **more: Any) -> Any:
+                counts[k] += 1
+                return forward(*args, **more)
+
+            patch.setattr(encoder, "forward", counted)
+        pictures(backbone.pipe, prompt, guidance_scale=1.0)
+    assert tuple(counts) == calls
+
+
 def test_encoders_that_read_a_word_at_other_positions_are_refused(backbone: StableDiffusionXLBackbone) -> None:
     tokenizer = backbone.pipe.tokenizer_2
     prompt = "a photo of cat"

@@ -8,14 +8,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from perfusion.editing import TokenError
-from perfusion.editing.tokens import (
-    ExtendedEmbedding,
-    TokenMemory,
-    add_word,
-    check_word,
-    last_tokens,
-    token_ids,
-)
+from perfusion.editing.tokens import TokenMemory, check_word, last_tokens, token_ids
+from perfusion.editing.words import Words, add_word
 from tests.pipelines import tiny_pipeline
 
 TOWERS = {"text_encoder": "tokenizer"}
@@ -34,8 +28,8 @@ def pipe(shared: StableDiffusionPipeline) -> Iterator[StableDiffusionPipeline]:
     vocabulary = dict(tokenizer.get_vocab())
     yield shared
     table = shared.text_encoder.get_input_embeddings()
-    while isinstance(table, ExtendedEmbedding):  # left by a test: the next one starts afresh
-        shared.text_encoder.set_input_embeddings(table.base)
+    while isinstance(table, Words):  # left by a test: the next one starts afresh
+        table.close(shared.text_encoder)
         shared.tokenizer = table.stock_tokenizer
         table = table.base
     assert shared.tokenizer is tokenizer and tokenizer.get_vocab() == vocabulary
@@ -101,10 +95,10 @@ def test_a_placeholder_of_letters_leaves_other_text_alone_that_reads_like_it(pip
     added = add_word(pipe, TOWERS, "cat1", "cat")
     table = pipe.text_encoder.get_input_embeddings()
     assert torch.equal(context(pipe, "a cat 1"), before)
-    assert table.present()[0].spelled == []
+    assert [word.spelled for word in table.present()] == [[]]
     added.remove()
     added = add_word(pipe, TOWERS, "catdog", "cat")  # nothing else reads like it
-    assert pipe.text_encoder.get_input_embeddings().present()[0].spelled
+    assert all(word.spelled for word in pipe.text_encoder.get_input_embeddings().present())
     added.remove()
 
 
@@ -156,7 +150,7 @@ def test_words_leave_in_any_order(pipe: StableDiffusionPipeline) -> None:
     cat.remove()  # once more changes nothing
     assert torch.equal(context(pipe, "<dog*> in the snow"), both)
     dog.remove()
-    assert not isinstance(pipe.text_encoder.get_input_embeddings(), ExtendedEmbedding)
+    assert not isinstance(pipe.text_encoder.get_input_embeddings(), Words)
 
 
 def test_in_half_precision_the_vectors_stay_single(pipe: StableDiffusionPipeline) -> None:

@@ -20,8 +20,9 @@ from perfusion.config import BackboneConfig
 from perfusion.covariance.configured import described
 from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
+from perfusion.editing import TokenError as TokenError  # for those who catch it: a part of this seam
 from perfusion.editing.places import EditSite
-from perfusion.editing.tokens import AddedToken
+from perfusion.editing.words import AddedWord
 
 
 class BackboneError(ValueError):
@@ -114,7 +115,7 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedToken:
+    def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedWord:
         """Add `placeholder` to the vocabulary, its embedding the mean of the superclass's token embeddings at first.
 
         With `vectors=None` it gets a vector for each token of `superclass` instead, that token's own: at first a prompt

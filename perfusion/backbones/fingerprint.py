@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perfusion.editing.places import base_module
-from perfusion.editing.tokens import ExtendedEmbedding
+from perfusion.editing.words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ def reads_as_loaded(encoder: nn.Module, ids: Sequence[int]) -> bool:
     """Whether the weights that a text encoder was loaded with say alone how it reads the tokens `ids`: none of them was
     added, and there are neither adapters nor weights in the place of others."""
     table = encoder.get_input_embeddings()  # type: ignore[operator]
-    added = isinstance(table, ExtendedEmbedding) and max(ids) >= table.first
+    added = isinstance(table, Words) and max(ids) >= table.first
     replaced = (parameter for parameter in encoder.parameters() if hasattr(parameter, "replaced"))
     return not added and not has_adapters(encoder) and next(replaced, None) is None
 

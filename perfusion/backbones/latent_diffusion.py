@@ -7,7 +7,7 @@ A family says which pipeline it wraps, what its text encoders are, and how its d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -29,16 +29,8 @@ from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
 from perfusion.editing import TokenError
 from perfusion.editing.places import EditSite, base_module
-from perfusion.editing.tokens import (
-    AddedWord,
-    ExtendedEmbedding,
-    TokenMemory,
-    add_word,
-    check_pipeline,
-    check_word,
-    last_tokens,
-    token_ids,
-)
+from perfusion.editing.tokens import TokenMemory, check_word, last_tokens, token_ids
+from perfusion.editing.words import AddedWord, Words, add_word, check_pipeline
 
 BUILT_IN_SAMPLE = 256  # captions of a built-in set that tell its version from others
 _KINDS: tuple[Literal["k"], Literal["v"]] = ("k", "v")
@@ -75,6 +67,7 @@ class LatentDiffusionBackbone(Backbone):
     kin: ClassVar[tuple[Any, ...]] = ()  # further classes, of pipelines with the same parts, that draw otherwise
     family: ClassVar[str]
     towers: ClassVar[Mapping[str, str]]  # text encoder -> its tokenizer, in the order of the denoiser's context
+    pooling: ClassVar[str | None] = None  # text encoder whose pooled output the denoiser takes, if it takes one
     parts: ClassVar[Mapping[str, Any]]  # arguments of the pipeline's class that loading fixes
     pipe: Any
 
@@ -229,11 +222,7 @@ class LatentDiffusionBackbone(Backbone):
                     raise TokenError(f"prompt {prompt!r}: {error}") from error
 
     def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedWord:
-        return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self._watchers())
-
-    def _watchers(self) -> dict[str, Callable[..., Any]]:
-        """Text encoder -> forward hook that it has as long as there are added words in it."""
-        return {}
+        return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self.pooling)
 
     def moment(self, progress: bool = True) -> Matrix:
         """See the seam. Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
@@ -416,4 +405,4 @@ class LatentDiffusionBackbone(Backbone):
 
     def _stock_tokenizer(self, encoder: str) -> PreTrainedTokenizerBase:
         table = self.text_encoders()[encoder].get_input_embeddings()  # type: ignore[operator]
-        return table.stock_tokenizer if isinstance(table, ExtendedEmbedding) else self._tokenizers()[encoder]
+        return table.stock_tokenizer if isinstance(table, Words) else self._tokenizers()[encoder]

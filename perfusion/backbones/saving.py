@@ -14,7 +14,7 @@ from torch import nn
 
 from perfusion.backbones.fingerprint import base_parameters
 from perfusion.editing.places import base_module
-from perfusion.editing.tokens import ExtendedEmbedding
+from perfusion.editing.words import Words
 from perfusion.files import atomic_path
 
 _INDEX = "model_index.json"
@@ -75,4 +75,4 @@ def _stock_tokenizer(pipe: DiffusionPipeline, name: str) -> Any:
     """The tokenizer that stood in the place `name` before words were added; None if there are none."""
     encoder: Any = getattr(pipe, name.replace("tokenizer", "text_encoder"), None) if "tokenizer" in name else None
     table = encoder.get_input_embeddings() if encoder is not None else None
-    return table.stock_tokenizer if isinstance(table, ExtendedEmbedding) else None
+    return table.stock_tokenizer if isinstance(table, Words) else None

@@ -7,8 +7,8 @@ lock, the picture as a whole would carry the concept, and β could no longer wea
 the prompt with the superclass in the concept's place**, and a concept acts through K and V alone. It is also what the
 encoder can do well: its published config finds the end of the text as the largest id, which an added word's would be.
 
-The same hook on the second text encoder does this in training and in stock calls of the pipeline, for all concepts that
-are attached, and goes with the last of them. Only `pooled_prompt_embeds` that were made elsewhere stay as they are.
+The second text encoder does so, as long as there are added words in it (`perfusion.editing.words`), in training and in
+stock calls of the pipeline. Only `pooled_prompt_embeds` that were made elsewhere stay as they are.
 
 **Sizes.** The UNet is also told a picture's original size, the corner it was cropped at and its size. Training says
 `(R, R), (0, 0), (R, R)` with R = `backbone.resolution`, as diffusers' DreamBooth script for SDXL did by default, and as
@@ -17,7 +17,7 @@ the stock call does at that resolution: the concept's pictures are square and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,14 +29,10 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
 from perfusion.config import BackboneConfig
-from perfusion.editing.superclass_prompts import replace_words
-from perfusion.editing.tokens import ExtendedEmbedding
-
-_POOLING = "text_encoder_2"  # whose pooled output the UNet takes
 
 
 class StableDiffusionXLBackbone(LatentDiffusionBackbone):
@@ -51,7 +47,8 @@ class StableDiffusionXLBackbone(LatentDiffusionBackbone):
         StableDiffusionXLControlNetInpaintPipeline,
     )
     family: ClassVar[str] = "sdxl"
-    towers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", _POOLING: "tokenizer_2"}
+    towers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    pooling: ClassVar[str | None] = "text_encoder_2"
     # A watermark, if the package for it happens to be there, would make pictures differ between machines.
     parts: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
     pipe: StableDiffusionXLPipeline
@@ -74,30 +71,6 @@ class StableDiffusionXLBackbone(LatentDiffusionBackbone):
             "time_ids": sizes.expand(len(context), -1),  # (B, 6)
         }
         return context.to(self.pipe.text_encoder_2.dtype), {"added_cond_kwargs": conditions}
-
-    def _watchers(self) -> dict[str, Callable[..., Any]]:
-        return {_POOLING: pool_superclasses}
-
-
-def pool_superclasses(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook for a text encoder with added words in it: pools as though their superclasses stood there.
-
-    The states that the encoder gives stay those of the prompt; only its first output, the pooled one, is replaced.
-    """
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
-    table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(ids, Tensor) or not isinstance(table, ExtendedEmbedding):
-        return None
-    if not bool((ids >= table.first).any()):  # so the call below does not come here again
-        return None
-    replacements = table.replacements()
-    plain = ids.new_tensor([replace_words(row, replacements)[0] for row in ids.tolist()])
-    with torch.no_grad():
-        pooled = encoder(plain)[0]
-    if isinstance(output, tuple):
-        return pooled, *output[1:]
-    output["text_embeds"] = pooled
-    return output
 
 
 BACKBONE = StableDiffusionXLBackbone

@@ -9,7 +9,7 @@ is left to a layer: with e' and the gates g_j of the prompt,
 Without gradients these do not depend on the diffusion step: they are computed once per prompt.
 
 With global key-locking the K projections are left as they are but read the prompt with the superclasses in the
-concepts' places (`perfusion.editing.superclass_prompts`).
+concepts' places (`perfusion.editing.words`).
 
 Edits of one denoiser share their layers: each concept brings its gate and its target outputs, and may leave in any
 order.
@@ -29,7 +29,7 @@ from perfusion.editing import EditError
 from perfusion.editing.equations import low_rank_update
 from perfusion.editing.gate import EditedPrompt, JointGate, PromptGate, Stamp, same, stamp_of
 from perfusion.editing.places import EditSite, base_module
-from perfusion.editing.superclass_prompts import Replacements, SuperclassPrompts
+from perfusion.editing.words import Words, superclass_context
 
 _FUSED = ("fuse_qkv_projections", "call unfuse_qkv_projections()")
 _TAKEN_OUT = ("unload_lora_weights, say", "call detach() of every concept, then attach them again")
@@ -81,8 +81,8 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         return output
 
     def _project(self, prompt: EditedPrompt, x: Tensor) -> Tensor:
-        if self.kind == "k" and (superclasses := self.shared.superclasses):
-            return self.base_layer(_superclass_context(superclasses, x))
+        if self.kind == "k" and (words := self.shared.words):
+            return self.base_layer(superclass_context(words, x))
         outputs = self.target_outputs
         if all(output is None for output in outputs):
             return self.base_layer(prompt.locked)
@@ -126,26 +126,13 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         self.shared.gate.forget()
 
 
-def _superclass_context(superclasses: SuperclassPrompts, x: Tensor) -> Tensor:
-    """`x` (B, N, d) with superclasses in the concepts' places; zeros, which stand for no prompt in SDXL, stay."""
-    context, known = superclasses.of(x)
-    unknown = ~known & (x != 0).flatten(1).any(1)
-    if not torch.compiler.is_compiling() and bool(unknown.any()):
-        raise EditError(
-            "key_lock=global: found an encoding that the pipeline's text encoder did not just make (prompt_embeds from "
-            "elsewhere, or scaled; or clip_skip), of which it is not known how it reads with the superclass; expected "
-            "a prompt; or use key_lock=local"
-        )
-    return context
-
-
 @dataclass(eq=False)
 class _Member:
     """What one concept brings."""
 
     gate: PromptGate
     outputs: Mapping[str, nn.Parameter | None]
-    words: Replacements | None = None  # with global key-locking
+    words: Sequence[Words] = ()  # of the text encoders, with global key-locking
 
 
 class _Shared:
@@ -154,7 +141,6 @@ class _Shared:
     def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
         self.members: list[_Member] = []
         self.gate: PromptGate  # of all members
-        self.superclasses: SuperclassPrompts | None = None  # with global key-locking
         self.joinable = joinable
         # What can fail comes first: nothing is changed then.
         self._position = list(inspect.signature(denoiser.forward).parameters).index("encoder_hidden_states")
@@ -183,7 +169,6 @@ class _Shared:
         if self.members:
             self._regate()
             return
-        self._watch_no_longer()
         for hook in self._hooks:
             hook.remove()
         for site, layer in self._layers:
@@ -196,22 +181,15 @@ class _Shared:
         for gate in gates:
             gate.forget()
         self.gate = gates[0] if len(gates) == 1 else JointGate(gates)
-        if not any(member.words for member in self.members):
-            self._watch_no_longer()
-        elif self.superclasses:
-            self.superclasses.words = [member.words for member in self.members if member.words]
-            self.superclasses.forget()
 
-    def _watch_no_longer(self) -> None:
-        if self.superclasses:
-            self.superclasses.close()
-            self.superclasses = None
+    @property
+    def words(self) -> Sequence[Words]:
+        """Of the text encoders; none without global key-locking."""
+        return next((member.words for member in self.members if member.words), ())
 
-    def lock(self, member: _Member, encoders: Mapping[str, nn.Module], words: Replacements | None) -> None:
-        """Lock the keys of `member` globally; locally, if `words` is None."""
+    def lock(self, member: _Member, words: Sequence[Words]) -> None:
+        """Lock the keys of `member` globally; locally, if `words` is empty."""
         member.words = words
-        if words and not self.superclasses:
-            self.superclasses = SuperclassPrompts(encoders)
         self._regate()
 
     def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -220,7 +198,7 @@ class _Shared:
             if fused or holder_of(layer, site.parent, site.attribute) is None:
                 raise _bypassed(site, *(_FUSED if fused else _TAKEN_OUT))
             layer.use.called = False
-        if self.superclasses and not all(member.words for member in self.members):
+        if self.words and not all(member.words for member in self.members):
             raise EditError(
                 "found concepts with global and with local key-locking attached together, expected one for all: set "
                 "key_lock of each alike"
@@ -263,12 +241,12 @@ class Edit:
         """Of all concepts that are attached now, this one's among them, in the order in which they came."""
         return [member.gate for member in self._shared.members]
 
-    def lock(self, encoders: Mapping[str, nn.Module], words: Replacements | None) -> None:
-        """Lock the concept's keys globally, or locally if `words` is None; see `perfusion.editing.superclass_prompts`.
+    def lock(self, words: Sequence[Words]) -> None:
+        """Lock the concept's keys globally, given `AddedWord.lock_keys`, or locally if `words` is empty.
 
         With several concepts all must be locked alike, or the next call of the denoiser raises EditError.
         """
-        self._shared.lock(self._member, encoders, words)
+        self._shared.lock(self._member, words)
 
     def detach(self) -> None:
         """Take the concept out; when it was the last, the denoiser is as it was before the first. Idempotent."""

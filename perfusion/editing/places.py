@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from perfusion.editing.tokens import ExtendedEmbedding
+from perfusion.editing.words import Words
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def base_module(module: nn.Module) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, ExtendedEmbedding):
+    if isinstance(module, Words):
         return module.base
     around = (getattr(module, name, None) for name in ("base_layer", "_orig_mod"))  # peft's name, torch.compile's name
     return next((inner for inner in around if isinstance(inner, nn.Module)), None)

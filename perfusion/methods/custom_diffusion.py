@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perfusion.backbones.base import AddedToken, Backbone
+from perfusion.backbones.base import Backbone
 from perfusion.data.prompts import fill, templates
 from perfusion.editing import EditError
+from perfusion.editing.words import AddedWord
 from perfusion.methods.base import Word, check_bounds
 from perfusion.methods.merging import SharedProjections
 from perfusion.methods.prior import PriorMethod, PriorOptions
@@ -103,7 +104,7 @@ class CustomDiffusion(PriorMethod):
     def detach(self) -> None:
         self._undo.close()
 
-    def _add_token(self, backbone: Backbone) -> AddedToken:
+    def _add_token(self, backbone: Backbone) -> AddedWord:
         """The placeholder, with the modifier's vector and those of the superclass's tokens."""
         starts = token_vectors(backbone, self.word.placeholder, self.options.initializer)
         named = token_vectors(backbone, self.word.placeholder, self.word.superclass)

@@ -23,7 +23,6 @@ from perfusion.editing import EditError
 from perfusion.editing.equations import precision_times
 from perfusion.editing.gate import JointGate, PromptGate
 from perfusion.editing.layer import attach_edit, unedited
-from perfusion.editing.left_out import LeftOut
 from perfusion.editing.places import EditSite
 from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 from perfusion.methods.weights import check_free, projection_places
@@ -78,7 +77,6 @@ class Perfusion(Method):
 
     def _clear(self) -> None:
         self.gate: PromptGate | None = None  # None: not attached
-        self._left_out: LeftOut | None = None  # while β is infinite
         self.values, self.keys = nn.ParameterList(), nn.ParameterList()  # o*_V, trained o*_K: (1, h) for each site
         self.embeddings = nn.ParameterDict()  # text encoder -> (vectors, d_e)
 
@@ -149,13 +147,7 @@ class Perfusion(Method):
     def beta(self, value: float | Tensor) -> None:
         gate = self._attached()
         gate.beta = value
-        if self._left_out is not None:
-            self._left_out.close()
-            self._left_out = None
-        if gate.leaves_out:
-            words = LeftOut(self._token.encoders(), self._token.replacements, lambda rows: gate.kept(rows)[0])
-            self._undo.callback(words.close)
-            self._left_out = words
+        self._token.leave_out((lambda rows: (~gate.kept(rows)[0]).tolist()) if gate.leaves_out else None)
 
     @property
     def tau(self) -> float | Tensor:
@@ -184,7 +176,7 @@ class Perfusion(Method):
             )
         if value != self._lock.name:
             self._lock = KeyLock[value]
-            self._edit.lock(self._token.encoders(), self._token.replacements if self._lock is GLOBAL else None)
+            self._edit.lock(self._token.lock_keys(self._lock is GLOBAL))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [

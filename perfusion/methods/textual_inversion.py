@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from perfusion.backbones.base import AddedToken, Backbone
+from perfusion.backbones.base import Backbone
 from perfusion.editing import EditError
+from perfusion.editing.words import AddedWord
 from perfusion.files import atomic_path
 from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 
@@ -51,7 +52,7 @@ class TextualInversion(Method):
                 "vectors": (options.vectors >= 1, "at least 1"),
             },
         )
-        self._token: AddedToken | None = None  # None: not attached
+        self._token: AddedWord | None = None  # None: not attached
         self.embeddings = nn.ParameterDict()  # text encoder -> (vectors, d_e)
 
     def attach(self, backbone: Backbone) -> None:

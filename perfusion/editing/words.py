@@ -1,0 +1,508 @@
+"""New words in a pipeline: what its tokenizers and text encoders make of a prompt that has them.
+
+All that is known about the words of a text encoder lies in one `Words`. It stands in the place of the encoder's
+embedding table, and the pipeline has a copy of the tokenizer that knows the words, so it does not matter how many
+pipelines share an encoder, nor in which order words leave. With the last one the table and the tokenizer come back; the
+pretrained table is never copied, resized or changed.
+
+There are three reasons to read a prompt with superclasses in the place of words:
+
+- a concept is left out of a picture (β = inf): its word is its superclass from the start (`AddedWord.leave_out`);
+- the keys of a concept are locked globally: K reads the prompt with the superclass, so that both encodings are kept
+  until the denoiser asks for the one by the other (`AddedWord.lock_keys`, `superclass_context`);
+- a text encoder also gives one vector for the whole prompt, by which concepts would pass the edit (`Words.pools`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import tokenizers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from perfusion.editing import EditError, TokenError
+from perfusion.editing.tokens import check_word, last_tokens, taught, token_ids
+
+KEPT = 8  # outputs of a text encoder that are remembered: of prompts, of negative prompts, and some more
+
+
+def replace_words(
+    ids: Sequence[int], words: Sequence[tuple[Sequence[int], Sequence[int]]], end: int, pad: int
+) -> tuple[list[int], list[int]]:
+    """`ids` of one tokenizer with superclasses in the place of words, at the same length N, as that tokenizer would
+    have read it; and for each old position the new one that stands for it.
+
+    The last token of a word stands for the last one of its superclass, as the one at which a causal encoder has read
+    all of it; the ones before it are aligned from there. Where the new text is longer than what is read, words at the
+    end are cut off, and the last position is the end of text.
+
+    Args:
+        words: ids of each word, and of its superclass.
+        end: id of the end of text.
+        pad: id of what stands behind the end; some tokenizers (SD 2.x) have another one for it.
+    """
+    new: list[int] = []
+    where: list[int] = []
+    found = False
+    length = len(ids)
+    text = ids[: ids.index(end)] if end in ids else ids
+    while len(where) < len(text):
+        at = len(where)
+        for word, superclass in words:
+            if list(text[at : at + len(word)]) == list(word):
+                shift = len(superclass) - len(word)
+                where += [max(len(new), len(new) + shift + k) for k in range(len(word))]
+                new += superclass
+                found = True
+                break
+        else:
+            where.append(len(new))
+            new.append(text[at])
+    if not found:
+        return list(ids), list(range(length))
+    where += [len(new) + k for k in range(length - len(text))]
+    new = [*new[: length - 1], end] if len(text) < length else new[:length]
+    return new + [pad] * (length - len(new)), [min(position, length - 1) for position in where]
+
+
+@dataclass(eq=False)
+class Standing:
+    """Of an added word, for all tokenizers that know it; their copies share it."""
+
+    word: str
+    removed: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Standing:
+        return self
+
+
+class WholeWords:
+    """Refuses prompts of which the text encoder would get no word, or only a part of it.
+
+    Stock pipelines cut long prompts off, and only log it. And a tokenizer that another pipeline took while a word was
+    there still knows the word when it is gone.
+
+    This stands in the place of a tokenizer's `_convert_encoding`, which is given every text that was read: of that
+    tokenizer alone, not of its class, so that it stays one of the same type, and can be copied and saved.
+
+    Args:
+        words: id -> the added word that it is a part of.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Mapping[int, Standing]) -> None:
+        self.tokenizer, self.words = tokenizer, dict(words)
+
+    def __call__(self, encoding: tokenizers.Encoding, *args: Any, **kwargs: Any) -> Any:
+        """As the tokenizer's own.
+
+        Raises:
+            TokenError: the text is cut off, and an added word is lost or only a part of it is left. Whoever asks for
+                the tokens that were cut off (`return_overflowing_tokens`) loses nothing. Or there is a word in it that
+                was removed.
+        """
+        found = (self.words[token] for token in encoding.ids if token in self.words)
+        if gone := next((standing.word for standing in found if standing.removed), None):
+            raise TokenError(
+                f"found {gone!r}, which was detached through another pipeline that shares this text encoder, expected "
+                "prompts without it; make this pipeline anew from the other's components"
+            )
+        if encoding.overflowing and not kwargs.get("return_overflowing_tokens"):
+            lost = chain.from_iterable(part.ids for part in encoding.overflowing)
+            if word := next((self.words[token].word for token in lost if token in self.words), None):
+                limit = len(encoding.ids)
+                length = limit + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
+                raise TokenError(
+                    f"{word!r} would be cut off: found {length} tokens with beginning and end, expected {limit} at "
+                    "most, which is what is read of a prompt; shorten it, or put the word further to the front"
+                )
+        own: Any = type(self.tokenizer)
+        return own._convert_encoding(self.tokenizer, encoding, *args, **kwargs)
+
+
+class WordVectors(nn.Module):
+    """The vectors of one added word, `weight` (vectors, d_e): float32, whatever the encoder's dtype.
+
+    A module of its own, without submodules, so that offloading hooks can move it. One that was removed keeps its place
+    in `Words`, so that those after it keep their ids.
+    """
+
+    def __init__(self, word: str, superclass: Sequence[int], spelled: Sequence[int], initial: Tensor) -> None:
+        super().__init__()
+        self.standing = Standing(word)
+        self.superclass = [*superclass]  # ids
+        self.spelled = [*spelled]  # ids that the stock tokenizer makes of the word; empty: they may be other text
+        self.left_out: Callable[[int], Sequence[bool]] | None = None  # see `AddedWord.leave_out`
+        self.keys_locked = False  # see `AddedWord.lock_keys`
+        self.weight = nn.Parameter(initial.detach().float().clone())
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class Words(nn.Module):
+    """The words that were added to one text encoder, below the last row of its embedding table.
+
+    Ids below `first` are looked up in `base`, bit for bit as without the words; the others in their vectors, cast to
+    the dtype of the table. `base` comes first among the submodules: transformers takes a model's dtype from its first
+    parameter.
+
+    Args:
+        tokenizer: the encoder's own.
+        pools: the encoder's first output is one vector for the whole prompt. It is that of the prompt with superclasses
+            in the words' places then.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pools: bool) -> None:
+        super().__init__()
+        table: Any = encoder.get_input_embeddings()
+        self.base: nn.Embedding = table
+        self.words = nn.ModuleList()
+        self.stock_tokenizer, self.pools = tokenizer, pools
+        self.first = len(tokenizer)  # id of the first added token
+        self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=KEPT)  # encodings with words, with superclasses
+        self._hooks: list[RemovableHandle] = [
+            encoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            encoder.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        _put(encoder, self)
+
+    def close(self, encoder: PreTrainedModel) -> None:
+        """Leave the encoder as it was before."""
+        _put(encoder, self.base)
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def weight(self) -> Tensor:
+        """The pretrained table (V, d_e), without the added words."""
+        return self.base.weight
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.base.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.base.embedding_dim
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, N) int64 to (B, N, d_e)."""
+        added = ids >= self.first
+        stock = self.base(ids.masked_fill(added, 0))
+        vectors = torch.cat([word() for word in self.words]).to(stock.dtype)
+        own = F.embedding((ids - self.first).clamp_min(0), vectors)
+        return torch.where(added[..., None], own, stock)
+
+    def present(self) -> dict[WordVectors, list[int]]:
+        """The words that have not been removed, and their ids."""
+        found: dict[WordVectors, list[int]] = {}
+        first = self.first
+        for word in self.words:
+            assert isinstance(word, WordVectors)
+            ids = [*range(first, first + len(word.weight))]
+            first += len(ids)
+            if not word.standing.removed:
+                found[word] = ids
+        return found
+
+    def place(self, word: WordVectors) -> None:
+        """Add `word`, where one with as many vectors was removed, or last."""
+        self.forget()
+        for k, other in enumerate(self.words):
+            assert isinstance(other, WordVectors)
+            if other.standing.removed and len(other.weight) == len(word.weight):
+                self.words[k] = word
+                return
+        self.words.append(word)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors.
+
+        It raises TokenError where it would cut off one of them.
+        """
+        present = self.present()
+        words: Any = self.words
+        known = taught(
+            self.stock_tokenizer,
+            [(word.standing.word if word in present else None, len(word.weight)) for word in words],
+        )
+        parts = {i: word.standing for word, ids in present.items() for i in ids}
+        known._convert_encoding = WholeWords(known, parts)  # type: ignore[attr-defined]
+        return known
+
+    def forget(self) -> None:
+        """Let go of all encodings, which are of other words than now."""
+        self._pairs.clear()
+
+    def with_superclasses(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """The encodings with superclasses for `part` (B, N, d_e) of a context, in its dtype; and (B,) bool: which rows
+        are known. Rows that the encoder did not make lately are not, and are given back as they are."""
+        found = torch.zeros(len(part), dtype=torch.bool, device=part.device)
+        result = part.clone()
+        for own, other in reversed(self._pairs):
+            if own.shape[1:] != part.shape[1:]:
+                continue
+            equal = (part[:, None] == own.to(part)[None]).flatten(2).all(-1)  # (B, rows of that call)
+            rows = equal.any(1) & ~found
+            result = torch.where(rows[:, None, None], other.to(part)[equal.int().argmax(1)], result)
+            found |= rows
+        return result, found
+
+    def _before(
+        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A prompt is read by the encoder with the superclasses of concepts that are left out.
+
+        Raises:
+            TokenError: an added word is spelled out, by a tokenizer that does not know it.
+        """
+        ids = _ids(args, kwargs)
+        if ids is None:
+            return None
+        words = self.present()
+        if not torch.compiler.is_compiling():
+            _refuse_spelled(ids, words)
+        left_out = {
+            word: word.left_out(len(ids))
+            for word, own in words.items()
+            if word.left_out is not None and bool(last_tokens(ids, own).any())
+        }
+        if not left_out:
+            return None
+        rows = [
+            self._replaced([row], [word for word, out in left_out.items() if out[k]])[0][0]
+            for k, row in enumerate(ids.tolist())
+        ]
+        return _with_ids(ids.new_tensor(rows), args, kwargs)
+
+    def _after(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A prompt has been read: read it once more with superclasses, if that is asked for; keep the pair of encodings
+        where keys are locked, and replace the pooled output."""
+        ids = _ids(args, kwargs)
+        words = self.present()
+        locked = [word for word in words if word.keys_locked]
+        if ids is None or not (locked or (self.pools and bool((ids >= self.first).any()))):
+            return None
+        rows = ids.tolist()
+        plain, where = self._replaced(rows, locked)
+        read = output if plain == rows else _read(encoder, ids.new_tensor(plain), args, kwargs)
+        if locked:
+            positions = ids.new_tensor(where)[..., None]
+            for own, other in zip(_states(output), _states(read), strict=True):
+                self._pairs.append((own, other.gather(1, positions.expand_as(other))))
+        if not self.pools:
+            return None
+        pooled = rows
+        for _ in words:  # a superclass may be an added word, too
+            pooled, _ = self._replaced(pooled, words)
+        if pooled == rows:
+            return None
+        if pooled != plain:
+            read = _read(encoder, ids.new_tensor(pooled), args, kwargs)
+        if isinstance(output, tuple):
+            return read[0], *output[1:]
+        output["text_embeds"] = read[0]
+        return output
+
+    def _replaced(self, rows: list[list[int]], words: Iterable[WordVectors]) -> tuple[list[list[int]], list[list[int]]]:
+        """`replace_words` of every row."""
+        present = self.present()
+        end: Any = self.stock_tokenizer.eos_token_id
+        pad: Any = self.stock_tokenizer.pad_token_id
+        pairs = [(present[word], word.superclass) for word in words]
+        made = [replace_words(row, pairs, end, end if pad is None else pad) for row in rows]
+        return [new for new, _ in made], [where for _, where in made]
+
+
+class AddedWord:
+    """A word that `add_word` put into all text encoders of a pipeline and their tokenizers."""
+
+    def __init__(self, pipe: DiffusionPipeline, towers: Mapping[str, str]) -> None:
+        self._pipe, self._towers = pipe, dict(towers)
+        self._words: dict[str, tuple[Words, WordVectors]] = {}
+
+    def embeddings(self) -> dict[str, nn.Parameter]:
+        """Name of the text encoder -> its vectors for the word, (vectors, d_e) float32."""
+        return {encoder: word.weight for encoder, (_, word) in self._words.items()}
+
+    def leave_out(self, left_out: Callable[[int], Sequence[bool]] | None) -> None:
+        """Have the word read as its superclass in some rows of prompts.
+
+        Encodings that were made before (`prompt_embeds`) stay what they are.
+
+        Args:
+            left_out: which rows of a number of them. It is asked only where a prompt has the word. None: in no row.
+        """
+        for _, word in self._words.values():
+            word.left_out = left_out
+
+    def lock_keys(self, locked: bool) -> list[Words]:
+        """Whether prompts are also read with the superclass in the word's place. The words of all text encoders, in the
+        order in which their outputs stand side by side in the denoiser's context, for `superclass_context`; none if
+        `locked` is false."""
+        for table, word in self._words.values():
+            word.keys_locked = locked
+            table.forget()
+        return [table for table, _ in self._words.values()] if locked else []
+
+    def remove(self) -> None:
+        """Put tokenizers and tables back as they were, but for words that others added. Twice is as good as once."""
+        for encoder, (table, word) in self._words.items():
+            if word.standing.removed:
+                continue
+            word.standing.removed = True
+            table.forget()
+            if table.present():
+                setattr(self._pipe, self._towers[encoder], table.tokenizer())
+            else:
+                table.close(getattr(self._pipe, encoder))
+                setattr(self._pipe, self._towers[encoder], table.stock_tokenizer)
+
+    def _add(self, encoder: str, word: WordVectors, pools: bool) -> None:
+        module, tokenizer = getattr(self._pipe, encoder), self._towers[encoder]
+        table = module.get_input_embeddings()
+        if not isinstance(table, Words):
+            table = Words(module, getattr(self._pipe, tokenizer), pools)
+        table.place(word)
+        self._words[encoder] = table, word
+        setattr(self._pipe, tokenizer, table.tokenizer())
+
+
+def add_word(
+    pipe: DiffusionPipeline,
+    towers: Mapping[str, str],
+    placeholder: str,
+    superclass: str,
+    vectors: int | None = 1,
+    pooling: str | None = None,
+) -> AddedWord:
+    """Add `placeholder` to tokenizers and text encoders of `pipe`, starting at the embedding of `superclass`.
+
+    Args:
+        towers: attribute of the text encoder in the pipeline -> attribute of its tokenizer.
+        vectors: how many; all start alike, at the mean over the superclass's tokens, and their positions tell them
+            apart. None: as many as the superclass has tokens, and each starts at its token, so that the placeholder
+            reads as the superclass does.
+        pooling: the text encoder whose pooled output the denoiser takes.
+
+    Raises:
+        TokenError: see `check_pipeline`; nothing is changed then.
+    """
+    if vectors is not None and vectors < 1:
+        raise TokenError(f"vectors of {placeholder!r}: found {vectors}, expected at least 1")
+    check_pipeline(pipe, towers, placeholder, superclass)
+    added = AddedWord(pipe, towers)
+    for encoder, name in towers.items():
+        tokenizer = getattr(pipe, name)
+        table = getattr(pipe, encoder).get_input_embeddings()
+        ids = token_ids(tokenizer, superclass)
+        with torch.no_grad():
+            initial = table(torch.tensor(ids, device=table.weight.device)).float()
+            if vectors is not None:
+                initial = initial.mean(0).expand(vectors, -1)
+        stock = table.stock_tokenizer if isinstance(table, Words) else tokenizer
+        added._add(encoder, WordVectors(placeholder, ids, _spelled(stock, placeholder), initial), encoder == pooling)
+    return added
+
+
+def check_pipeline(pipe: DiffusionPipeline, towers: Mapping[str, str], placeholder: str, superclass: str) -> None:
+    """Raise TokenError unless `placeholder` can be added to `pipe`: see `check_word`; and its text encoders, which
+    other pipelines may share, must not have it."""
+    for encoder, tokenizer in towers.items():
+        check_word(getattr(pipe, tokenizer), placeholder, superclass)
+        table = getattr(pipe, encoder).get_input_embeddings()
+        words = table.present() if isinstance(table, Words) else ()
+        if any(word.standing.word.lower() == placeholder.lower() for word in words):
+            raise TokenError(
+                f"concept.placeholder: {placeholder!r} is attached already, to another pipeline that shares this text "
+                "encoder; make this pipeline anew from the other's components, which have the concept, or detach it "
+                "there first"
+            )
+
+
+def superclass_context(words: Sequence[Words], context: Tensor) -> Tensor:
+    """`context` (B, N, d) with superclasses in the place of words whose keys are locked; zeros, which stand for no
+    prompt in SDXL, stay.
+
+    Args:
+        words: of each text encoder, in the order in which their outputs stand side by side in the context.
+
+    Raises:
+        EditError: a row of it is not known. (Inside a compiled graph, which cannot raise, it stays as it is.)
+    """
+    parts = context.split([table.embedding_dim for table in words], -1)
+    found = [table.with_superclasses(part) for table, part in zip(words, parts, strict=True)]
+    unknown = ~torch.stack([known for _, known in found]).all(0) & (context != 0).flatten(1).any(1)
+    if not torch.compiler.is_compiling() and bool(unknown.any()):
+        raise EditError(
+            "key_lock=global: found an encoding that the pipeline's text encoder did not just make (prompt_embeds from "
+            "elsewhere, or scaled; or clip_skip), of which it is not known how it reads with the superclass; expected "
+            "a prompt; or use key_lock=local"
+        )
+    return torch.cat([part for part, _ in found], -1)
+
+
+def _spelled(stock: PreTrainedTokenizerBase, placeholder: str) -> list[int]:
+    """The ids that a tokenizer without the word makes of it; none where that is not to be told from other text: "dog1",
+    which reads as "dog 1", or what the tokenizer does not know."""
+    ids = stock(placeholder, add_special_tokens=False).input_ids
+    with_digits = placeholder.isalnum() and not placeholder.isalpha()
+    return [] if with_digits or stock.unk_token_id in ids else ids
+
+
+def _refuse_spelled(ids: Tensor, words: Iterable[WordVectors]) -> None:
+    found = set(ids.flatten().tolist())
+    for word in words:
+        if not word.spelled or not found.issuperset(word.spelled):
+            continue
+        if bool(last_tokens(ids.view(-1, ids.shape[-1]), word.spelled).any()):
+            raise TokenError(
+                f"found {word.standing.word!r} spelled out, expected it as a token: this pipeline shares its text "
+                "encoder with one that has the concept, but took its tokenizer before; make it anew from the other's "
+                "components, which have the concept now"
+            )
+
+
+def _ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a call of a text encoder shall read, if it is said by ids."""
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
+    return ids if isinstance(ids, Tensor) else None
+
+
+def _with_ids(ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with other ids."""
+    return (args, {**kwargs, "input_ids": ids}) if "input_ids" in kwargs else ((ids, *args[1:]), kwargs)
+
+
+@torch.no_grad()
+def _read(encoder: nn.Module, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the encoder would have given for other ids. `forward` has no hooks, so nothing watches this call."""
+    args, kwargs = _with_ids(ids, args, kwargs)
+    if kwargs.get("attention_mask") is not None:
+        kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["attention_mask"])}
+    return encoder.forward(*args, **kwargs)
+
+
+def _states(output: Any) -> list[Tensor]:
+    """The outputs of a CLIP text encoder that a pipeline may take as the encoding: (B, N, d) each."""
+    hidden = getattr(output, "hidden_states", None)
+    if hidden:
+        return [output.last_hidden_state, hidden[-2]]
+    return [output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]]
+
+
+def _put(encoder: PreTrainedModel, table: nn.Module) -> None:
+    """Make `table` the module that `encoder` looks its tokens up in."""
+    encoder.set_input_embeddings(table)
+    assert encoder.get_input_embeddings() is table and any(module is table for module in encoder.modules()), (
+        f"{type(encoder).__name__} did not take the new embedding"
+    )
