@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.scores import Picture, Point, ScoreError, setting_key
+from eval.record import Picture, Point, ScoreError, setting_key
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -53,7 +53,7 @@ class Summary:
     """One method at one setting, over all its concepts.
 
     Attributes:
-        draws: the same scores in every resample, (resamples,) for each measure; NaN where a draw had no value.
+        draws: the scores in every resample, (resamples,) for each kind; NaN where a draw had no value.
     """
 
     method: str
@@ -98,7 +98,7 @@ def concept_scores(point: Point) -> dict[str, float]:
 
 
 def concept_draws(point: Point, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
-    """The same in each resample of trainings and seeds: (resamples,) for each measure."""
+    """The scores of one concept in each resample of trainings and seeds: (resamples,) for each kind."""
     rng = _rng(bootstrap, "seeds", point.concept)
     units = _unit_of(point)
     counts: dict[tuple[int, int], np.ndarray] = {}
@@ -150,7 +150,7 @@ def as_json(scores: Mapping[str, Interval]) -> dict[str, dict[str, float | None]
 
 
 def _weighted(point: Point, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The concept's scores with each picture counted `weights` (B, n) times: (B,) for each measure.
+    """The concept's scores with each picture counted `weights` (B, n) times: (B,) for each kind.
 
     Prompts whose pictures all have weight 0 do not count. Pairs of a picture with itself, which a resample makes, are
     no pairs: they would pass for a lack of diversity.

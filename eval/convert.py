@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from eval.scores import ScoreError
+from eval.record import ScoreError
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.data.images import SUFFIXES, find_images
 from perfusion.data.prompts import contains

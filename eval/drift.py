@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from eval.folders import ImageFolder
+from eval.record import ScoreError
 from eval.scorers import Embedder
-from eval.scores import ScoreError
 from perfusion.manifest import ImageRecord
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from eval.front import Front
 from eval.looks import looks
-from eval.measures import Measure
+from eval.score_kinds import ScoreKind
 from perfusion.files import atomic_path
 
 _INK, _GRID = "#222222", "#E4E4E4"
@@ -33,7 +33,7 @@ _STYLE: dict[Any, Any] = {
 _LABELLED = 16  # points of a method, at most, that carry their setting
 
 
-def draw_fronts(found: Sequence[Front], x: Measure, y: Measure, title: str = "") -> Figure:
+def draw_fronts(found: Sequence[Front], x: ScoreKind, y: ScoreKind, title: str = "") -> Figure:
     """Two scores against each other: points with their intervals, and a line through those on each method's front."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.8), layout="constrained")
@@ -97,5 +97,5 @@ def _sides(interval: object) -> tuple[float, float]:
     return (0.0, 0.0) if low is None else (max(0.0, mean - low), max(0.0, high - mean))
 
 
-def _axis(measure: Measure) -> str:
-    return f"{measure.title}  {'→' if measure.higher else '(lower is better)'}"
+def _axis(kind: ScoreKind) -> str:
+    return f"{kind.title}  {'→' if kind.higher else '(lower is better)'}"

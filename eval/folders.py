@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.scores import BESIDE_DIALS, ScoreError, Value
+from eval.record import BESIDE_DIALS, ScoreError, Value
 from perfusion.data.prompts import contains, replace_placeholder
 from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, read_manifest
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.aggregate import Interval, Summary
-from eval.measures import Measure
-from eval.scores import Value
+from eval.record import Value
+from eval.score_kinds import ScoreKind
 from eval.tables import labels_of
 
 
@@ -75,7 +75,7 @@ class Front:
 
 
 def fronts(
-    summaries: Sequence[Summary], x: Measure, y: Measure, reference: Sequence[float], level: float
+    summaries: Sequence[Summary], x: ScoreKind, y: ScoreKind, reference: Sequence[float], level: float
 ) -> list[Front]:
     """The front of each method, in the order of `summaries`; settings that lack one of the scores are left out.
 

@@ -30,7 +30,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Look:
-    """One method."""
+    """How one method is called and drawn."""
 
     title: str
     colour: str

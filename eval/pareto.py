@@ -15,8 +15,8 @@ from omegaconf import MISSING
 
 from eval.aggregate import RESAMPLES, Bootstrap, summarize
 from eval.front import Front, fronts
-from eval.measures import Measure, measure
-from eval.scores import Point, ScoreError, read_all
+from eval.record import Point, ScoreError, read_all
+from eval.score_kinds import ScoreKind, score_kind
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.files import atomic_write_text
 
@@ -58,7 +58,7 @@ def chosen(points: Sequence[Point], concept: str | None) -> list[Point]:
 def main(argv: Sequence[str]) -> None:
     """Command line entry point."""
     config = parse_key_values(argv, ParetoConfig, USAGE)
-    x, y = measure(config.x, "x"), measure(config.y, "y")
+    x, y = score_kind(config.x, "x"), score_kind(config.y, "y")
     if len(config.reference) != 2:
         raise ScoreError(f"reference: found {config.reference}, expected two numbers, as in reference=[0,0]")
     bootstrap = Bootstrap(config.resamples, config.seed)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"figures and numbers: {out} (front.png, .svg, .csv, .json)")
 
 
-def as_csv(found: Sequence[Front], x: Measure, y: Measure) -> str:
+def as_csv(found: Sequence[Front], x: ScoreKind, y: ScoreKind) -> str:
     """A line for every point."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

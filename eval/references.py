@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from eval.folders import ImageFolder, parts
-from eval.scores import ScoreError
+from eval.record import ScoreError
 from eval.selection import pictures
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import find_images, read_image
@@ -25,7 +25,7 @@ _TOYLAND_SIDE = 64
 
 @dataclass(frozen=True)
 class Target:
-    """One concept.
+    """What pictures of one concept are held against.
 
     Attributes:
         images: reference pictures, at least one.
@@ -39,7 +39,7 @@ class Target:
 
 
 class References:
-    """Finds the target of a concept, in this order.
+    """Finds what pictures of a concept are held against, in this order.
 
     Pictures: `references` (a mapping from concepts to pictures; a folder with a sub-folder for each concept; else
     pictures of the one concept that all is about); else, of a known toy, DRAWN renders; else the pictures that the run

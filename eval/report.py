@@ -17,9 +17,9 @@ from tqdm import tqdm
 from eval.aggregate import RESAMPLES, Bootstrap, Summary, summarize, summary
 from eval.front import Front, fronts
 from eval.looks import looks
-from eval.measures import Measure, measure, ordered
 from eval.pareto import as_csv
-from eval.scores import Point, ScoreError, read_all, setting_key
+from eval.record import Point, ScoreError, read_all, setting_key
+from eval.score_kinds import ScoreKind, ordered, score_kind
 from eval.sheets import SIDE, SUFFIX, Sheet, make_sheet
 from eval.tables import labels_of, latex, markdown, table_of
 from perfusion.cli import parse_key_values, run_cli
@@ -65,7 +65,7 @@ def report(config: ReportConfig) -> Path:
         ScoreError: a record or a picture that cannot be read, plotly is not installed.
         ConfigError: no such score.
     """
-    x, y = measure(config.x, "x"), measure(config.y, "y")
+    x, y = score_kind(config.x, "x"), score_kind(config.y, "y")
     if len(config.reference) != 2:
         raise ScoreError(f"reference: found {config.reference}, expected two numbers, as in reference=[0,0]")
     if config.side < 8:
@@ -76,7 +76,7 @@ def report(config: ReportConfig) -> Path:
     summaries = summarize(points, bootstrap)
     axes = [(x, y, config.reference)]
     if any({"prompt", "identity"} <= s.scores.keys() for s in summaries) and (x.name, y.name) != ("prompt", "identity"):
-        axes.append((measure("prompt", "x"), measure("identity", "y"), [0.0, 0.0]))
+        axes.append((score_kind("prompt", "x"), score_kind("identity", "y"), [0.0, 0.0]))
     drawn = [fronts(summaries, *pair, bootstrap.level) for pair in axes]
     if not drawn[0]:
         known = ", ".join(sorted({name for s in summaries for name in s.scores}))
@@ -173,7 +173,7 @@ def _sheet(point: Point, sheet: Sheet, scores: Summary, number: Mapping[str, int
     }
 
 
-def _volumes(found: Sequence[Front], x: Measure, y: Measure, reference: Sequence[float]) -> dict[str, Any]:
+def _volumes(found: Sequence[Front], x: ScoreKind, y: ScoreKind, reference: Sequence[float]) -> dict[str, Any]:
     volumes = {f.method: [f.hypervolume.mean, f.hypervolume.low, f.hypervolume.high] for f in found}
     return {"x": x.name, "y": y.name, "reference": list(reference), "methods": volumes}
 

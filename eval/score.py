@@ -21,8 +21,8 @@ from eval.aggregate import (
     summarize,
 )
 from eval.folders import ImageFolder, Said, find_folders, read_folder, shows_concept
-from eval.measures import ordered
-from eval.scores import Point, ScoreError, merged, setting_labels, write_scores
+from eval.record import Point, ScoreError, merged, setting_labels, write_scores
+from eval.score_kinds import ordered
 from perfusion.cli import parse_key_values, run_cli
 
 USAGE = """
@@ -52,12 +52,12 @@ class ScoreConfig:
     instance: Any = None  # seed of a toy that Toyland draws; null: as the manifest or the run says
     base: str | None = None  # folder with the base model's pictures of prompts without the concept, for the drift
     method: str | None = None  # of pictures whose manifest does not say it; null: their folder's name
-    concept: str | None = None  # likewise
-    superclass: str | None = None  # likewise: takes the placeholder's place in prompts
-    placeholder: str | None = None  # likewise
-    setting: str | None = None  # likewise: what sets these pictures apart from others of their method
+    concept: str | None = None  # where the manifest does not say it
+    superclass: str | None = None  # where the manifest does not say it: takes the placeholder's place in prompts
+    placeholder: str | None = None  # where the manifest does not say it: the concept's word in prompts
+    setting: str | None = None  # where the manifest does not say it: what sets pictures apart from others of a method
     out: str = "scores.json"  # the record
-    cache: str = "~/.cache/perfusion/scores"  # where measured folders are kept
+    cache: str = "~/.cache/perfusion/scores"  # where the scores of folders are kept
     device: str = "auto"  # auto: cuda, then mps, then cpu
     resamples: int = RESAMPLES  # of the bootstrap over concepts and seeds that gives the intervals
     seed: int = 0  # of the bootstrap
@@ -115,10 +115,10 @@ def score(config: ScoreConfig) -> list[Summary]:
 def _points(
     config: ScoreConfig, folders: Sequence[ImageFolder], base: ImageFolder | None
 ) -> tuple[list[Point], dict[str, dict[str, Any]]]:
-    """All points of the folders; what the models are called and are, and references to look at."""
+    """All points of the folders; and of the record: the models' names and hashes, and references to look at."""
     # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
     from eval.drift import Base
-    from eval.measuring import measure, points_of
+    from eval.folder_scores import points_of, score_folder
     from eval.references import References
     from eval.scorers import Scorers, attribute_reader, clip_scorer, dino_scorer
     from eval.sheets import data_uri
@@ -133,10 +133,10 @@ def _points(
     cache = Path(config.cache).expanduser()
     found, kept, left = [], 0, 0
     for folder in folders:
-        measured, known = measure(folder, scorers, references, before, cache, config.progress)
+        scores, known = score_folder(folder, scorers, references, before, cache, config.progress)
         kept += known
         left += 0 if base else sum(not shows_concept(record) for record in folder.records)
-        found += points_of(folder, measured)
+        found += points_of(folder, scores)
     print(f"folders: {len(folders)}, of which {kept} had been measured before")
     if left:
         print(f"not scored: {left} pictures whose prompt does not name the concept; base=<folder> gives their drift")
@@ -145,7 +145,7 @@ def _points(
 
 
 def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
-    """What people want to read about a point in the record."""
+    """What the record says of a point for people to read."""
     prompts = [
         {**row, "scores": {name: round(value, 6) for name, value in row["scores"].items()}}
         for row in prompt_scores(point)
@@ -155,12 +155,12 @@ def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
 
 def table(summaries: Sequence[Summary]) -> str:
     """The scores as aligned text, one line for each method and setting."""
-    measures = ordered({name for s in summaries for name in s.scores})
+    kinds = ordered({name for s in summaries for name in s.scores})
     names = [row_name(s, summaries) for s in summaries]
     width = max(map(len, [*names, "method"]))
-    cells = [[_cell(s.scores.get(m.name)) for m in measures] for s in summaries]
-    widths = [max(len(m.title), *(len(row[k]) for row in cells)) for k, m in enumerate(measures)]
-    lines = [[m.title for m in measures], *cells]
+    cells = [[_cell(s.scores.get(m.name)) for m in kinds] for s in summaries]
+    widths = [max(len(m.title), *(len(row[k]) for row in cells)) for k, m in enumerate(kinds)]
+    lines = [[m.title for m in kinds], *cells]
     return "\n".join(
         f"{name:<{width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
         for name, row in zip(["method", *names], lines, strict=True)

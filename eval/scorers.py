@@ -1,4 +1,4 @@
-"""The models that measure pictures, chosen from the command line."""
+"""The models that score pictures, chosen from the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True)
 class Scorers:
-    """The models of one scoring."""
+    """The models that score pictures: CLIP, and where they are wanted DINO and the attribute reader."""
 
     clip: ClipScorer
     dino: Embedder | None = None
@@ -44,7 +44,7 @@ class Scorers:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What they are, by their weights: pictures that were scored by equal ones can be compared."""
+        """Hashes of the models' weights: scores by the same weights can be compared."""
         found = {"clip": self.clip.fingerprint()}
         if self.dino is not None:
             found["dino"] = self.dino.fingerprint()
@@ -54,7 +54,7 @@ class Scorers:
 
     @property
     def names(self) -> dict[str, str]:
-        """What they are called."""
+        """The names of the models."""
         found = {"clip": self.clip.name}
         return found if self.dino is None else {**found, "dino": self.dino.name}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval.scores import ScoreError
+from eval.record import ScoreError
 from perfusion.files import atomic_write_bytes
 
 SIDE = 96  # pixels of a small picture, at most

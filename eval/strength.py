@@ -52,7 +52,7 @@ class StrengthConfig:
 
 @dataclass(frozen=True)
 class Strength:
-    """What one β gave."""
+    """The scores at one β."""
 
     beta: float
     clip_i: float

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from eval.aggregate import Interval, Summary
 from eval.looks import title
-from eval.measures import Measure, ordered
-from eval.scores import setting_labels
+from eval.record import setting_labels
+from eval.score_kinds import ScoreKind, ordered
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -31,9 +31,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Measures and rows; the best mean of a column is set in bold."""
+    """Kinds of scores, one a column, and rows; the best mean of a column is set in bold."""
 
-    measures: tuple[Measure, ...]
+    kinds: tuple[ScoreKind, ...]
     rows: tuple[Row, ...]
 
     def is_best(self, row: Row, column: int) -> bool:
@@ -42,18 +42,18 @@ class Table:
         score = row.scores[column]
         if score is None or len(means) < 2:
             return False
-        return round(score.mean, 3) == (max if self.measures[column].higher else min)(means)
+        return round(score.mean, 3) == (max if self.kinds[column].higher else min)(means)
 
 
 def table_of(summaries: Sequence[Summary]) -> Table:
-    """One row for each summary, in its order, and a column for every measure that one of them has."""
-    measures = ordered({name for summary in summaries for name in summary.scores})
+    """One row for each summary, in its order, and a column for every kind of score that one of them has."""
+    kinds = ordered({name for summary in summaries for name in summary.scores})
     labels = labels_of(summaries)
     rows = [
-        Row(title(s.method), label, len(s.concepts), s.images, tuple(s.scores.get(m.name) for m in measures))
+        Row(title(s.method), label, len(s.concepts), s.images, tuple(s.scores.get(m.name) for m in kinds))
         for s, label in zip(summaries, labels, strict=True)
     ]
-    return Table(tuple(measures), tuple(rows))
+    return Table(tuple(kinds), tuple(rows))
 
 
 def labels_of(summaries: Sequence[Summary]) -> list[str]:
@@ -67,7 +67,7 @@ def labels_of(summaries: Sequence[Summary]) -> list[str]:
 
 def markdown(table: Table) -> str:
     """A table in GitHub's Markdown: mean and half the width of its interval."""
-    heads = ["method", "setting", "concepts", "images", *(_titled(m) for m in table.measures)]
+    heads = ["method", "setting", "concepts", "images", *(_titled(m) for m in table.kinds)]
     lines = [_line(heads), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
     for row in table.rows:
         cells = []
@@ -79,8 +79,8 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table, caption: str, label: str = "tab:scores") -> str:
-    """The same as a LaTeX table that needs the package booktabs."""
-    heads = ["Method", "Setting", "Concepts", "Images", *(_titled(m) for m in table.measures)]
+    """A table in LaTeX, which needs the package booktabs there."""
+    heads = ["Method", "Setting", "Concepts", "Images", *(_titled(m) for m in table.kinds)]
     lines = [
         r"\begin{table}",
         r"  \centering",
@@ -111,8 +111,8 @@ def _arrows(text: str) -> str:
     return text.replace("↓", r"$\downarrow$").replace("–", "--")
 
 
-def _titled(measure: Measure) -> str:
-    return measure.title if measure.higher else f"{measure.title} ↓"
+def _titled(kind: ScoreKind) -> str:
+    return kind.title if kind.higher else f"{kind.title} ↓"
 
 
 def _mean_and_half(score: Interval | None) -> str:

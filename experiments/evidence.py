@@ -1,4 +1,4 @@
-"""What was measured, as experiments ask for it: a setting's scores, a front, and numbers made of fronts with intervals.
+"""Scores as experiments ask for them: a setting's scores, a front, and numbers made of fronts with intervals.
 
 All intervals come from one bootstrap over toys and seeds (`eval.aggregate`), which draws the same toys and seeds for
 every setting: differences are paired. Those of numbers that verdicts rest on are widened for the few toys there are.
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import stdtrit  # the quantiles of Student's t
 
 from eval.aggregate import Bootstrap, Interval, Summary, summary
-from eval.scores import Point
+from eval.record import Point
 from experiments.runner import Runner, Together, Wanted
 from experiments.settings import Setting, Training
 from perfusion.training.run_folder import RunFolder
@@ -62,7 +62,7 @@ class Evidence:
         return found if label is None else replace(found, method=label)
 
     def line(self, settings: Sequence[Setting], x: str = X, y: str = Y) -> Line:
-        """NaN where a setting has no such score, as diversity where every prompt has one picture."""
+        """Settings in two scores; NaN where one has no such score, as diversity where every prompt has one picture."""
         summaries = [self.summary(setting) for setting in settings]
         none, never = Interval(float("nan")), np.full(self.bootstrap.resamples, np.nan)
         means = np.array([[s.scores.get(name, none).mean for name in (x, y)] for s in summaries])
@@ -87,9 +87,9 @@ class Evidence:
         off = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(n / (n - 1)) * float(np.std(drawn))
         return Interval(mean, mean - off, mean + off)
 
-    def mean_difference(self, a: Sequence[Setting], b: Sequence[Setting], measure: str) -> Interval:
+    def mean_difference(self, a: Sequence[Setting], b: Sequence[Setting], score: str) -> Interval:
         """How much higher the settings `a` score than `b`, the mean over pairs of them."""
-        lines = [self.line(settings, measure, measure) for settings in (a, b)]
+        lines = [self.line(settings, score, score) for settings in (a, b)]
         return self.number(lambda p, q: float(np.mean(p[:, 0] - q[:, 0])), *lines)
 
     def runs(self, training: Training) -> list[RunFolder]:

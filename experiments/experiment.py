@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One claim.
+    """One claim, what is drawn for it, and how it is judged.
 
     Attributes:
         of_paper: whether it is a claim of the paper, which `make paper` tries; others are tried where `only=` names
@@ -86,7 +86,7 @@ class Experiment:
     of_paper: bool = True
 
     def groups(self, protocol: Protocol) -> tuple[Together, ...]:
-        """What its pictures show."""
+        """The toys that its pictures show together."""
         return protocol.pairs if self.pairs else tuple((toy,) for toy in protocol.toys)
 
     def wanted(self, protocol: Protocol) -> list[Wanted]:
@@ -95,7 +95,7 @@ class Experiment:
 
 
 def experiments() -> list[Experiment]:
-    """All, in their places."""
+    """All experiments, in the order of the page."""
     from experiments import claims
 
     modules: Sequence[str] = [module.name for module in pkgutil.iter_modules(claims.__path__)]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from eval.figures import draw_fronts, save_figure
 from eval.front import fronts
-from eval.measures import measure
+from eval.score_kinds import score_kind
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment
 from perfusion.files import atomic_path
@@ -24,7 +24,7 @@ def draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path)
     summaries = [evidence.summary(s, series.label) for series in experiment.series for s in series.settings]
     axes = {experiment.id: (experiment.x, experiment.y), f"{experiment.id}-clip": ("clip_t", "clip_i")}
     for name, (right, up) in axes.items():
-        x, y = measure(right, "x"), measure(up, "y")
+        x, y = score_kind(right, "x"), score_kind(up, "y")
         save_figure(draw_fronts(fronts(summaries, x, y, (0.0, 0.0), evidence.bootstrap.level), x, y), folder / name)
         with Image.open(folder / f"{name}.png") as image:
             image.thumbnail((_WIDTH, _WIDTH), Image.Resampling.LANCZOS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.measures import BY_NAME, ordered
+from eval.score_kinds import BY_NAME, ordered
 
 IMAGES = "images/results"  # beside the page
 _SHOWN = ("identity", "prompt", "superclass", "clip_i", "clip_t", "diversity")
@@ -140,12 +140,12 @@ def _section(one: Mapping[str, Any]) -> list[str]:
 def _table(series: Sequence[Mapping[str, Any]]) -> list[str]:
     settings = [setting for line in series for setting in line["settings"]]
     names = {name for setting in settings for name in setting["scores"]} & {*_SHOWN}
-    measures = ordered(names)
-    lines = [_row(["", "setting", *(BY_NAME[m.name].title for m in measures)])]
-    lines.append(_row(["---", "---", *["---:"] * len(measures)]))
+    kinds = ordered(names)
+    lines = [_row(["", "setting", *(BY_NAME[m.name].title for m in kinds)])]
+    lines.append(_row(["---", "---", *["---:"] * len(kinds)]))
     for line in series:
         for setting in line["settings"]:
-            cells = [_interval(setting["scores"].get(m.name)) for m in measures]
+            cells = [_interval(setting["scores"].get(m.name)) for m in kinds]
             lines.append(_row([_title(line["label"]), setting["name"], *cells]))
     return lines
 

@@ -46,7 +46,7 @@ on. Other weights of Toyland begin in a folder of their own; after a change to t
 
 @dataclass
 class PaperConfig:
-    """Command line."""
+    """The options of `python -m experiments.paper`."""
 
     only: str | None = None  # ids of experiments with commas between them; null: all of the paper
     concepts: int = len(Protocol.toys)  # of the held-out toys
@@ -176,8 +176,8 @@ def _judge(one: Experiment, evidence: Evidence, out: Path) -> list[str]:
 
 def _report(runner: Runner, bootstrap: Bootstrap) -> None:
     """One page with all pictures, and the record of scores that it is made from."""
+    from eval.record import merged, write_scores
     from eval.report import ReportConfig, report
-    from eval.scores import merged, write_scores
 
     scores = runner.root / "scores.json"
     document = {**runner.document, "bootstrap": asdict(bootstrap), "summary": []}

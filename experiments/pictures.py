@@ -50,7 +50,7 @@ PAIRS = (
 
 @dataclass
 class PicturesConfig:
-    """Command line."""
+    """The options of `python -m experiments.pictures`."""
 
     out: str = "docs/images"  # folder of the PNG files
     only: str | None = None  # strengths, locks or two; null: all
@@ -60,14 +60,14 @@ class PicturesConfig:
 
 @dataclass(frozen=True)
 class Studio:
-    """Where pictures are drawn, and with what."""
+    """Draws the README's pictures, with concepts that it trains if they are not there."""
 
     backbone: Backbone
     root: str
     seed: int
 
     def concept(self, words: Sequence[str]) -> Concept:
-        """Trained as `words` say, unless it is there."""
+        """The concept that `python -m perfusion.train` with these words trains; trained now if it is not there."""
         from perfusion.concept import Concept
         from perfusion.train import train
         from perfusion.training import composition

@@ -92,7 +92,7 @@ class _Worker:
 
 @dataclass
 class Pool:
-    """Workers for tasks: `with Pool(2, logs) as pool: outcomes = pool.run(tasks)`.
+    """Workers for tasks: `with Pool(2, logs) as pool: failed = pool.run(tasks)`.
 
     Attributes:
         size: number of workers.

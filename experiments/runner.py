@@ -1,7 +1,7 @@
-"""Trains, draws and measures what is missing of some settings, with a pool of workers.
+"""Plans what is missing of some settings, and takes in what workers have found.
 
 Below the root lie `trained/`, ordinary run folders; `pictures/`, a folder with a manifest for each setting and toy;
-`measured/`, what was measured of them. The root's last part is a hash of Toyland's weights: with others nothing of it
+`measured/`, their scores. The root's last part is a hash of Toyland's weights: with others nothing of it
 would be true.
 """
 
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.scores import Point
-from experiments.drawing import Job, Look, draw, train
+from eval.record import Point
 from experiments.pool import Outcome, Task
 from experiments.protocol import Protocol, Toy
 from experiments.settings import Setting, Training, config_of
 from experiments.snapshot_files import snapshot_file, step_of
+from experiments.tasks import Job, Look, draw, train
 from perfusion import toyland
 from perfusion.config import ConfigError, TrainConfig
 from perfusion.files import atomic_write_text
@@ -48,7 +48,7 @@ class Wanted:
 
 
 class Runner:
-    """Knows what is there and what is missing."""
+    """Knows what is there and what is missing below a folder."""
 
     def __init__(self, root: Path, protocol: Protocol, changes: tuple[str, ...] = ()) -> None:
         """`changes` are words of `python -m perfusion.train` for every training."""
@@ -60,7 +60,7 @@ class Runner:
         self._seconds = _read_seconds(self.root / SECONDS)
 
     def config(self, training: Training, toy: Toy) -> TrainConfig:
-        """Raises ConfigError for a setting that cannot be."""
+        """The config of one run. Raises ConfigError for a setting that cannot be."""
         return _config(replace(training, changes=(*training.changes, *self.changes)), toy, self.root)
 
     def run_folder(self, training: Training, toy: Toy) -> RunFolder:
@@ -123,11 +123,11 @@ class Runner:
         return self.folder(wanted).relative_to(self.root).as_posix()
 
     def training_name(self, training: Training, toy: Toy) -> str:
-        """Of the task."""
+        """The name of the task that trains a toy."""
         return f"train {training.label}, {toy.name}"
 
     def _trainings(self, training: Training, toys: Together) -> Iterator[Task]:
-        """What is not trained yet."""
+        """The tasks for what is not trained yet."""
         for toy in toys:
             config = self.config(training, toy)
             if not RunFolder.of(config).finished:

@@ -40,13 +40,13 @@ class Training:
     shares: tuple[float, ...] = ()
 
     def changed(self, label: str, *words: str) -> Training:
-        """The same with one more thing said of it."""
+        """This training with further words on its command line."""
         return replace(self, label=label, changes=(*self.changes, *words))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of a front: a training, and the dials of the method while it draws; None: as it was trained for.
+    """One point of a front: a training, and what the dials of its method are set to while it draws.
 
     Attributes:
         training: None: the base model, with the superclass's word.
@@ -68,7 +68,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For people, and unique among the settings of a training."""
+        """A name for people, unique among the settings of a training."""
         parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials]
         parts += [f"share-{self.share:.2f}"] if self.share != 1 else []
         if self.training is None:

@@ -99,7 +99,8 @@ class Study:
         first: Mapping[str, Any] | None = None,
         instead: str = "",
     ) -> None:
-        """
+        """Open the study in `file`, or begin it; trials that were stopped are asked for first.
+
         Args:
             file: made if missing.
             asked: what all trials have in common beside the space, in values that JSON can hold.

@@ -61,7 +61,7 @@ METHODS = {t.label: t for t in (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM
 
 @dataclass
 class TuneConfig:
-    """Command line."""
+    """The options of `python -m experiments.tune`."""
 
     methods: str | None = None  # which, with commas between them; null: all
     trials: int = 12  # of each method, those of former runs included

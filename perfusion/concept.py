@@ -128,7 +128,7 @@ class Concept:
             raise self._unusable(error) from error
 
     def rounded(self, dtype: torch.dtype) -> Concept:
-        """The same with its tensors in `dtype`."""
+        """This concept with its tensors in `dtype`."""
         return dataclasses.replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
     def attach(self, pipe: DiffusionPipeline | Backbone, **dials: Any) -> Attached:

@@ -70,7 +70,7 @@ def stream(
     exact: bool = True,
     prepare: Callable[[slice], None] | None = None,
 ) -> Iterator[Image.Image]:
-    """The same as `sample`, each picture as soon as its batch is drawn, so that it can be saved before the next.
+    """What `sample` gives, each picture as soon as its batch is drawn, so that it can be saved before the next.
 
     `prepare` is called before each batch, with the place of its pictures among all.
     """

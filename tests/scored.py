@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.scores import Picture, Point, write_scores
+from eval.record import Picture, Point, write_scores
 from perfusion.manifest import ImageRecord, write_manifest
 
 SIDE = 32

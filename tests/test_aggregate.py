@@ -21,7 +21,7 @@ from eval.aggregate import (
     summarize,
     summary,
 )
-from eval.scores import Picture, Point, ScoreError
+from eval.record import Picture, Point, ScoreError
 
 MANY = Bootstrap(resamples=4000)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from eval.clip import ClipScorer
 from eval.drift import Base, drift
 from eval.folders import ImageFolder
-from eval.scores import ScoreError
+from eval.record import ScoreError
 from perfusion.manifest import ImageRecord
 from tests.scored import noise, record
 from tests.scorers import make_scorer

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eval.convert import main
-from eval.scores import ScoreError
+from eval.record import ScoreError
 from perfusion.data.images import ConceptImageError
 from perfusion.manifest import ImageRecord, read_manifest
 from tests.scored import noise

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from eval.scores import read_scores
+from eval.record import read_scores
 from experiments import paper, tune
 from experiments.experiment import experiments
 from experiments.page import page

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eval.aggregate import Bootstrap, Interval
-from eval.scores import Picture, Point
+from eval.record import Picture, Point
 from experiments import curves
 from experiments.evidence import Evidence, Line
 from experiments.experiment import Experiment, experiments

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from eval.folders import Said, find_folders, plain_prompt, read_folder, same_prompt, setting_of, shows_concept
+from eval.record import ScoreError
 from eval.references import DRAWN, References
-from eval.scores import ScoreError
 from eval.selection import pictures
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import ConceptImageError

@@ -13,9 +13,9 @@ from PIL import Image
 
 from eval.aggregate import Bootstrap, Interval, Summary, summarize
 from eval.front import fronts, hypervolume
-from eval.measures import BY_NAME
 from eval.pareto import main
-from eval.scores import read_scores
+from eval.record import read_scores
+from eval.score_kinds import BY_NAME
 from perfusion.cli import run_cli
 from tests.scored import made_up
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval.record import ScoreError
 from eval.report import main
-from eval.scores import ScoreError
 from perfusion.cli import run_cli
 from tests.scored import made_up
 

@@ -12,8 +12,8 @@ from PIL import Image
 from eval import measuring
 from eval.clip import ClipScorer, ScorerError
 from eval.metrics import clip_scores
+from eval.record import ScoreError, read_scores
 from eval.score import main, row_name, table
-from eval.scores import ScoreError, read_scores
 from perfusion.cli import run_cli
 from perfusion.manifest import ImageRecord, write_manifest
 from perfusion.toyland.reader import Reader

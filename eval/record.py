@@ -35,7 +35,7 @@ class ScoreError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and what was measured of it alone."""
+    """One picture and its own scores."""
 
     file: Path
     prompt: str
@@ -109,7 +109,7 @@ def setting_order(setting: Mapping[str, Value], keys: Iterable[str]) -> list[tup
 
 
 def _keys(settings: Iterable[Mapping[str, Value]]) -> list[str]:
-    """What settings say: dials first, as they come."""
+    """The keys of settings: dials first, as they come."""
     found = dict.fromkeys(key for setting in settings for key in setting)
     return [*(key for key in found if key not in BESIDE_DIALS), *(key for key in BESIDE_DIALS if key in found)]
 

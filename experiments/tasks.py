@@ -1,4 +1,4 @@
-"""What workers do: train a concept, draw with it, measure the pictures. Models are loaded once in a process and kept.
+"""What workers do: train a concept, draw with it, score the pictures. Models are loaded once in a process and kept.
 
 Pictures of one concept at one setting lie in one folder with their manifest; a picture that is there is not drawn
 again, so a folder can grow by prompts and seeds.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.scores import Point
+from eval.record import Point
 from experiments.protocol import Toy, filled
 from perfusion.config import BackboneConfig, TrainConfig, checked
 
@@ -44,7 +44,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures to draw and to measure.
+    """Pictures to draw and to score.
 
     Attributes:
         method: what the manifests call it.
@@ -52,7 +52,7 @@ class Job:
         words: what stands for each of them in prompts.
         concepts: their files, in the same order; none: the base model draws.
         templates: prompts with a `{}` for each toy.
-        measured: folder of what was measured of pictures before.
+        measured: folder of scores that are kept.
     """
 
     backbone: BackboneConfig
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Judged:
-    """What is known of the pictures of a job.
+    """The scores of the pictures of a job.
 
     Attributes:
         points: of each look.
@@ -93,7 +93,7 @@ def train(config: TrainConfig) -> None:
 
 
 def draw(job: Job) -> Judged:
-    """Draw what is missing and measure all; raises what `perfusion.generate` and `eval.score` raise."""
+    """Draw what is missing and score all; raises what `perfusion.generate` and `eval.score` raise."""
     _one_thread()
     from perfusion.concept import Concept
     from perfusion.drawing import Shot, draw
@@ -108,7 +108,7 @@ def draw(job: Job) -> Judged:
         ]
         shots.sort(key=lambda shot: shot.record.prompt)  # a batch shares what is computed of a prompt
         draw(backbone.pipe, attached, shots, AT_ONCE, size=job.backbone.resolution, exact=False, again=False)
-    return _measure(job)
+    return _judged(job)
 
 
 def _records(job: Job, look: Look, attached: Sequence[Attached]) -> list[ImageRecord]:
@@ -137,9 +137,9 @@ def _records(job: Job, look: Look, attached: Sequence[Attached]) -> list[ImageRe
     ]
 
 
-def _measure(job: Job) -> Judged:
+def _judged(job: Job) -> Judged:
+    from eval.folder_scores import points_of, score_folder
     from eval.folders import Said, read_folder
-    from eval.measuring import measure, points_of
     from eval.references import References
     from eval.sheets import data_uri
     from perfusion.provenance import provenance
@@ -152,8 +152,8 @@ def _measure(job: Job) -> Judged:
         folder = read_folder(look.folder, Said())
         records = tuple(r for r in folder.records if r.prompt in asked and r.seed in job.seeds)
         folder = dataclasses.replace(folder, records=records)
-        measured, _ = measure(folder, scorers, references, None, job.measured, progress=False)
-        (point,) = points_of(folder, measured)
+        scores, _ = score_folder(folder, scorers, references, None, job.measured, progress=False)
+        (point,) = points_of(folder, scores)
         points.append(point)
     shown = {name: [data_uri(image) for image in images[:1]] for name, images in references.shown.items()}
     document = {"made_with": {**scorers.names, **provenance()}, "scorer": scorers.identity, "references": shown}

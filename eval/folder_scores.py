@@ -1,4 +1,4 @@
-"""Everything that is measured of the pictures of one folder, and kept until a picture or a scorer changes."""
+"""The scores of all pictures of one folder, kept until a picture or a scorer changes."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from eval.attributes import Wish, judge, toy
 from eval.drift import Base, drift
 from eval.folders import ImageFolder, parts, plain_prompt, same_prompt, setting_of, shows_concept
 from eval.metrics import TEXT_SCALE
+from eval.record import Picture, Point
 from eval.references import References, Target
 from eval.scorers import Embedder, Scorers
-from eval.scores import Picture, Point
 from perfusion.data.images import read_image
 from perfusion.files import atomic_write_text
 from perfusion.manifest import ImageRecord
 from perfusion.toyland.captions import CaptionError, parse
 
-MEASURED = 1  # changes when what is measured of the same picture does
+VERSION = 1  # changes when the scores of the same picture do
 _AT_ONCE = 64  # pictures in memory
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was measured of a folder: the scores of each of its pictures, and distances between those of one prompt."""
+class FolderScores:
+    """The scores of each picture of a folder, and distances between pictures of one prompt."""
 
     scores: tuple[dict[str, float], ...]
     pairs: tuple[tuple[int, int, float], ...]
 
 
-def measure(
+def score_folder(
     folder: ImageFolder,
     scorers: Scorers,
     references: References,
     base: Base | None = None,
     cache: Path | None = None,
     progress: bool = True,
-) -> tuple[Measured, bool]:
-    """Measure a folder, or take what was measured of the same pictures before; says whether it was.
+) -> tuple[FolderScores, bool]:
+    """Score a folder, or take what was kept of the same pictures; says whether it was there.
 
     Pictures whose prompt names no concept are held against the base model's, where there is `base`, and else not
     scored.
 
     Args:
-        cache: folder of what was measured before; None: nothing is kept.
+        cache: folder of what is kept; None: nothing is.
 
     Raises:
         ScoreError: no references for a concept, no picture of the base model for a prompt.
@@ -64,17 +64,17 @@ def measure(
     file = None if cache is None else cache / f"{_key(folder, scorers, targets, bases)}.json"
     if file is not None and file.is_file() and (kept := _read(file, len(folder.records))) is not None:
         return kept, True
-    found = _measure(folder, scorers, targets, bases, progress)
+    found = _scored(folder, scorers, targets, bases, progress)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, json.dumps({"scores": found.scores, "pairs": found.pairs}))
     return found, False
 
 
-def points_of(folder: ImageFolder, measured: Measured) -> Iterator[Point]:
+def points_of(folder: ImageFolder, found: FolderScores) -> Iterator[Point]:
     """The points that a folder's pictures belong to; pictures without any score are left out."""
     groups: dict[str, list[int]] = {}
-    for i, (record, scores) in enumerate(zip(folder.records, measured.scores, strict=True)):
+    for i, (record, scores) in enumerate(zip(folder.records, found.scores, strict=True)):
         if scores:
             key = json.dumps([record.method, record.concept, setting_of(record)], sort_keys=True)
             groups.setdefault(key, []).append(i)
@@ -82,22 +82,22 @@ def points_of(folder: ImageFolder, measured: Measured) -> Iterator[Point]:
         place = {i: k for k, i in enumerate(members)}
         records = [folder.records[i] for i in members]
         pictures = tuple(
-            Picture(folder.file(r).resolve(), r.prompt, r.seed, r.concept_hash, measured.scores[i])
+            Picture(folder.file(r).resolve(), r.prompt, r.seed, r.concept_hash, found.scores[i])
             for i, r in zip(members, records, strict=True)
         )
-        pairs = tuple((place[i], place[j], d) for i, j, d in measured.pairs if i in place and j in place)
+        pairs = tuple((place[i], place[j], d) for i, j, d in found.pairs if i in place and j in place)
         first = records[0]
         assert first.method and first.concept
         yield Point(first.method, first.concept, setting_of(first), pictures, pairs)
 
 
-def _measure(
+def _scored(
     folder: ImageFolder,
     scorers: Scorers,
     targets: Sequence[Sequence[Target]],
     bases: Sequence[Path | None],
     progress: bool,
-) -> Measured:
+) -> FolderScores:
     seen = [i for i in range(len(folder.records)) if targets[i] or bases[i]]
     embedded: dict[int, np.ndarray] = {}
     scores: list[dict[str, float]] = [{} for _ in folder.records]
@@ -117,7 +117,7 @@ def _measure(
         for i, j in same_prompt(folder.records)
         if i in embedded and j in embedded
     ]
-    return Measured(tuple(scores), tuple(pairs))
+    return FolderScores(tuple(scores), tuple(pairs))
 
 
 def _parts(
@@ -130,7 +130,7 @@ def _parts(
     bases: Sequence[Path | None],
     wanted: _Cosines,
 ) -> Iterator[tuple[str, dict[int, float]]]:
-    """Each measure of some pictures: picture -> score."""
+    """Each kind of score of some pictures: picture -> score."""
     shown = [k for k, i in enumerate(part) if targets[i]]
     if shown:
         texts = list(dict.fromkeys(plain_prompt(folder.records[part[k]]) for k in shown))
@@ -195,8 +195,8 @@ def _wish(record: ImageRecord, targets: Sequence[Target]) -> Wish | None:
 def _key(
     folder: ImageFolder, scorers: Scorers, targets: Sequence[Sequence[Target]], bases: Sequence[Path | None]
 ) -> str:
-    """The same for the same pictures, manifest, references and models."""
-    content: list[Any] = [MEASURED, scorers.identity]
+    """A hash over pictures, manifest, references and models."""
+    content: list[Any] = [VERSION, scorers.identity]
     for record, wanted, base in zip(folder.records, targets, bases, strict=True):
         files = [_digest(file) for file in (folder.file(record), base) if file is not None]
         content.append([asdict(record), files, [[target.digest, target.instance] for target in wanted]])
@@ -208,15 +208,15 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read(file: Path, count: int) -> Measured | None:
-    """What was kept; None if it cannot be used, and is measured anew."""
+def _read(file: Path, count: int) -> FolderScores | None:
+    """What was kept; None if it cannot be used, so that the folder is scored anew."""
     try:
         content: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         scores = tuple({str(k): float(v) for k, v in entry.items()} for entry in content["scores"])
         pairs = tuple((int(i), int(j), float(d)) for i, j, d in content["pairs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Measured(scores, pairs) if len(scores) == count else None
+    return FolderScores(scores, pairs) if len(scores) == count else None
 
 
 def _numpy(vectors: Tensor) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.scores import (
+from eval.record import (
     Picture,
     Point,
     ScoreError,
