@@ -120,8 +120,8 @@ def test_nothing_stale_is_reused() -> None:
         "beta": lambda: setattr(gate, "beta", 0.1),
         "tau": lambda: setattr(gate, "tau", 0.5),
         "target inputs": lambda: gate.move(gate.target_inputs * 1.5, gate.directions),
-        "in place": lambda: gate.superclass_inputs.mul_(1.5),
-        name: lambda: own.mul_(2),
+        "in place": lambda: (gate.superclass_inputs.mul_(1.5), gate.forget()),
+        name: lambda: (own.mul_(2), gate.forget()),
     }
     before = apart.bench()
     assert torch.equal(apart.bench(), before)

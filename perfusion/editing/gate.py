@@ -12,11 +12,8 @@ A concept whose β is infinite is left out: its gate is 0, and the sums go over 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, is_
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +28,15 @@ _DEPENDENT = 1e-6
 # Eigenvalue of the cosines between concepts, whose diagonal is 1, below which a direction between them is rounding.
 _SAME = 1e-4
 
-# Objects, and their versions; see `stamp_of`.
-Stamp = tuple[tuple[object, ...], tuple[int, ...]]
-_version_of: Callable[[Tensor], int] = attrgetter("_version")
-
 Directions = Tensor | Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class EditedPrompt:
+class EditedEncoding(NamedTuple):
     """Encodings as the edited projections read them."""
 
     remainder: Tensor  # e' (B, N, d)
     locked: Tensor  # e' + Σ_j g_j s_j (B, N, d)
     gates: Tensor  # g_j(e) (J, B, N), float32 at least
-    context: Tensor  # e itself
-    stamp: Stamp | None  # of all that this was computed from
-    differentiable: bool  # computed while gradients were enabled
-    outputs: dict[nn.Module, tuple[Stamp, Tensor]] = field(default_factory=dict)  # of the layers, kept by them
 
 
 class PromptGate(nn.Module):
@@ -76,7 +64,7 @@ class PromptGate(nn.Module):
         self.register_buffer("target_inputs", None)
         self.register_buffer("directions", None)
         self.register_buffer("superclass_inputs", superclass_inputs.detach().clone())
-        self.changes = 0  # how often anything was set, for those who keep what was computed from this gate
+        self.forget: Callable[[], None] = nobody  # called when anything is set, by whoever keeps what came of it
         # Of the concept, for messages and checks: its word, its file, the second moment that its direction is from.
         self.label, self.source, self.covariance = "", "", ""
         self.move(target_inputs, directions)
@@ -133,7 +121,7 @@ class PromptGate(nn.Module):
         if self._pending:
             self.directions, self._pending = self._pending(self.target_inputs), None
 
-    def forward(self, e: Tensor) -> EditedPrompt:
+    def forward(self, e: Tensor) -> EditedEncoding:
         """The edit of encodings `e` (B, N, d), any float dtype; `remainder` and `locked` have the same."""
         with torch.autocast(e.device.type, enabled=False):  # half precision would round terms before they cancel
             r = self.similarity(e)
@@ -141,8 +129,7 @@ class PromptGate(nn.Module):
             c = self._components(r) if not self.leaves_out else self._components_of(r, self.kept(len(e)).to(e.device))
             remainder = low_rank_update(e.to(r.dtype), -c, self.target_inputs.to(e.device))
             locked = low_rank_update(remainder, g, self.superclass_inputs.to(e.device))
-        stamp = None if torch.is_grad_enabled() else self._stamp(e)
-        return EditedPrompt(remainder.to(e.dtype), locked.to(e.dtype), g, e, stamp, torch.is_grad_enabled())
+        return EditedEncoding(remainder.to(e.dtype), locked.to(e.dtype), g)
 
     @property
     def leaves_out(self) -> bool:
@@ -157,24 +144,6 @@ class PromptGate(nn.Module):
         """
         beta = torch.as_tensor(self._per_row("beta", rows))
         return ~beta.isposinf().expand(len(self.target_inputs), rows)
-
-    def show(self, context: Tensor) -> None:
-        """Prepare a call of the denoiser with `context` (B, N, d). Without gradients, the same one is prepared once."""
-        known = self._shown.stamp if self._shown else None
-        if torch.is_grad_enabled() or not same(known, self._stamp(context)):
-            self._shown = self(context)
-
-    def prompt(self, x: Tensor) -> EditedPrompt:
-        """The edit of a layer's input `x` (B, N, d): as prepared when `show` was given this very tensor, else anew."""
-        shown = self._shown
-        if shown and shown.context is x and (shown.differentiable or not torch.is_grad_enabled()):
-            return shown
-        return self(x)
-
-    def forget(self) -> None:
-        """Let go of the prompt that was shown last and of the outputs that were kept for it."""
-        self._shown: EditedPrompt | None = None
-        self.changes += 1
 
     def _components(self, r: Tensor) -> Tensor:
         """c (J, B, N) with Σ_j <u_j, e> u_j = Σ_j c_j i*_j, from r (J, B, N).
@@ -223,23 +192,13 @@ class PromptGate(nn.Module):
         self.forget()
         return value
 
-    def _stamp(self, context: Tensor) -> Stamp | None:
-        return stamp_of(context, *self._read())
-
-    def _read(self) -> Iterator[Tensor]:
-        """All tensors that the gate is computed from."""
-        yield from self._buffers.values()  # type: ignore[misc]  # none of them is None
-        for value in (self._beta, self._tau):
-            if isinstance(value, Tensor):
-                yield value
-
     def _rows(self, name: str, rows: int, like: Tensor) -> Tensor:
         """β or τ as (J, rows)."""
         value = torch.as_tensor(self._per_row(name, rows), dtype=like.dtype, device=like.device)
         return value.expand(len(self.target_inputs), rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shown": None}  # it may hold a graph, and graphs cannot be copied
+        return {**self.__dict__, "forget": nobody}  # nobody keeps what comes of a copy
 
 
 class JointGate(PromptGate):
@@ -254,7 +213,6 @@ class JointGate(PromptGate):
     def __init__(self, members: Sequence[PromptGate]) -> None:
         nn.Module.__init__(self)
         object.__setattr__(self, "members", tuple(members))  # not registered: they belong to their methods
-        self._shown, self.changes = None, 0
 
     def __getattr__(self, name: str) -> Any:
         if name not in ("target_inputs", "directions", "superclass_inputs"):
@@ -293,13 +251,6 @@ class JointGate(PromptGate):
         like = self.members[0].target_inputs
         return torch.cat([member._rows(name, rows, like) for member in self.members])
 
-    def _stamp(self, context: Tensor) -> Stamp | None:
-        stamp = super()._stamp(context)
-        return stamp and ((*stamp[0], *self.members), (*stamp[1], *(member.changes for member in self.members)))
-
-    def _read(self) -> Iterator[Tensor]:
-        return chain.from_iterable(member._read() for member in self.members)
-
 
 def _least_eigenvalue(overlap: Tensor) -> float:
     """Of r_j(i*_k), over the largest: its rows and columns are scaled, but its eigenvalues are those of the cosines."""
@@ -307,22 +258,5 @@ def _least_eigenvalue(overlap: Tensor) -> float:
     return (values.min() / values.max()).item()
 
 
-def stamp_of(*tensors: Tensor) -> Stamp | None:
-    """The stamp of what is computed from `tensors`: these objects, unchanged.
-
-    None for inference tensors, which do not say when they are changed in place, and inside a compiled graph.
-    """
-    # Every layer asks at every step, so loops are left to C.
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        return tensors, tuple(map(_version_of, tensors))
-    except RuntimeError:  # an inference tensor
-        return None
-
-
-def same(one: Stamp | None, other: Stamp | None) -> bool:
-    """Whether what was computed under one stamp holds under the other."""
-    if one is None or other is None or len(one[0]) != len(other[0]):
-        return False
-    return one[1] == other[1] and all(map(is_, one[0], other[0]))
+def nobody() -> None:
+    """What a gate tells of a change while nobody keeps what came of it."""

@@ -6,7 +6,9 @@ is left to a layer: with e' and the gates g_j of the prompt,
     K locked:   W (e' + Σ_j g_j s_j)    for o*_K = W s_j, which is never computed or stored
     otherwise:  W e' + Σ_j g_j o*_j
 
-Without gradients these do not depend on the diffusion step: they are computed once per prompt.
+Without gradients these do not depend on the diffusion step: they are computed once per prompt. A pipeline gives its
+denoiser one and the same tensor at every step of a call, and another one in the next call, so what is kept holds for
+that very object, until something of a concept is set, a LoRA is fused, or the object is written to.
 
 With global key-locking the K projections are left as they are but read the prompt with the superclasses in the
 concepts' places (`perfusion.editing.words`).
@@ -17,7 +19,7 @@ order.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,12 +29,24 @@ from torch import Tensor, nn
 
 from perfusion.editing import EditError
 from perfusion.editing.equations import low_rank_update
-from perfusion.editing.gate import EditedPrompt, JointGate, PromptGate, Stamp, same, stamp_of
+from perfusion.editing.gate import EditedEncoding, JointGate, PromptGate, nobody
 from perfusion.editing.places import EditSite, base_module
 from perfusion.editing.words import Words, superclass_context
 
 _FUSED = ("fuse_qkv_projections", "call unfuse_qkv_projections()")
 _TAKEN_OUT = ("unload_lora_weights, say", "call detach() of every concept, then attach them again")
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """What all layers need of the denoiser's context."""
+
+    context: Tensor  # e (B, N, d)
+    edited: EditedEncoding
+    keys: Tensor | None  # what all K projections read, with global key-locking
+    state: tuple[Any, ...] | None  # see `_state`
+    differentiable: bool  # computed while gradients were enabled
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)  # of the layers, kept by them
 
 
 @dataclass
@@ -71,44 +85,32 @@ class EditedProjection(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # a compiled graph with checkpoints could not take note of it
             self.use.called = True
-        prompt = self.shared.gate.prompt(x)
-        stamp = self._stamp(x) if prompt.stamp else None
-        known, output = prompt.outputs.get(self, (None, None))
-        if output is None or not same(known, stamp):
-            output = self._project(prompt, x)
-            if stamp:
-                prompt.outputs[self] = stamp, output
+        prompt = self.shared.prompt(x)
+        output = prompt.outputs.get(self)
+        if output is None:
+            output = self._project(prompt)
+            # A layer inside (LoRA, quantized) may be set to something else without a word.
+            if prompt.state is not None and type(self._modules["base_layer"]) is nn.Linear:
+                prompt.outputs[self] = output
         return output
 
-    def _project(self, prompt: EditedPrompt, x: Tensor) -> Tensor:
-        if self.kind == "k" and (words := self.shared.words):
-            return self.base_layer(superclass_context(words, x))
+    def _project(self, prompt: _Prompt) -> Tensor:
+        if self.kind == "k" and prompt.keys is not None:
+            return self.base_layer(prompt.keys)
         outputs = self.target_outputs
         if all(output is None for output in outputs):
-            return self.base_layer(prompt.locked)
-        h = self.base_layer(prompt.remainder)
+            return self.base_layer(prompt.edited.locked)
+        h = self.base_layer(prompt.edited.remainder)
         # Where some concepts have locked keys and others have not, the locked ones' are computed.
         members = self.shared.members
         each = [self._locked(m, h) if o is None else o.to(h.device) for m, o in zip(members, outputs, strict=True)]
-        return low_rank_update(h, prompt.gates, each[0] if len(each) == 1 else torch.cat(each))
+        return low_rank_update(h, prompt.edited.gates, each[0] if len(each) == 1 else torch.cat(each))
 
     def _locked(self, member: "_Member", like: Tensor) -> Tensor:
         return self.base_layer(member.gate.superclass_inputs.to(like))
 
-    def _stamp(self, x: Tensor) -> Stamp | None:
-        """Of what the output depends on besides the prompt; None inside a layer (LoRA, quantized) that hides it."""
-        # At every layer and step: without the attribute look-up of modules, which takes longest.
-        base = self._modules["base_layer"]
-        if type(base) is not nn.Linear or torch.is_grad_enabled():
-            return None
-        own = [base._parameters["weight"], base._parameters["bias"], *self.target_outputs]
-        stamp = stamp_of(*[tensor for tensor in own if tensor is not None])
-        kind = x.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return stamp and ((*stamp[0], autocast), stamp[1])
-
     # What diffusers asks of every tuner layer when adapters are weighted or fused. An edit has no part in either, but
-    # fusing changes the weight that it is of, and in a way that torch does not count.
+    # fusing changes the weight that it is of.
 
     def set_scale(self, adapter: str, scale: float) -> None:
         pass
@@ -120,10 +122,10 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         pass
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        self.shared.gate.forget()
+        self.shared.forget()
 
     def unmerge(self) -> None:
-        self.shared.gate.forget()
+        self.shared.forget()
 
 
 @dataclass(eq=False)
@@ -141,6 +143,7 @@ class _Shared:
     def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
         self.members: list[_Member] = []
         self.gate: PromptGate  # of all members
+        self._shown: _Prompt | None = None  # of the denoiser's latest call
         self.joinable = joinable
         # What can fail comes first: nothing is changed then.
         self._position = list(inspect.signature(denoiser.forward).parameters).index("encoder_hidden_states")
@@ -158,6 +161,7 @@ class _Shared:
 
     def enter(self, member: _Member) -> None:
         self.members.append(member)
+        member.gate.forget = self.forget
         self._regate()
 
     def leave(self, member: _Member) -> None:
@@ -165,10 +169,11 @@ class _Shared:
         if member not in self.members:
             return
         self.members.remove(member)
-        member.gate.forget()
+        member.gate.forget = nobody
         if self.members:
             self._regate()
             return
+        self.forget()
         for hook in self._hooks:
             hook.remove()
         for site, layer in self._layers:
@@ -178,9 +183,21 @@ class _Shared:
 
     def _regate(self) -> None:
         gates = [member.gate for member in self.members]
-        for gate in gates:
-            gate.forget()
         self.gate = gates[0] if len(gates) == 1 else JointGate(gates)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the latest prompt and of the outputs that were kept for it."""
+        self._shown = None
+
+    def prompt(self, x: Tensor) -> _Prompt:
+        """What a layer needs of its input `x` (B, N, d): as prepared if the denoiser was called with this very tensor,
+        else anew."""
+        shown = self._shown
+        if shown is not None and shown.context is x and (shown.differentiable or not torch.is_grad_enabled()):
+            return shown
+        keys = superclass_context(self.words, x) if self.words else None
+        return _Prompt(x, self.gate(x), keys, _state(x), torch.is_grad_enabled())
 
     @property
     def words(self) -> Sequence[Words]:
@@ -204,7 +221,11 @@ class _Shared:
                 "key_lock of each alike"
             )
         context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self._position]
-        self.gate.show(context)
+        # `is`, not equal: the object is held here, so no other one can have taken its place.
+        shown = self._shown
+        if shown is None or shown.context is not context or shown.state is None or shown.state != _state(context):
+            self._shown = None
+            self._shown = self.prompt(context)
 
     def _after_call(self, denoiser: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Raise EditError if an attention processor computes K or V by itself.
@@ -220,6 +241,18 @@ class _Shared:
             elif use.by is not processor:
                 cause = f"the attention processor {type(processor).__name__}"
                 raise _bypassed(site, cause, f"set one that calls {site.attribute}, such as AttnProcessor2_0")
+
+
+def _state(context: Tensor) -> tuple[Any, ...] | None:
+    """What has to be the same at the next call of the denoiser for all to be kept that came of `context`.
+
+    None: nothing is kept, with gradients, inside a compiled graph, and of inference tensors, which do not count how
+    often they were written to.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or context.is_inference():
+        return None
+    kind = context.device.type
+    return context._version, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _bypassed(site: EditSite, cause: str, remedy: str) -> EditError:
