@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
 
-from eval.clip import ScorerError
 from perfusion import toyland
+from perfusion.scoring.clip import ScorerError
 from perfusion.toyland.captions import asked, parse
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, as_pixels, labels
 from perfusion.toyland.world import SUPERCLASSES, Instance, concept_scene, sample_instance

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.clip import LOCAL_DIR, ScorerError, fingerprint, from_hub
+from perfusion.scoring.clip import LOCAL_DIR, ScorerError, fingerprint, from_hub
 
 WEIGHTS = "model.safetensors"
 _AT_ONCE = 64  # images in one call of the model

@@ -18,13 +18,13 @@ from tqdm import tqdm
 from eval.attributes import Wish, judge, toy
 from eval.drift import Base, drift
 from eval.folders import ImageFolder, parts, plain_prompt, same_prompt, setting_of, shows_concept
-from eval.metrics import TEXT_SCALE
 from eval.record import Picture, Point
 from eval.references import References, Target
 from eval.scorers import Embedder, Scorers
 from perfusion.data.images import read_image
 from perfusion.files import atomic_write_text
 from perfusion.manifest import ImageRecord
+from perfusion.scoring.metrics import TEXT_SCALE
 from perfusion.toyland.captions import CaptionError, parse
 
 VERSION = 1  # changes when the scores of the same picture do

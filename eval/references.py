@@ -12,7 +12,6 @@ from PIL import Image
 
 from eval.folders import ImageFolder, parts
 from eval.record import ScoreError
-from eval.selection import pictures
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import find_images, read_image
 from perfusion.manifest import JOINED, ImageRecord
@@ -141,4 +140,4 @@ class References:
 
 
 def _pictures(concept: ConceptConfig, resolution: int) -> tuple[Image.Image, ...]:
-    return tuple(pictures(examples_of(concept, resolution).pixels))
+    return tuple(examples_of(concept, resolution).pictures())

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from eval.attributes import load_reader
-from eval.clip import ClipScorer, ScorerError, fingerprint, named_scorer
 from eval.dino import DinoScorer
 from eval.folders import ImageFolder
 from perfusion.backbones.loading import resolve_device
+from perfusion.scoring.clip import ClipScorer, ScorerError, fingerprint, named_scorer
 from perfusion.toyland.reader import Reader
 
 AUTO, NONE = "auto", "none"

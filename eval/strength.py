@@ -16,8 +16,8 @@ from perfusion.data.prompts import fill
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
-    from eval.clip import ClipScorer
     from perfusion.concept import Attached
+    from perfusion.scoring.clip import ClipScorer
 
 GRID = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 STEPS = 25  # fewer than for a good picture are enough to choose by
@@ -84,8 +84,8 @@ def measure(
     """
     import torch
 
-    from eval.metrics import clip_scores
     from perfusion.sampling import stream
+    from perfusion.scoring.metrics import clip_scores
     from perfusion.training.samples import sample_templates
 
     if not grid:
@@ -154,7 +154,6 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
         ConfigError: None, and no run folder's config lies beside the concept's file.
         ConceptImageError: the pictures cannot be read.
     """
-    from eval.selection import pictures
     from perfusion.data.dataset import load_examples
     from perfusion.data.images import find_images
     from perfusion.training.data import examples_of
@@ -163,15 +162,15 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
     resolution = attached.backbone.config.resolution
     if references is not None:
         files = [str(file) for file in find_images(references, key="references")]
-        return pictures(load_examples(files, None, resolution).pixels)
+        return load_examples(files, None, resolution).pictures()
     run = Path(attached.concept.source).with_name(CONFIG)
     if not run.is_file():
         raise ConfigError(f"references: not given, and {run} is not there to name them; give references=<pictures>")
-    return pictures(examples_of(read_config(run).concept, resolution).pixels)
+    return examples_of(read_config(run).concept, resolution).pictures()
 
 
 def _scorer(attached: Attached, scorer: str | None, pretrained: str | None) -> ClipScorer:
-    from eval.clip import named_scorer
+    from perfusion.scoring.clip import named_scorer
 
     family = attached.backbone.family
     foreign = None if family == "toyland" else f"this is {family}"

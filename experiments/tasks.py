@@ -163,7 +163,7 @@ def _judged(job: Job) -> Judged:
 @functools.cache
 def _scorers() -> Any:
     from eval.attributes import load_reader
-    from eval.clip import ClipScorer
+    from perfusion.scoring.clip import ClipScorer
     from eval.scorers import Scorers
 
     return Scorers(ClipScorer("toyland"), None, load_reader())

@@ -180,7 +180,7 @@ def _draw_samples(
         rows.append((config.concept.placeholder, personal, draw(personal)))
     count = f"{len(examples)} picture" + "s" * (len(examples) > 1)
     title = f"{config.concept.placeholder} learned from {count}, step {metrics['step_kept']} of {metrics['steps']}"
-    save_samples(folder.samples, examples.pixels, rows, title)
+    save_samples(folder.samples, examples.pictures(), rows, title)
 
 
 def _made_with(examples: Examples) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from eval import attributes
 from eval.attributes import Wish, judge, load_reader, toy
-from eval.clip import ScorerError
+from perfusion.scoring.clip import ScorerError
 from perfusion.toyland.captions import CaptionError
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, labels
 from perfusion.toyland.world import Instance, Scene, concept_scene, sample_scene

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from eval import clip
-from eval.clip import ClipScorer, ScorerError
+from perfusion.scoring.clip import ClipScorer, ScorerError
 from tests.scorers import DIMENSION, make_scorer
 
 TEXTS = ["a cat on the beach", "a photo of the dog", "unheard of, in snow"]

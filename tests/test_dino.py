@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval.clip import ScorerError
 from eval.dino import DinoScorer
+from perfusion.scoring.clip import ScorerError
 from tests.scored import noise
 
 timm = pytest.importorskip("timm")
@@ -76,7 +76,7 @@ def test_a_name_takes_safetensors_from_the_hub(tmp_path: Path, monkeypatch):
         asked.append(what)
         return str(tmp_path / "w.safetensors")
 
-    monkeypatch.setattr("eval.clip.hf_hub_download", from_cache)
+    monkeypatch.setattr("perfusion.scoring.clip.hf_hub_download", from_cache)
     DinoScorer(f"{NAME}.r160_in1k")
     assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")]
 
@@ -85,7 +85,7 @@ def test_models_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch):
     def offline(*what: str) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr("eval.clip.hf_hub_download", offline)
+    monkeypatch.setattr("perfusion.scoring.clip.hf_hub_download", offline)
     with pytest.raises(ScorerError, match=r"looked for model\.safetensors of timm/test_vit.* give dino_pretrained="):
         DinoScorer(f"{NAME}.r160_in1k")
     with pytest.raises(ScorerError, match="dino=vit_unheard_of: expected a folder, local-dir:<folder>, or a name"):

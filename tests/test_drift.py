@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.clip import ClipScorer
 from eval.drift import Base, drift
 from eval.folders import ImageFolder
 from eval.record import ScoreError
 from perfusion.manifest import ImageRecord
+from perfusion.scoring.clip import ClipScorer
 from tests.scored import noise, record
 from tests.scorers import make_scorer
 

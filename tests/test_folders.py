@@ -9,7 +9,6 @@ import pytest
 from eval.folders import Said, find_folders, plain_prompt, read_folder, same_prompt, setting_of, shows_concept
 from eval.record import ScoreError
 from eval.references import DRAWN, References
-from eval.selection import pictures
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import ConceptImageError
 from perfusion.manifest import ImageRecord
@@ -112,7 +111,7 @@ def test_one_folder_of_references_is_of_one_concept(tmp_path: Path, photos: Path
 
 def drawn(superclass: str, instance: int, count: int) -> list[bytes]:
     concept = ConceptConfig("x", superclass, "<x>", toyland=ToylandConcept(instance, count))
-    return [image.tobytes() for image in pictures(examples_of(concept, 64).pixels)]
+    return [image.tobytes() for image in examples_of(concept, 64).pictures()]
 
 
 def test_a_known_toy_is_drawn(tmp_path: Path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.metrics import ClipImageScore, ClipTextScore, harmonic_mean
+from perfusion.scoring.metrics import ClipImageScore, ClipTextScore, harmonic_mean
 
 D = 12
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import measuring
-from eval.clip import ClipScorer, ScorerError
-from eval.metrics import clip_scores
+from eval import folder_scores
 from eval.record import ScoreError, read_scores
 from eval.score import main, row_name, table
 from perfusion.cli import run_cli
 from perfusion.manifest import ImageRecord, write_manifest
+from perfusion.scoring.clip import ClipScorer, ScorerError
+from perfusion.scoring.metrics import clip_scores
 from perfusion.toyland.reader import Reader
 from tests.scored import folder, noise, record
 from tests.scorers import make_scorer
@@ -105,13 +105,13 @@ def test_only_what_changed_is_measured_again(run, monkeypatch: pytest.MonkeyPatc
     for name in "ab":
         folder(Path("images", name), [record("0.png", beta=0.1), record("1.png", seed=1, beta=0.1)], ord(name))
     measured: list[str] = []
-    true = measuring._measure
+    true = folder_scores._scored
 
     def count(folder, *rest):
         measured.append(folder.path.name)
         return true(folder, *rest)
 
-    monkeypatch.setattr(measuring, "_measure", count)
+    monkeypatch.setattr(folder_scores, "_scored", count)
     first = run()
     assert measured == ["a", "b"]
     again = run()

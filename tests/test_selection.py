@@ -14,8 +14,6 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch import Tensor
 
-from eval.clip import ClipScorer, ScorerError
-from eval.selection import SelectBestStep, pictures
 from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.config import ConfigError
@@ -23,10 +21,12 @@ from perfusion.data.dataset import Examples
 from perfusion.data.prompts import PromptError
 from perfusion.methods.base import Method, Word, build
 from perfusion.sampling import sample
+from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.training.checkpoint import SafetensorsCheckpointIO
 from perfusion.training.data import ConceptData
 from perfusion.training.loggers import MetricsCSV
 from perfusion.training.module import PersonalizationModule
+from perfusion.training.selection import SelectBestStep
 from perfusion.training.trainer import results
 from tests.pipelines import toyland_folder
 from tests.scorers import make_scorer
@@ -235,5 +235,5 @@ def test_a_mistake_is_found_before_the_first_step(method, backbone, scorer, tmp_
 
 def test_pictures() -> None:
     pixels = torch.tensor([-1.0, 0.0, 1.0, 1.2]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
-    (image,) = pictures(pixels)
+    (image,) = Examples(pixels, None, ["x"]).pictures()
     assert image.mode == "RGB" and list(image.tobytes()[::3]) == [0, 128, 255, 255]

@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 
 from eval import strength
-from eval.clip import ClipScorer, ScorerError
-from eval.metrics import clip_scores
 from eval.strength import GRID, Strength, best, main, measure, reference_pictures, table
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept, save_concept
@@ -24,6 +22,8 @@ from perfusion.generate import GenerateConfig, generate
 from perfusion.manifest import read_manifest
 from perfusion.methods.base import Word
 from perfusion.sampling import sample
+from perfusion.scoring.clip import ClipScorer, ScorerError
+from perfusion.scoring.metrics import clip_scores
 from perfusion.training.run_folder import RunFolder
 from perfusion.training.samples import sample_templates
 from tests.concepts import tiny_backbone, toyland_backbone, untrained_concept

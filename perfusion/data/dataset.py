@@ -11,7 +11,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -43,6 +43,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def pictures(self) -> list[Image]:
+        """The n pictures as they are after cropping and scaling, RGB."""
+        values = ((self.pixels + 1) * 127.5).round().clamp(0, 255).byte()
+        return [fromarray(picture.permute(1, 2, 0).numpy()) for picture in values]
 
 
 def load_examples(

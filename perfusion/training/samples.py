@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
 from perfusion.data.prompts import validation_prompts
 from perfusion.files import atomic_path
 
 _SIDE = 1.6  # inches of one picture
 _DPI = 120
-_SHOWN = 2  # training pictures, one beside each row
 
 
 def sample_templates(prompts: str) -> tuple[str, ...]:
@@ -26,13 +24,16 @@ def sample_templates(prompts: str) -> tuple[str, ...]:
 
 
 def save_samples(
-    path: Path, pixels: Tensor, rows: Sequence[tuple[str, Sequence[str], Sequence[Image.Image]]], title: str
+    path: Path,
+    training: Sequence[Image.Image],
+    rows: Sequence[tuple[str, Sequence[str], Sequence[Image.Image]]],
+    title: str,
 ) -> None:
     """Draw the sheet: training pictures in the first column, then one column per prompt.
 
     Args:
         path: a PNG file, written atomically.
-        pixels: (n, 3, R, R) in [-1, 1], the training pictures; the first are shown.
+        training: the training pictures; one is shown beside each row.
         rows: for each row its name, its prompts and their pictures.
         title: above everything.
     """
@@ -42,8 +43,6 @@ def save_samples(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    shown = ((pixels[:_SHOWN].permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    training = [Image.fromarray(array) for array in shown]
     for r, (name, prompts, pictures) in enumerate(rows):
         if r < len(training):
             _show(axes[r, 0], training[r], "training picture")
