@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from eval import clip
+from perfusion.scoring import clip
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from tests.scorers import DIMENSION, make_scorer
 
