@@ -147,7 +147,7 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     """
     import torch
 
-    from perfusion.editing.gate import PromptGate
+    from perfusion.editing.gate import PromptGate, edited_encoding
     from perfusion.presets import load_for
 
     assert config.prompt is not None
@@ -160,7 +160,7 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
         settings = {"device": backbone.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         encoding = pipe.encode_prompt(config.prompt, **settings)[0]  # (1, N, d)
         r = gate.similarity(encoding)[0, 0].tolist()
-        g = gate(encoding).gates[0, 0].tolist()
+        g = edited_encoding([gate], encoding).gates[0, 0].tolist()
         strength = f"β {attached.beta}, τ {attached.tau}"
         ids = pipe.tokenizer(config.prompt, padding="max_length", truncation=True).input_ids
         tokens = pipe.tokenizer.convert_ids_to_tokens(ids)

@@ -7,8 +7,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from perfusion.backbones.latent_diffusion import edit_sites_of
-from perfusion.editing import equations
-from perfusion.editing.gate import PromptGate
+from perfusion.editing.equations import EditedEncoding, precision_times
+from perfusion.editing.gate import PromptGate, edited_encoding
 from perfusion.editing.layer import Edit, EditedProjection, attach_edit
 from perfusion.editing.places import EditSite
 
@@ -46,21 +46,32 @@ class Bench:
         samples = normal(200, D) @ mix + mean
         self.C = samples.T @ samples / len(samples)
         self.i, self.s = normal(count, D), normal(count, D)
-        directions = equations.precision_times(torch.linalg.cholesky(self.C), self.i)
+        directions = precision_times(torch.linalg.cholesky(self.C), self.i)
         # The concepts come in along the tokens, in turn, so that the gates go from closed to open.
         share = torch.linspace(0, 1.5, N, dtype=torch.float64)[:, None]
         context = (normal(B, N, D) @ mix + mean) * (1 - share / 1.5) + share * self.i[[n % count for n in range(N)]]
         self.context, self.noisy = context.to(dtype), normal(B, 4, 4, 4).to(dtype)
-        self.gate = PromptGate(self.i.to(dtype), directions.to(dtype), self.s.to(dtype), BETA, TAU)
-        self.outputs = {
-            site.name: None
-            if site.kind == "k" and not trained_keys
-            else nn.Parameter(normal(count, site.projection.out_features).to(dtype))
-            for site in self.sites
-        }
+        parts = (self.i, directions, self.s)
+        self.gates = [PromptGate(*(part[j : j + 1].to(dtype) for part in parts), BETA, TAU) for j in range(count)]
+        outputs = {site.name: normal(count, site.projection.out_features).to(dtype) for site in self.sites}
+        self.all_outputs: list[dict[str, nn.Parameter | None]] = [
+            {
+                site.name: nn.Parameter(outputs[site.name][j : j + 1]) if site.kind == "v" or trained_keys else None
+                for site in self.sites
+            }
+            for j in range(count)
+        ]
+        self.gate, self.outputs = self.gates[0], self.all_outputs[0]
 
     def attach(self) -> Edit:
-        return attach_edit(self.sites, self.unet, self.gate, self.outputs)
+        """All concepts; the edit of the last one."""
+        return [self.attach_one(j, join=len(self.gates) > 1) for j in range(len(self.gates))][-1]
+
+    def attach_one(self, j: int, join: bool = True) -> Edit:
+        return attach_edit(self.sites, self.unet, self.gates[j], self.all_outputs[j], join)
+
+    def encoding(self, context: Tensor | None = None) -> EditedEncoding:
+        return edited_encoding(self.gates, self.context if context is None else context)
 
     def __call__(self, context: Tensor | None = None) -> Tensor:
         return self.unet(self.noisy, 3, encoder_hidden_states=self.context if context is None else context).sample
@@ -84,9 +95,9 @@ class Bench:
         W, e, i = site.projection.weight.double(), self.context.double(), self.i
         inside = e @ P @ i.T @ torch.linalg.inv(i @ P @ i.T) @ i
         h = (e - inside) @ W.T
-        own = self.outputs[site.name]
-        targets = self.s @ W.T if own is None else own.detach().double()
-        for i_j, o_j in zip(i, targets, strict=True):
+        for i_j, s_j, outputs in zip(i, self.s, self.all_outputs, strict=True):
+            own = outputs[site.name]
+            o_j = s_j @ W.T if own is None else own.detach().double()[0]
             r = e @ P @ i_j / (i_j @ P @ i_j)
             h = h + torch.sigmoid((r - beta) / TAU)[..., None] * o_j
         return h

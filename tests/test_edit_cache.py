@@ -13,6 +13,8 @@ from peft import LoraConfig
 
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
+from perfusion.editing.equations import EditedEncoding
+from perfusion.editing.gate import edited_encoding
 from perfusion.editing.layer import gates_at, unedited
 from perfusion.methods.base import Word
 from tests.benches import Bench, Counter
@@ -81,10 +83,15 @@ def concepts(backbone: Backbone) -> list[Concept]:
     return [untrained_concept(backbone, word, seed) for seed, word in enumerate(words)]
 
 
-def test_layers_share_one_computation_of_the_gate(bench: Bench) -> None:
+def test_layers_share_one_computation_of_the_gate(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.attach()
     calls: list[object] = []
-    bench.gate.register_forward_hook(lambda *_: calls.append(None))
+
+    def counted(*args: Any) -> EditedEncoding:
+        calls.append(None)
+        return edited_encoding(*args)
+
+    monkeypatch.setattr("perfusion.editing.layer.edited_encoding", counted)
     with torch.no_grad():
         bench(), bench()
     assert len(calls) == 1

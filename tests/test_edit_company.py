@@ -54,8 +54,7 @@ def test_lora_below_the_edit_is_edited_with_the_weight_that_it_changes(bench: Be
     bench.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False), "style")
     bench.sites = edit_sites_of(bench.unet)
     before = [site.projection for site in bench.sites]
-    prompt = bench.gate(bench.context)
-    expected = {site.name: site.projection(prompt.locked) for site in bench.sites if site.kind == "k"}
+    expected = {site.name: site.projection(bench.encoding().locked) for site in bench.sites if site.kind == "k"}
     edit = bench.attach()
     found = bench.projections()
     assert all(torch.equal(found[name], output) for name, output in expected.items())
@@ -85,7 +84,7 @@ def test_a_fused_lora_is_edited_as_the_weight_that_it_has_become(bench: Bench, f
     bench.gate.forget()
     assert all(torch.equal(output, found[name]) for name, output in bench.projections().items())
     for site in bench.sites:
-        plain, prompt = base_module(site.projection), bench.gate(bench.context)
+        plain, prompt = base_module(site.projection), bench.encoding()
         own = bench.outputs[site.name]
         if own is None:
             expected = plain(prompt.locked)

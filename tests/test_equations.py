@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfusion.editing import equations
+from perfusion.editing.equations import (
+    EditedEncoding,
+    cosines,
+    edited_encoding,
+    gate,
+    low_rank_update,
+    precision_times,
+    similarity,
+)
+from tests.references import orthonormal_basis, rome_update
 
 B, N, D, H = 3, 7, 12, 5
 BETA, TAU = 0.7, 0.15
@@ -25,7 +34,7 @@ class World:
         self.inverse = torch.linalg.inv(self.C)
         self.factor = torch.linalg.cholesky(self.C)
         self.e, self.W = normal(B, N, D), normal(H, D)
-        self.i, self.o = normal(count, D), normal(count, H)
+        self.i, self.o, self.s = normal(count, D), normal(count, H), normal(count, D)
 
     def r(self, j: int = 0) -> Tensor:
         i = self.i[j]
@@ -34,26 +43,32 @@ class World:
     def g(self, j: int = 0) -> Tensor:
         return 1 / (1 + torch.exp(-(self.r(j) - BETA) / TAU))
 
-    def closed_form(self) -> Tensor:
+    def closed_form(self, among: list[int] | None = None) -> Tensor:
         """Eq. 4 without a basis: the C⁻¹-orthogonal projection onto the span, by its normal equations."""
-        gram = self.i @ self.inverse @ self.i.T
-        inside = self.e @ self.inverse @ self.i.T @ torch.linalg.inv(gram) @ self.i
-        gated = sum(self.g(j)[..., None] * self.o[j] for j in range(len(self.i)))
+        among = [*range(len(self.i))] if among is None else among
+        i = self.i[among]
+        inside = self.e @ self.inverse @ i.T @ torch.linalg.inv(i @ self.inverse @ i.T) @ i
+        gated = sum(self.g(j)[..., None] * self.o[j] for j in among)
         return (self.e - inside) @ self.W.T + gated
 
-    def edited(self, e: Tensor | None = None, beta: float | Tensor = BETA, tau: float | Tensor = TAU) -> Tensor:
+    def encoding(
+        self,
+        e: Tensor | None = None,
+        beta: float | Tensor = BETA,
+        tau: float | Tensor = TAU,
+        order: list[int] | None = None,
+        kept: Tensor | None = None,
+    ) -> EditedEncoding:
         e = self.e if e is None else e
-        r = equations.similarity(e, equations.similarity_direction(self.i[0], self.factor))
-        g = equations.gate(r, beta, tau)
-        return equations.edited_projection(e @ self.W.T, r, g, self.W @ self.i[0], self.o[0])
+        i, s = (self.i, self.s) if order is None else (self.i[order], self.s[order])
+        beta, tau = (torch.as_tensor(value, dtype=torch.float64).expand(len(i), len(e)) for value in (beta, tau))
+        directions = precision_times(self.factor, i).to(torch.promote_types(i.dtype, torch.float32))
+        return edited_encoding(e, i, directions, s, beta, tau, kept)
 
-    def edited_many(self, basis: Tensor | None = None, order: list[int] | None = None) -> Tensor:
-        i, o = (self.i, self.o) if order is None else (self.i[order], self.o[order])
-        basis = equations.orthonormal_basis(i, self.factor) if basis is None else basis
-        components = equations.similarity(self.e, equations.precision_times(self.factor, basis)[:, None, None])
-        directions = equations.similarity_direction(i, self.factor)[:, None, None]
-        gates = equations.gate(equations.similarity(self.e, directions), BETA, TAU)
-        return equations.edited_projection_many(self.e @ self.W.T, components, gates, basis @ self.W.T, o)
+    def edited(self, *args: object, order: list[int] | None = None, **settings: object) -> Tensor:
+        """What the edit makes of the projection W e."""
+        found = self.encoding(*args, order=order, **settings)  # type: ignore[arg-type]
+        return low_rank_update(found.remainder @ self.W.T, found.gates, self.o if order is None else self.o[order])
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -61,19 +76,22 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=tolerance, atol=tolerance)
 
 
-def test_precision_and_inner_product_equal_the_explicit_inverse() -> None:
+def test_precision_equals_the_explicit_inverse() -> None:
     w = World(2)
-    assert_near(equations.precision_times(w.factor, w.e), w.e @ w.inverse, 1e-10)
-    assert_near(equations.precision_times(w.factor, w.i[0]), w.inverse @ w.i[0], 1e-10)
-    assert_near(equations.inner_product(w.factor, w.i[0], w.e), w.e @ w.inverse @ w.i[0], 1e-10)
+    assert_near(precision_times(w.factor, w.e), w.e @ w.inverse, 1e-10)
+    assert_near(precision_times(w.factor, w.i[0]), w.inverse @ w.i[0], 1e-10)
 
 
-def test_similarity_and_gate_equal_their_formulas() -> None:
-    w = World()
-    r = equations.similarity(w.e, equations.similarity_direction(w.i[0], w.factor))
-    assert_near(r, w.r(), 1e-10)
-    assert_near(equations.gate(r, BETA, TAU), w.g(), 1e-10)
-    assert equations.similarity(w.i[0], equations.similarity_direction(w.i[0], w.factor)).item() == pytest.approx(1)
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 3e3])
+def test_similarity_and_gate_equal_their_formulas(scale: float) -> None:
+    """At any scale of the directions."""
+    w = World(2)
+    directions = scale * precision_times(w.factor, w.i)
+    r = similarity(w.e, w.i, directions)
+    assert_near(r, torch.stack([w.r(0), w.r(1)]), 1e-10)
+    settings = torch.tensor([BETA, TAU], dtype=torch.float64)[:, None, None].expand(2, 2, B)
+    assert_near(gate(r, *settings), torch.stack([w.g(0), w.g(1)]), 1e-10)
+    assert_near(similarity(w.i, w.i, directions).diagonal(), torch.ones(2).double(), 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -83,12 +101,16 @@ def test_equation_3_equals_the_closed_form(seed: int) -> None:
     assert_near(w.edited(), expected, 1e-10)
 
 
+def test_locked_keys_are_the_projection_of_the_locked_encoding() -> None:
+    w = World(3)
+    w.o = w.s @ w.W.T
+    assert_near(w.encoding().locked @ w.W.T, w.edited(), 1e-10)
+
+
 def test_ungated_equation_3_is_rome() -> None:
     w = World()
-    updated = w.W + torch.outer(w.o[0] - w.W @ w.i[0], w.inverse @ w.i[0]) / (w.i[0] @ w.inverse @ w.i[0])
-    assert_near(equations.rome_update(w.W, w.i[0], w.o[0], w.factor), updated, 1e-10)
-    ungated = equations.edited_projection(w.e @ w.W.T, w.r(), w.r(), w.W @ w.i[0], w.o[0])
-    assert_near(ungated, w.e @ updated.T, 1e-10)
+    ungated = low_rank_update(w.encoding().remainder @ w.W.T, w.r()[None], w.o)
+    assert_near(ungated, w.e @ rome_update(w.W, w.i[0], w.o[0], w.inverse).T, 1e-10)
 
 
 def test_the_target_input_gives_the_target_output() -> None:
@@ -109,56 +131,63 @@ def test_an_orthogonal_encoding_changes_by_no_more_than_the_closed_gate(beta: fl
 @pytest.mark.parametrize("count", range(1, 9))
 def test_equation_4_equals_the_closed_form(count: int) -> None:
     w = World(count)
-    basis = equations.orthonormal_basis(w.i, w.factor)
+    assert_near(w.edited(), w.closed_form(), 1e-9)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_equation_4_equals_the_one_with_the_orthonormal_basis_of_appendix_b(count: int) -> None:
+    w = World(count)
+    basis = orthonormal_basis(w.i, w.factor)
     assert_near(basis @ w.inverse @ basis.T, torch.eye(count, dtype=torch.float64), 1e-9)
-    assert_near(w.edited_many(), w.closed_form(), 1e-9)
+    components = w.e @ w.inverse @ basis.T  # <u_j, e>
+    gated = sum(w.g(j)[..., None] * w.o[j] for j in range(count))
+    assert_near(w.edited(), (w.e - components @ basis) @ w.W.T + gated, 1e-9)
 
 
-def test_equation_4_for_one_concept_is_equation_3() -> None:
-    w = World(1)
-    assert_near(w.edited_many(), w.edited(), 1e-10)
-
-
-def test_equation_4_does_not_depend_on_order_or_basis() -> None:
+def test_equation_4_does_not_depend_on_order() -> None:
     w = World(4)
-    assert_near(w.edited_many(order=[2, 0, 3, 1]), w.edited_many(), 1e-9)
-    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
-    rotated = rotation @ equations.orthonormal_basis(w.i, w.factor)
-    assert_near(w.edited_many(basis=rotated), w.edited_many(), 1e-9)
+    assert_near(w.edited(order=[2, 0, 3, 1]), w.edited(), 1e-9)
 
 
-def test_concepts_that_cannot_be_told_apart_are_refused() -> None:
+def test_concepts_that_are_left_out_are_as_though_they_were_not_there() -> None:
     w = World(3)
-    twice = torch.stack((w.i[0], w.i[1], 2 * w.i[0] - w.i[1]))
-    with pytest.raises(ValueError, match="number 3 of 3 in the span"):
-        equations.orthonormal_basis(twice, w.factor)
-    with pytest.raises(ValueError, match=f"found {D + 1} of width {D}"):
-        equations.orthonormal_basis(torch.randn(D + 1, D), w.factor)
+    kept = torch.tensor([[True, False, False], [True, True, False], [False, True, False]])
+    beta = torch.full((3, B), torch.inf, dtype=torch.float64).masked_fill(kept, BETA)
+    found = w.edited(beta=beta, kept=kept)
+    for row, among in enumerate(([0, 1], [1, 2])):
+        assert_near(found[row], w.closed_form(among)[row], 1e-9)
+    assert torch.equal(w.encoding(beta=beta, kept=kept).remainder[2], w.e[2])
+    assert torch.equal(found[2], w.e[2] @ w.W.T)
+
+
+def test_cosines_are_those_of_the_angles_in_the_metric_of_c() -> None:
+    w = World(3)
+    gram = w.i @ w.inverse @ w.i.T
+    norms = gram.diagonal().sqrt()
+    assert_near(cosines(w.i, precision_times(w.factor, w.i)), gram / norms / norms[:, None], 1e-9)
 
 
 def test_gradients_of_equation_3() -> None:
     w = World()
 
-    def output(e: Tensor, i: Tensor, o: Tensor, weight: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
-        r = equations.similarity(e, equations.similarity_direction(i, w.factor))
-        return equations.edited_projection(e @ weight.T, r, equations.gate(r, beta, tau), weight @ i, o)
+    def output(e: Tensor, i: Tensor, s: Tensor, o: Tensor, weight: Tensor, beta: Tensor, tau: Tensor) -> Tensor:
+        found = edited_encoding(e, i, precision_times(w.factor, i), s, beta[None], tau.expand(1, B))
+        return low_rank_update(found.remainder @ weight.T, found.gates, o) + found.locked @ weight.T
 
     beta = torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64)
-    inputs = (w.e, w.i[0], w.o[0], w.W, beta, torch.tensor(0.4, dtype=torch.float64))
+    inputs = (w.e, w.i, w.s, w.o, w.W, beta, torch.tensor(0.4, dtype=torch.float64))
     assert torch.autograd.gradcheck(output, [x.clone().requires_grad_() for x in inputs])
 
 
 def test_gradients_of_equation_4() -> None:
     w = World(3)
+    directions, half = precision_times(w.factor, w.i), torch.full((3, B), 0.5, dtype=torch.float64)
 
-    def output(e: Tensor, i: Tensor, o: Tensor) -> Tensor:
-        basis = equations.orthonormal_basis(i, w.factor)
-        components = equations.similarity(e, equations.precision_times(w.factor, basis)[:, None, None])
-        directions = equations.similarity_direction(i, w.factor)[:, None, None]
-        gates = equations.gate(equations.similarity(e, directions), 0.5, 0.4)
-        return equations.edited_projection_many(e @ w.W.T, components, gates, basis @ w.W.T, o)
+    def output(e: Tensor, s: Tensor, o: Tensor) -> Tensor:
+        found = edited_encoding(e, w.i, directions, s, half, half)
+        return low_rank_update(found.remainder @ w.W.T, found.gates, o) + found.locked @ w.W.T
 
-    assert torch.autograd.gradcheck(output, [x.clone().requires_grad_() for x in (w.e, w.i, w.o)])
+    assert torch.autograd.gradcheck(output, [x.clone().requires_grad_() for x in (w.e, w.s, w.o)])
 
 
 def test_gates_per_sample_equal_separate_calls() -> None:
@@ -168,40 +197,34 @@ def test_gates_per_sample_equal_separate_calls() -> None:
     assert_near(w.edited(beta=betas, tau=taus), separate, 1e-12)
 
 
-def test_a_front_of_gates_for_one_prompt_equals_separate_calls() -> None:
-    w = World()
-    betas = torch.linspace(0.1, 0.9, 5).double()
-    separate = torch.cat([w.edited(w.e[:1], beta=float(beta)) for beta in betas])
-    assert_near(w.edited(w.e[:1], beta=betas), separate, 1e-12)
-
-
-def test_one_encoding_without_sample_axis() -> None:
-    w = World()
-    assert_near(w.edited(w.e[0]), w.edited()[0], 1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_stays_within_two_units_of_the_terms(dtype: torch.dtype) -> None:
-    """|found − exact| ≤ 2 eps (|W e| + |r W i*| + |g o*|), for inputs that are the rounded ones in both."""
+    """|found − exact| ≤ 2 eps (|W e'| + |g o*|), for inputs that are the rounded ones in both; and e' likewise."""
     w = World()
     w.e, w.W, w.i, w.o = (x.to(dtype) for x in (w.e, w.W, w.i, w.o))
-    h, projected = w.e @ w.W.T, w.W @ w.i[0]
-    r = equations.similarity(w.e, equations.similarity_direction(w.i[0], w.factor))
-    found = equations.edited_projection(h, r, equations.gate(r, BETA, TAU), projected, w.o[0])
-    assert r.dtype == torch.float32 and found.dtype == dtype
+    encoding = w.encoding()
+    h = encoding.remainder @ w.W.T
+    found = low_rank_update(h, encoding.gates, w.o)
+    assert encoding.gates.dtype == torch.float32 and encoding.remainder.dtype == found.dtype == dtype
 
     w.e, w.W, w.i, w.o = (x.double() for x in (w.e, w.W, w.i, w.o))
-    assert_near(r.double(), w.r(), 1e-5)  # half inputs, single-precision similarity
-    terms = h.double(), -w.r()[..., None] * projected.double(), w.g()[..., None] * w.o[0]
-    bound = 2 * torch.finfo(dtype).eps * sum(term.abs() for term in terms)
-    assert ((found.double() - sum(terms)).abs() <= bound + 1e-5 * (dtype == torch.float32)).all()
+    assert_near(encoding.gates[0].double(), w.g(), 1e-4)  # half inputs, single-precision similarity
+    slack = 1e-5 * (dtype == torch.float32)
+    for value, terms in (
+        (found, (h.double(), w.g()[..., None] * w.o[0])),
+        (encoding.remainder, (w.e, -w.r()[..., None] * w.i[0])),
+    ):
+        bound = 2 * torch.finfo(dtype).eps * sum(term.abs() for term in terms)
+        assert ((value.double() - sum(terms)).abs() <= bound + slack).all()
 
 
-def test_similarity_and_gate_are_not_rounded_by_autocast() -> None:
+def test_nothing_of_a_prompt_is_rounded_by_autocast() -> None:
     w = World()
-    e, direction = w.e.float(), equations.similarity_direction(w.i[0], w.factor).float()
+    exact_r = w.r().float()
+    w.e, w.i, w.s = w.e.float(), w.i.float(), w.s.float()
+    expected = w.encoding()
     with torch.autocast("cpu", torch.bfloat16):
-        r = equations.similarity(e, direction)
-        g = equations.gate(r.bfloat16(), BETA, TAU)
-    assert_near(r, w.r().float(), 1e-5)
-    assert g.dtype == torch.float32
+        found = w.encoding()
+        r = similarity(w.e, w.i, precision_times(w.factor, w.i).float())
+    assert_near(r[0], exact_r, 1e-5)
+    assert all(torch.equal(part, exact) for part, exact in zip(found, expected, strict=True))

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from perfusion.backbones.base import Backbone
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
-from perfusion.editing.equations import gate, inner_product
 from perfusion.inspect import InspectConfig, main
 from perfusion.methods.base import Word, build
 from tests.concepts import random_concept, toyland_backbone
 from tests.pipelines import toyland_folder
+from tests.references import inner_product
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_similarity_and_gate_of_each_token(file: Path, pipeline: Path, backbone:
     # From i* and the second moment itself, not from the file's direction.
     factor, i = backbone.second_moment(progress=False).factor.double(), concept.tensors["target_input"].double()
     r = inner_product(factor, i, e) / inner_product(factor, i, i)
-    g = gate(r, 0.5, 0.25)
+    g = torch.sigmoid((r - 0.5) / 0.25)
     for k, (position, _, values) in enumerate(rows[:-1]):
         assert int(position) == k
         assert [float(v) for v in values.split()] == pytest.approx([r[k].item(), g[k].item()], abs=4e-3)

@@ -8,65 +8,40 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept
 from perfusion.concept_format import ConceptFileError
 from perfusion.editing import EditError
 from perfusion.editing.equations import precision_times
-from perfusion.editing.gate import JointGate, PromptGate
-from perfusion.editing.layer import Edit, EditedProjection, attach_edit, unedited
-from perfusion.editing.places import EditSite
+from perfusion.editing.gate import edited_encoding
+from perfusion.editing.layer import EditedProjection, unedited
 from perfusion.methods.base import Word, build
-from tests.benches import BETA, TAU, Bench, snapshot
+from tests.benches import Bench, snapshot
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.drawing import CLOSED
-
-
-class Apart:
-    """The J concepts of a `Bench`, each with a gate and target outputs of its own."""
-
-    def __init__(self, count: int, dtype: torch.dtype = torch.float64, trained_keys: tuple[bool, ...] = ()) -> None:
-        self.bench = Bench(count, dtype, trained_keys=any(trained_keys))
-        keys = trained_keys or (False,) * count
-        whole = self.bench.gate
-        self.gates, self.outputs = [], []
-        for j in range(count):
-            rows = slice(j, j + 1)
-            parts = (whole.target_inputs[rows], whole.directions[rows] * 3.0**j, whole.superclass_inputs[rows])
-            self.gates.append(PromptGate(*parts, BETA, TAU))
-            self.outputs.append({site.name: self._own(site, rows, keys[j]) for site in self.bench.sites})
-
-    def _own(self, site: EditSite, rows: slice, trained_keys: bool) -> nn.Parameter | None:
-        joint = self.bench.outputs[site.name]
-        if joint is None or (site.kind == "k" and not trained_keys):
-            return None
-        return nn.Parameter(joint.detach()[rows])
-
-    def attach(self, j: int, join: bool = True) -> Edit:
-        return attach_edit(self.bench.sites, self.bench.unet, self.gates[j], self.outputs[j], join=join)
 
 
 @pytest.mark.parametrize("count", range(2, 9))
 @torch.no_grad()
 def test_concepts_attached_one_by_one_equal_equation_4_in_float64(count: int) -> None:
-    apart = Apart(count)
+    bench = Bench(count, torch.float64)
     for j in range(count):
-        apart.attach(j)
-    found = apart.bench.projections()
-    for site in apart.bench.sites:
-        torch.testing.assert_close(found[site.name], apart.bench.closed_form(site), rtol=1e-9, atol=1e-9)
+        bench.attach_one(j)
+    found = bench.projections()
+    for site in bench.sites:
+        torch.testing.assert_close(found[site.name], bench.closed_form(site), rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
 def test_the_order_does_not_matter() -> None:
     results = []
     for order in itertools.permutations(range(3)):
-        apart = Apart(3)
+        bench = Bench(3, torch.float64)
         for j in order:
-            apart.attach(j)
-        results.append(apart.bench())
+            bench.attach_one(j)
+        results.append(bench())
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-9)
 
@@ -74,48 +49,48 @@ def test_the_order_does_not_matter() -> None:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 @torch.no_grad()
 def test_concepts_leave_in_any_order_and_the_last_one_leaves_nothing(order: tuple[int, ...]) -> None:
-    apart = Apart(3)
-    modules, state, names = snapshot(apart.bench.unet)
-    plain = apart.bench()
+    bench = Bench(3, torch.float64)
+    modules, state, names = snapshot(bench.unet)
+    plain = bench()
     alone = {}
     for j in range(3):
-        edit = apart.attach(j)
-        alone[j] = apart.bench()
+        edit = bench.attach_one(j)
+        alone[j] = bench()
         edit.detach()
-    edits = [apart.attach(j) for j in range(3)]
-    together = apart.bench()
+    edits = [bench.attach_one(j) for j in range(3)]
+    together = bench()
     edits[order[0]].detach()
     edits[order[1]].detach()
     edits[order[1]].detach()  # twice is as good as once
-    assert torch.equal(apart.bench(), alone[order[2]]) and not torch.equal(together, alone[order[2]])
+    assert torch.equal(bench(), alone[order[2]]) and not torch.equal(together, alone[order[2]])
     edits[order[2]].detach()
-    after = snapshot(apart.bench.unet)
+    after = snapshot(bench.unet)
     assert list(after[0].values()) == list(modules.values()) and after[2] == names
     assert all(torch.equal(after[1][name], tensor) for name, tensor in state.items())
-    assert torch.equal(apart.bench(), plain) and not apart.bench.unet._forward_pre_hooks
+    assert torch.equal(bench(), plain) and not bench.unet._forward_pre_hooks
 
 
 @torch.no_grad()
 def test_each_concept_has_its_own_strength_also_per_sample() -> None:
-    apart = Apart(2)
+    bench = Bench(2, torch.float64)
     for j in range(2):
-        apart.attach(j)
+        bench.attach_one(j)
     front = torch.tensor([0.2, 0.9], dtype=torch.float64)
-    apart.gates[0].beta, apart.gates[1].beta = front, 0.4
-    apart.gates[1].tau = torch.tensor([[0.3]])
-    together = apart.bench()
+    bench.gates[0].beta, bench.gates[1].beta = front, 0.4
+    bench.gates[1].tau = torch.tensor([0.3])
+    together = bench()
     for k, beta in enumerate(front.tolist()):
-        apart.gates[0].beta = beta
-        torch.testing.assert_close(together[k], apart.bench()[k], rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(together[0], apart.bench()[0])
+        bench.gates[0].beta = beta
+        torch.testing.assert_close(together[k], bench()[k], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(together[0], bench()[0])
 
 
 @torch.no_grad()
 def test_nothing_stale_is_reused() -> None:
-    apart = Apart(2)
+    bench = Bench(2, torch.float64)
     for j in range(2):
-        apart.attach(j)
-    gate, (name, own) = apart.gates[1], next((n, o) for n, o in apart.outputs[1].items() if o is not None)
+        bench.attach_one(j)
+    gate, (name, own) = bench.gates[1], next((n, o) for n, o in bench.all_outputs[1].items() if o is not None)
     changes = {
         "beta": lambda: setattr(gate, "beta", 0.1),
         "tau": lambda: setattr(gate, "tau", 0.5),
@@ -123,64 +98,61 @@ def test_nothing_stale_is_reused() -> None:
         "in place": lambda: (gate.superclass_inputs.mul_(1.5), gate.forget()),
         name: lambda: (own.mul_(2), gate.forget()),
     }
-    before = apart.bench()
-    assert torch.equal(apart.bench(), before)
+    before = bench()
+    assert torch.equal(bench(), before)
     calls = []
-    projection = apart.bench.sites[0].projection
+    projection = bench.sites[0].projection
     assert isinstance(projection, EditedProjection)
     projection.base_layer.register_forward_hook(lambda *_: calls.append(None))
-    assert torch.equal(apart.bench(), before) and not calls  # kept from the call before
+    assert torch.equal(bench(), before) and not calls  # kept from the call before
     for what, change in changes.items():
         change()
-        after = apart.bench()
+        after = bench()
         assert not torch.equal(after, before), what
         before = after
 
 
 @torch.no_grad()
 def test_locked_and_trained_keys_can_be_mixed() -> None:
-    apart = Apart(2, trained_keys=(True, False))
+    bench = Bench(2, torch.float64, trained_keys=True)
+    bench.all_outputs[1] |= {site.name: None for site in bench.sites if site.kind == "k"}
     for j in range(2):
-        apart.attach(j)
-    found = apart.bench.projections()
-    for site in apart.bench.sites:
-        if site.kind == "k":  # the closed form's outputs: trained for the first, W s for the second
-            joint = apart.bench.outputs[site.name]
-            assert joint is not None
-            joint[1] = apart.bench.s[1] @ site.projection.weight.T
-        torch.testing.assert_close(found[site.name], apart.bench.closed_form(site), rtol=1e-9, atol=1e-9)
+        bench.attach_one(j)
+    found = bench.projections()
+    for site in bench.sites:
+        torch.testing.assert_close(found[site.name], bench.closed_form(site), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("degrees", [2.0, 0.1, 0.0])
 @torch.no_grad()
 def test_concepts_that_point_the_same_way_stay_stable(degrees: float) -> None:
     """In float32; what they share is taken out of the encoding once, not twice and not a thousandfold."""
-    apart = Apart(2, torch.float32)
-    one, two = apart.gates
+    bench = Bench(2)
+    one, two = bench.gates
     turn = torch.tensor(degrees).deg2rad()
     two.move(
         one.target_inputs * turn.cos() + two.target_inputs * turn.sin(),
-        one.directions * turn.cos() + two.directions / 3 * turn.sin(),
+        one.directions * turn.cos() + two.directions * turn.sin(),
     )
-    alone = one(apart.bench.context)
-    both = JointGate([one, two])(apart.bench.context)
+    alone = edited_encoding([one], bench.context)
+    both = bench.encoding()
     assert both.remainder.isfinite().all()
     if degrees == 0:
         torch.testing.assert_close(both.remainder, alone.remainder, rtol=1e-3, atol=1e-3)
-    assert both.remainder.norm() < 2 * apart.bench.context.norm()
+    assert both.remainder.norm() < 2 * bench.context.norm()
     assert one.similarity(both.remainder).abs().max() < 1e-2  # nothing of it is left
 
 
 @torch.no_grad()
 def test_an_edit_in_training_is_alone() -> None:
-    apart = Apart(2)
-    first = apart.attach(0, join=False)
+    bench = Bench(2, torch.float64)
+    first = bench.attach_one(0, join=False)
     with pytest.raises(EditError, match="found an edit, expected none"):
-        apart.attach(1)
+        bench.attach_one(1)
     first.detach()
-    apart.attach(0)
+    bench.attach_one(0)
     with pytest.raises(EditError, match="found an edit, expected none"):
-        apart.attach(1, join=False)
+        bench.attach_one(1, join=False)
 
 
 # --- concepts in a pipeline -------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Attach the rank-one edit (`perfusion.editing.equations`, Eq. 3 and 4) to a denoiser, and take it off again.
 
-A `PromptGate` computes what all layers share once per call of the denoiser, so little more than its own matrix product
-is left to a layer: with e' and the gates g_j of the prompt,
+What all layers share is computed once per call of the denoiser (`perfusion.editing.gate`), so little more than its own
+matrix product is left to a layer: with e' and the gates g_j of the prompt,
 
     K locked:   W (e' + Σ_j g_j s_j)    for o*_K = W s_j, which is never computed or stored
     otherwise:  W e' + Σ_j g_j o*_j
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from perfusion.editing import EditError
 from perfusion.editing.equations import low_rank_update
-from perfusion.editing.gate import EditedEncoding, JointGate, PromptGate, nobody
+from perfusion.editing.gate import EditedEncoding, PromptGate, edited_encoding, nobody
 from perfusion.editing.places import EditSite, base_module
 from perfusion.editing.words import Words, superclass_context
 
@@ -77,11 +77,6 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.train(base_layer.training)
 
-    @property
-    def target_outputs(self) -> list[nn.Parameter | None]:
-        """For each edit its o*_j (J, h), J the number of its concepts; None is a locked projection, o*_j = W s_j."""
-        return [member.outputs[self.site] for member in self.shared.members]
-
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # a compiled graph with checkpoints could not take note of it
             self.use.called = True
@@ -97,17 +92,13 @@ class EditedProjection(nn.Module, BaseTunerLayer):
     def _project(self, prompt: _Prompt) -> Tensor:
         if self.kind == "k" and prompt.keys is not None:
             return self.base_layer(prompt.keys)
-        outputs = self.target_outputs
-        if all(output is None for output in outputs):
+        outputs = [(member.outputs[self.site], member.gate) for member in self.shared.members]
+        if all(own is None for own, _ in outputs):
             return self.base_layer(prompt.edited.locked)
         h = self.base_layer(prompt.edited.remainder)
         # Where some concepts have locked keys and others have not, the locked ones' are computed.
-        members = self.shared.members
-        each = [self._locked(m, h) if o is None else o.to(h.device) for m, o in zip(members, outputs, strict=True)]
+        each = [self.base_layer(g.superclass_inputs.to(h)) if own is None else own.to(h.device) for own, g in outputs]
         return low_rank_update(h, prompt.edited.gates, each[0] if len(each) == 1 else torch.cat(each))
-
-    def _locked(self, member: "_Member", like: Tensor) -> Tensor:
-        return self.base_layer(member.gate.superclass_inputs.to(like))
 
     # What diffusers asks of every tuner layer when adapters are weighted or fused. An edit has no part in either, but
     # fusing changes the weight that it is of.
@@ -142,7 +133,6 @@ class _Shared:
 
     def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
         self.members: list[_Member] = []
-        self.gate: PromptGate  # of all members
         self._shown: _Prompt | None = None  # of the denoiser's latest call
         self.joinable = joinable
         # What can fail comes first: nothing is changed then.
@@ -162,7 +152,7 @@ class _Shared:
     def enter(self, member: _Member) -> None:
         self.members.append(member)
         member.gate.forget = self.forget
-        self._regate()
+        self.forget()
 
     def leave(self, member: _Member) -> None:
         """Take `member` out. The last one puts the very modules back that were there before, also from below a LoRA."""
@@ -170,21 +160,15 @@ class _Shared:
             return
         self.members.remove(member)
         member.gate.forget = nobody
-        if self.members:
-            self._regate()
-            return
         self.forget()
+        if self.members:
+            return
         for hook in self._hooks:
             hook.remove()
         for site, layer in self._layers:
             if holder := holder_of(layer, site.parent, site.attribute):
                 setattr(*holder, layer.base_layer)
         self._layers = []
-
-    def _regate(self) -> None:
-        gates = [member.gate for member in self.members]
-        self.gate = gates[0] if len(gates) == 1 else JointGate(gates)
-        self.forget()
 
     def forget(self) -> None:
         """Let go of the latest prompt and of the outputs that were kept for it."""
@@ -197,7 +181,8 @@ class _Shared:
         if shown is not None and shown.context is x and (shown.differentiable or not torch.is_grad_enabled()):
             return shown
         keys = superclass_context(self.words, x) if self.words else None
-        return _Prompt(x, self.gate(x), keys, _state(x), torch.is_grad_enabled())
+        edited = edited_encoding([member.gate for member in self.members], x)
+        return _Prompt(x, edited, keys, _state(x), torch.is_grad_enabled())
 
     @property
     def words(self) -> Sequence[Words]:
@@ -207,7 +192,7 @@ class _Shared:
     def lock(self, member: _Member, words: Sequence[Words]) -> None:
         """Lock the keys of `member` globally; locally, if `words` is empty."""
         member.words = words
-        self._regate()
+        self.forget()
 
     def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for site, layer in self._layers:
@@ -295,7 +280,7 @@ def attach_edit(
 ) -> Edit:
     """Edit the projections at `sites` of `denoiser`, which may be compiled (`torch.compile`) already, or later.
 
-    `outputs` has for the name of every site its target outputs (J, h), float32, or None for a locked projection. They
+    `outputs` has for the name of every site its target output (1, h), float32, or None for a locked projection. They
     and the gate are read at each call, so training them, or setting β, has its effect at once. Nothing of the denoiser
     is changed but the attributes of the sites and its forward hooks, one before and one after.
 

@@ -21,7 +21,7 @@ from perfusion.backbones.base import Backbone, Encoding
 from perfusion.data.prompts import fill, templates
 from perfusion.editing import EditError
 from perfusion.editing.equations import precision_times
-from perfusion.editing.gate import JointGate, PromptGate
+from perfusion.editing.gate import PromptGate, cosines
 from perfusion.editing.layer import attach_edit, unedited
 from perfusion.editing.places import EditSite
 from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
@@ -147,7 +147,7 @@ class Perfusion(Method):
     def beta(self, value: float | Tensor) -> None:
         gate = self._attached()
         gate.beta = value
-        self._token.leave_out((lambda rows: (~gate.kept(rows)[0]).tolist()) if gate.leaves_out else None)
+        self._token.leave_out(gate.left_out if gate.leaves_out else None)
 
     @property
     def tau(self) -> float | Tensor:
@@ -230,7 +230,7 @@ class Perfusion(Method):
         for other in self._edit.gates:
             if other is own:
                 continue
-            angle = math.degrees(math.acos(min(1.0, JointGate([own, other]).cosines()[0, 1].item())))
+            angle = math.degrees(math.acos(min(1.0, cosines([own, other])[0, 1].item())))
             if angle < TWINS:
                 warnings.warn(
                     f"{own.label} and {other.label} are nearly one to the text encoder: angle of their i* "
