@@ -172,7 +172,7 @@ def _differing(records: Sequence[ImageRecord]) -> list[str]:
 
 
 def _shown(value: float | str) -> str:
-    return f"{value:g}" if isinstance(value, float) else value.replace(" + ", "-")
+    return value.replace(" + ", "-") if isinstance(value, str) else f"{value:g}"
 
 
 def _suffixes() -> Iterable[str]:
