@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import OmegaConf
 
@@ -27,15 +27,22 @@ def backbone_config(
     Raises:
         ConfigError: neither a backbone nor a preset.
     """
-    presets = {file.stem: file for file in FOLDER.glob("*.yaml")}
+    presets = [file.stem for file in FOLDER.glob("*.yaml")]
     if name in presets:
-        config = checked(BackboneConfig, OmegaConf.to_container(OmegaConf.load(presets[name])), "backbone")
+        config = checked(BackboneConfig, OmegaConf.to_container(_preset(name)), "backbone")
     elif name in backbones.available():
         config = backbones.default_config(name)
     else:
         known = ", ".join(sorted({*presets, *backbones.available()}))
         raise ConfigError(f"backbone: no backbone {name!r}; there are: {known}")
     return dataclasses.replace(config, path=path or config.path, layout=layout, dtype=dtype, device=device)
+
+
+def _preset(name: str) -> Any:
+    """The values of a preset, over those of the presets that its `defaults` name, as Hydra composes them."""
+    values: Any = OmegaConf.load(FOLDER / f"{name}.yaml")
+    below = [other for other in values.pop("defaults", []) if other != "_self_"]
+    return OmegaConf.merge(*map(_preset, below), values)
 
 
 class ModelOptions(Protocol):

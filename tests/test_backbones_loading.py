@@ -17,7 +17,6 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
 )
-from omegaconf import OmegaConf
 from peft import LoraConfig
 
 import perfusion
@@ -26,7 +25,7 @@ from perfusion.backbones import toyland
 from perfusion.backbones.base import Backbone, BackboneError, TokenError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.backbones.toyland import ToylandBackbone, toyland_captions
-from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig, checked
+from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
 from perfusion.covariance.moment import CovarianceError
 from perfusion.generate import GenerateConfig
 from tests.backbone_kinds import KINDS, added, config_of, stock
@@ -278,7 +277,7 @@ def test_the_registry_knows_every_backbone_and_no_other() -> None:
     ("preset", "values"), [("sd15", {}), ("sd21", {"resolution": 768}), ("sdxl", {}), ("toyland", {})]
 )
 def test_the_presets_are_the_defaults(preset: str, values: dict[str, Any]) -> None:
-    config = checked(BackboneConfig, OmegaConf.load(CONF / f"{preset}.yaml"), "backbone")
+    config = presets.backbone_config(preset)
     assert config == dataclasses.replace(backbones.default_config(config.name), **values)
 
 

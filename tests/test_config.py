@@ -1,5 +1,6 @@
 """What the command line and conf/ give: checked configs, or mistakes that read well."""
 
+import dataclasses
 import tomllib
 from pathlib import Path
 
@@ -65,7 +66,17 @@ def test_experiments_can_be_changed_on_the_command_line() -> None:
     config = compose("+experiment=cat_oneshot", "backbone=sd15", "method=perfusion", "method.steps=7", "seed=3")
     assert config.backbone.name == "stable_diffusion" and config.method["steps"] == 7 and config.seed == 3
     assert compose("+experiment=cat_fewshot").concept.toyland.count == 5
-    assert compose("+experiment=cat_oneshot").concept.toyland.count == 1
+    assert (
+        compose("+experiment=cat_oneshot")
+        == compose("experiment=cat_oneshot")
+        == dataclasses.replace(compose(), experiment="cat_oneshot")
+    )
+
+
+def test_every_run_has_checkpoints_and_options_say_what_they_add() -> None:
+    none, select = compose("callbacks=none"), compose("callbacks=select", "callbacks.checkpoint.every=7")
+    assert [*none.callbacks] == ["checkpoint"] and {*select.callbacks} == {"checkpoint", "select"}
+    assert (none.callbacks["checkpoint"]["every"], select.callbacks["checkpoint"]["every"]) == (50, 7)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,7 @@ def test_a_key_that_no_preset_names_can_be_set() -> None:
         (["bckbone=sd15"], ["bckbone", "'backbone'"]),
         (["backbone=sd_15"], ["backbone=sd_15", "'sd15'", "toyland"]),
         (["+experiment=cat_onshot"], ["experiment=cat_onshot", "'cat_oneshot'"]),
-        (["experiment=cat_oneshot"], ["+experiment=cat_oneshot"]),
+        (["experiment=cat_onshot"], ["experiment=cat_onshot", "'cat_oneshot'"]),
         (["seed=abc"], ["seed", "abc"]),
         (["concept.toyland.count=many"], ["concept.toyland.count", "many"]),
         (["concept.images=a.jpg,b.jpg"], ["concept.images=a.jpg,b.jpg", "[a,b]"]),

@@ -82,21 +82,17 @@ def prepared(word: str) -> str:
     if match is None or re.match(r"hydra[./]", match["key"]):
         return word
     sign, key, value = match.groups()
+    if not sign and key == "experiment":
+        sign = "+"  # the group; the key of this name is set by the group's presets
     if not sign and re.fullmatch(r"\w+", key):
-        _check_top(key, value)
+        known = [field.name for field in dataclasses.fields(TrainConfig)]
+        if key not in known:
+            raise ConfigError(f"{key}: unknown key{_hint(key, known)}. Known here: {', '.join(known)}, from")
     if not sign and "." in key and not re.search(r"[/@:]", key):
         sign = "++"
     if not _readable(f"{sign}{key}={value}") and value[:1] not in ("[", "{", '"', "'"):
         value = '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
     return f"{sign}{key}={value}"
-
-
-def _check_top(key: str, value: str) -> None:
-    if key == "experiment":
-        raise ConfigError(f"experiment={value}: an experiment is added to the config: +experiment={value}")
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
-    if key not in known:
-        raise ConfigError(f"{key}: unknown key{_hint(key, known)}. Known here: {', '.join(known)}, from")
 
 
 def _readable(word: str) -> bool:
