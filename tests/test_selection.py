@@ -7,10 +7,13 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from hydra.utils import get_class
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from perfusion.data.prompts import PromptError
 from perfusion.methods.base import Method, Word, build
 from perfusion.sampling import sample
 from perfusion.scoring.clip import ClipScorer, ScorerError
-from perfusion.training.checkpoint import SafetensorsCheckpointIO
+from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO
 from perfusion.training.data import ConceptData
 from perfusion.training.loggers import MetricsCSV
 from perfusion.training.module import PersonalizationModule
@@ -65,13 +68,14 @@ class Scripted(SelectBestStep):
         super().__init__(prompts=TEMPLATES, steps=1, **settings)
         self.script, self.looked_at = scores, []
 
-    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
-        self._score = lambda images: {"harmonic": self._at(trainer.global_step)}
-        super().on_train_batch_end(trainer, *rest)
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
 
-    def _at(self, step: int) -> float:
-        self.looked_at.append(step)
-        return self.script[step]
+        def scores(images: Any) -> dict[str, float]:
+            self.looked_at.append(trainer.global_step)
+            return {"harmonic": self.script[trainer.global_step]}
+
+        pl_module.validation = Mock(wraps=pl_module.validation, scores=scores, prompts=TEMPLATES, batch_size=1)
 
 
 class States(Callback):
@@ -98,10 +102,12 @@ def fit(
         callbacks=list(callbacks),
         logger=[MetricsCSV(folder / "metrics.csv")],
         log_every_n_steps=1,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[SafetensorsCheckpointIO()],
+        num_sanity_val_steps=0,
+        inference_mode=False,
         **more,
     )
     data = ConceptData(examples, backbone, method.options, WORD.placeholder, seed=0)
@@ -135,23 +141,32 @@ def test_steps_are_optimizer_steps(method, backbone, scorer, tmp_path) -> None:
     assert select.looked_at == [2, 4, 6], "each of them once, although two batches make a step"
 
 
-def test_a_resumed_run_chooses_like_one_that_never_stopped(method, backbone, scorer, tmp_path) -> None:
-    """The best step lies before the checkpoint: only the checkpoint can know it."""
-    script = {2: 0.9, 4: 0.5, 6: 0.4}
+def test_other_callbacks_can_watch_the_scores(method, backbone, scorer, tmp_path) -> None:
+    select = Scripted({2: 0.5, 4: 0.4, 6: 0.9}, every=2, scorer=scorer)
+    trainer = fit(method, backbone, tmp_path, select, EarlyStopping("harmonic", mode="max", patience=1))
+    assert select.looked_at == [2, 4] and trainer.global_step == 4
+    assert results(trainer) == {"step_kept": 2, "scores": {"harmonic": 0.5}}
 
-    class Save(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            if trainer.global_step == 3:
-                trainer.save_checkpoint(tmp_path / "at-3.safetensors")
 
-    whole = Scripted(script, every=2, scorer=scorer)
-    fit(method, backbone, tmp_path, whole, Save())
+@pytest.mark.parametrize(
+    ("saved", "every", "script", "best"),
+    [
+        (3, 2, {2: 0.9, 4: 0.5, 6: 0.4}, 2),  # the best step lies before the checkpoint: only that can know it
+        (4, 2, {2: 0.5, 4: 0.9, 6: 0.4}, 4),  # it is the one that was saved
+        (6, 4, {4: 0.5, 6: 0.9}, 6),  # it is the last one, and nothing is left to train
+    ],
+)
+def test_a_resumed_run_chooses_like_one_that_never_stopped(
+    method, backbone, scorer, tmp_path, saved: int, every: int, script: dict[int, float], best: int
+) -> None:
+    whole = Scripted(script, every=every, scorer=scorer)
+    fit(method, backbone, tmp_path, whole, Checkpoints(every=saved))
     expected = method.state()
     method.load_state({name: value * 0 + 1 for name, value in expected.items()})
-    resumed = Scripted(script, every=2, scorer=scorer)
-    fit(method, backbone, tmp_path, resumed, resume=tmp_path / "at-3.safetensors")
-    assert resumed.looked_at == [4, 6]
-    assert (resumed.best_step, resumed.best_scores) == (2, {"harmonic": 0.9})
+    resumed = Scripted(script, every=every, scorer=scorer)
+    fit(method, backbone, tmp_path, resumed, resume=tmp_path / f"checkpoints/step-{saved:06d}.safetensors")
+    assert resumed.looked_at == [step for step in script if step > saved]
+    assert (resumed.best_step, resumed.best_scores) == (best, {"harmonic": script[best]})
     assert same(method.state(), expected)
 
 
@@ -204,9 +219,8 @@ def test_the_prompts_are_those_that_go_with_the_backbone(method, backbone, score
     counted: list[int] = []
 
     class Count(SelectBestStep):
-        def _score(self, images: Any) -> dict[str, float]:
-            counted.append(len(images))
-            return {"harmonic": 0.0}
+        def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+            counted.append(len(pl_module.drawn))
 
     fit(method, backbone, tmp_path, Count(every=STEPS, scorer=scorer, steps=1))
     assert counted == [8]
@@ -231,6 +245,10 @@ def test_a_mistake_is_found_before_the_first_step(method, backbone, scorer, tmp_
         SelectBestStep(every=0)
     with pytest.raises(ConfigError, match="prompts: found none"):
         SelectBestStep(prompts=[])
+
+
+def test_configs_of_earlier_runs_find_the_callback() -> None:
+    assert get_class("eval.selection.SelectBestStep") is SelectBestStep
 
 
 def test_pictures() -> None:

@@ -276,6 +276,7 @@ def test_concepts_that_cannot_be_had(concept: ConceptConfig, error: type[Excepti
         ({"trainer": {"precision": "17"}}, "trainer: .*17"),
         ({"trainer": {"accelerator": "tpu"}}, "trainer.accelerator=tpu: the backbone is on cpu"),
         ({"trainer": {"max_steps": 3}}, "trainer.max_steps: set method.steps"),
+        ({"trainer": {"val_check_interval": 3}}, "trainer.val_check_interval: set callbacks.select.every"),
         ({"trainer": {"devices": "-1"}}, "trainer.devices=-1: expected a number of devices"),
         ({"trainer": {"devices": 2, "strategy": "fsdp"}}, "trainer.strategy=fsdp: .*expected one of auto, ddp"),
         ({"trainer": {"num_nodes": 2}}, "trainer.num_nodes=2: .*one machine"),

@@ -97,6 +97,18 @@ class Checkpoints(ModelCheckpoint):
         self.dirpath = str(Path(trainer.default_root_dir).resolve() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save a step, unless it is validated now: then it is saved afterwards, with what the validation found."""
+        due = trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
+        if not (due and sum(trainer.num_val_batches)):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        super().on_validation_end(trainer, pl_module)  # which saves what the line above may put off, the last step
+
 
 def newest_readable(folder: Path) -> Path | None:
     """The checkpoint of the highest step in `folder` that can be read; None if there is none.

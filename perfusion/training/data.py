@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
@@ -155,6 +156,12 @@ class ConceptData(LightningDataModule):
         assert trainer is not None
         parts = trainer.accumulate_grad_batches
         return StepBatches(self, trainer.global_rank, trainer.world_size, parts, start=trainer.global_step)
+
+    def val_dataloader(self) -> DataLoader[int] | list[Any]:
+        """The numbers of the validation prompts, where the module has some."""
+        assert self.trainer is not None
+        validation: Any = self.trainer.lightning_module.validation
+        return DataLoader(range(len(validation.prompts)), validation.batch_size) if validation else []
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # made where the backbone is

@@ -25,6 +25,9 @@ class StepProgress(TQDMProgressBar):
         bar.unit = "step"
         return bar
 
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         bar = self.train_progress_bar
         bar.reset(total=trainer.max_steps * trainer.accumulate_grad_batches)

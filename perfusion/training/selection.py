@@ -7,26 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 
-from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
 from perfusion.contact_sheet import image_grid
 from perfusion.data.prompts import fill
 from perfusion.files import atomic_path
-from perfusion.methods.base import Method
-from perfusion.sampling import sample
 from perfusion.scoring.clip import named_scorer
-from perfusion.scoring.metrics import clip_scores
+from perfusion.training.module import PersonalizationModule
 from perfusion.training.samples import sample_templates
+from perfusion.training.validation import Validation
 
 FOLDER = "progress"
 _STRIP_SIDE = 128  # pixels of one picture in a strip, at most
 
 
 class SelectBestStep(Callback):
-    """Every k steps samples prompts with the concept and scores them; training ends with the state that scored best.
+    """Has the training validated every k steps, and ends it with the state that scored best.
 
     The score is the harmonic mean of CLIP-I, against the training pictures, and CLIP-T, as in Perfusion. The noise of a
     prompt is the same at every step, so scores differ by what was learned alone; of equal ones the first counts.
@@ -72,89 +70,68 @@ class SelectBestStep(Callback):
         self.best_step: int | None = None
         self.best_scores: dict[str, float] = {}
         self._best_state: dict[str, Tensor] = {}
-        self._seen = 0  # the step that was looked at last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the scorer and look at the pictures and prompts, before the first step can be lost to a mistake."""
-        method, backbone = _parts(pl_module)
-        word = method.word
+        method, backbone = _trained(pl_module).method, _trained(pl_module).backbone
         templates = self.templates or sample_templates(backbone.config.prompts)
-        self._prompts = [fill(template, word.placeholder) for template in templates]
-        backbone.check_prompts(self._prompts)
+        prompts = [fill(template, method.word.placeholder) for template in templates]
+        backbone.check_prompts(prompts)
         foreign = None if backbone.family == "toyland" else f"this is {backbone.family} (or callbacks=none)"
         scorer = named_scorer(self.scorer_name, self.pretrained, backbone.device, foreign, "callbacks.select.")
-        self._scorer = scorer
-        self._texts = scorer.text_embeddings([fill(template, word.superclass) for template in templates])
-        self._references = scorer.image_embeddings(trainer.datamodule.examples.pictures())  # type: ignore[attr-defined]
+        _trained(pl_module).validation = Validation(
+            prompts=prompts,
+            texts=scorer.text_embeddings([fill(template, method.word.superclass) for template in templates]),
+            references=scorer.image_embeddings(trainer.datamodule.examples.pictures()),  # type: ignore[attr-defined]
+            scorer=scorer,
+            steps=self.steps,
+            guidance=backbone.config.guidance if self.guidance is None else self.guidance,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        trainer.val_check_interval = self.every * trainer.accumulate_grad_batches  # counts batches
+        trainer.check_val_every_n_epoch = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        due = step % self.every == 0 or step == trainer.max_steps
-        if step == self._seen or not due or step == 0:  # accumulated batches end more than once at the same step
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Lightning validates a training that is told to stop, whatever the interval: so the last step counts, too."""
+        trainer.should_stop |= trainer.global_step >= trainer.max_steps
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, step = _trained(pl_module), trainer.global_step
+        if trainer.sanity_checking:
             return
-        self._seen = step
-        method, backbone = _parts(pl_module)
-        scores: dict[str, float] = {}
         if trainer.is_global_zero:
-            images = self._sample(method, backbone)
-            _save_strip(Path(trainer.default_root_dir) / FOLDER / f"step-{step:05d}.png", images)
-            scores = self._score(images)
-        scores = trainer.strategy.broadcast(scores)  # so that all processes, whose states are the same, choose alike
-        if not self.best_scores or scores["harmonic"] > self.best_scores["harmonic"]:
-            self.best_step, self.best_scores = step, scores
-            self._best_state = {name: tensor.float().cpu() for name, tensor in method.state().items()}
-        pl_module.log_dict(scores, logger=False, batch_size=1)  # for callbacks that watch a metric
-        for logger in trainer.loggers:
-            logger.log_metrics(scores, step)
+            _save_strip(Path(trainer.default_root_dir) / FOLDER / f"step-{step:05d}.png", module.drawn)
+        if not self.best_scores or module.scores["harmonic"] > self.best_scores["harmonic"]:
+            self.best_step, self.best_scores = step, module.scores
+            self._best_state = {name: tensor.float().cpu() for name, tensor in module.method.state().items()}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._best_state:
-            _parts(pl_module)[0].load_state(self._best_state)
+            _trained(pl_module).method.load_state(self._best_state)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "best_step": self.best_step,
             "best_scores": dict(self.best_scores),
             "best_state": dict(self._best_state),
-            "seen": self._seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_step, self._seen = state_dict["best_step"], state_dict["seen"]
+        self.best_step = state_dict["best_step"]
         self.best_scores, self._best_state = dict(state_dict["best_scores"]), dict(state_dict["best_state"])
 
     def summary(self) -> Mapping[str, Any]:
         """What metrics.json says of the choice: the step that was kept and its scores; nothing before the first."""
         return {} if self.best_step is None else {"step_kept": self.best_step, "scores": dict(self.best_scores)}
 
-    def _sample(self, method: Method, backbone: Backbone) -> list[Image.Image]:
-        training = method.training
-        method.eval()
-        try:
-            return sample(
-                backbone.pipe,
-                self._prompts,
-                [self.seed + k for k in range(len(self._prompts))],
-                self.steps,
-                backbone.config.guidance if self.guidance is None else self.guidance,
-                self.batch_size,
-                size=backbone.config.resolution,
-                exact=False,  # the batches are the same at every step
-            )
-        finally:
-            method.train(training)
 
-    def _score(self, images: Sequence[Image.Image]) -> dict[str, float]:
-        return clip_scores(self._scorer.image_embeddings(images), self._references, self._texts)
+def _trained(module: LightningModule) -> PersonalizationModule:
+    assert isinstance(module, PersonalizationModule), "expected a PersonalizationModule"
+    return module
 
 
-def _parts(module: LightningModule) -> tuple[Method, Backbone]:
-    method, backbone = module.method, module.backbone
-    assert isinstance(method, Method) and isinstance(backbone, Backbone), "expected a PersonalizationModule"
-    return method, backbone
-
-
-def _save_strip(path: Path, images: Sequence[Image.Image]) -> None:
+def _save_strip(path: Path, images: Sequence[Image]) -> None:
     """The samples side by side, small."""
     small = [image.copy() for image in images]
     for image in small:

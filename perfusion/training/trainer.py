@@ -40,6 +40,8 @@ _ELSEWHERE = {
     "logger": "the group logger",
     "default_root_dir": "run.dir",
     "use_distributed_sampler": "trainer.devices",
+    "val_check_interval": "callbacks.select.every",
+    "check_val_every_n_epoch": "callbacks.select.every",
 }
 _STRATEGIES = {"auto": False, "ddp": False, "ddp_find_unused_parameters_true": True}  # for several devices
 _ACCELERATORS = {"cpu": ("cpu",), "cuda": ("gpu", "cuda"), "mps": ("gpu", "mps")}  # torch device -> Lightning's names
@@ -92,7 +94,13 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
     if rank_of(config.trainer) == 0:
         log.append(loggers.MetricsCSV(folder.metrics_csv, keep_until=resumed))
         log += [loggers.build(name, spec, folder.path) for name, spec in config.logger.items()]
-    keywords = {"enable_model_summary": False, **config.trainer, **_hardware(config.trainer, device)}
+    keywords = {
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "inference_mode": False,  # what is kept of a validation may be used by the next training step
+        **config.trainer,
+        **_hardware(config.trainer, device),
+    }
     # Within SLURM, too, a run is one task, which starts its processes itself and is not requeued by Lightning.
     plugins: list[Any] = [SafetensorsCheckpointIO(), LightningEnvironment()]
     if device_count(config.trainer) > 1:
@@ -122,6 +130,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # many workers, resumable loaders, log intervals
     warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")  # a resumed run's
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # no validation
     warnings.filterwarnings("ignore", message=r".*LeafSpec", module="lightning")  # Lightning's use of torch
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
