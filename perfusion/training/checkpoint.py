@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save a step, unless it is validated now: then it is saved afterwards, with what the validation found."""
-        due = trainer.should_stop or (batch_idx + 1) % trainer.val_check_batch == 0
+        due = trainer.should_stop or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
         if not (due and sum(trainer.num_val_batches)):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

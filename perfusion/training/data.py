@@ -161,7 +161,10 @@ class ConceptData(LightningDataModule):
         """The numbers of the validation prompts, where the module has some."""
         assert self.trainer is not None
         validation: Any = self.trainer.lightning_module.validation
-        return DataLoader(range(len(validation.prompts)), validation.batch_size) if validation else []
+        if validation is None:
+            return []
+        numbers: Any = range(len(validation.prompts))
+        return DataLoader(numbers, validation.batch_size)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # made where the backbone is
