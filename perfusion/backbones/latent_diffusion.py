@@ -53,7 +53,7 @@ def edit_sites_of(denoiser: nn.Module) -> list[EditSite]:
                 f"{name}: its K and V projections are fused, and an edit of them would do nothing; call "
                 "unfuse_qkv_projections() first"
             )
-        sites += [EditSite(f"{name}.to_{kind}", kind, module, f"to_{kind}") for kind in _KINDS]
+        sites += [EditSite(f"{name}.to_{kind}", module, f"to_{kind}", kind) for kind in _KINDS]
     return sites
 
 

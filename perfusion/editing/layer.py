@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -119,20 +118,11 @@ class EditedProjection(nn.Module, BaseTunerLayer):
         self.shared.forget()
 
 
-@dataclass(eq=False)
-class _Member:
-    """What one concept brings."""
-
-    gate: PromptGate
-    outputs: Mapping[str, nn.Parameter | None]
-    words: Sequence[Words] = ()  # of the text encoders, with global key-locking
-
-
 class _Shared:
     """The edited layers of one denoiser, and the concepts that are in them."""
 
     def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
-        self.members: list[_Member] = []
+        self.members: list[Edit] = []
         self._shown: _Prompt | None = None  # of the denoiser's latest call
         self.joinable = joinable
         # What can fail comes first: nothing is changed then.
@@ -143,18 +133,18 @@ class _Shared:
             denoiser.register_forward_hook(self._after_call),
         ]
         for site, layer in self._layers:
-            setattr(site.parent, site.attribute, layer)
+            site.put(layer)
 
     @property
     def sites(self) -> set[str]:
         return {site.name for site, _ in self._layers}
 
-    def enter(self, member: _Member) -> None:
+    def enter(self, member: "Edit") -> None:
         self.members.append(member)
         member.gate.forget = self.forget
         self.forget()
 
-    def leave(self, member: _Member) -> None:
+    def leave(self, member: "Edit") -> None:
         """Take `member` out. The last one puts the very modules back that were there before, also from below a LoRA."""
         if member not in self.members:
             return
@@ -166,8 +156,8 @@ class _Shared:
         for hook in self._hooks:
             hook.remove()
         for site, layer in self._layers:
-            if holder := holder_of(layer, site.parent, site.attribute):
-                setattr(*holder, layer.base_layer)
+            if holder := site.holder(layer):
+                holder.put(layer.base_layer)
         self._layers = []
 
     def forget(self) -> None:
@@ -189,16 +179,10 @@ class _Shared:
         """Of the text encoders; none without global key-locking."""
         return next((member.words for member in self.members if member.words), ())
 
-    def lock(self, member: _Member, words: Sequence[Words]) -> None:
-        """Lock the keys of `member` globally; locally, if `words` is empty."""
-        member.words = words
-        self.forget()
-
     def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for site, layer in self._layers:
-            fused = isinstance(getattr(site.parent, "processor", None), FusedAttnProcessor2_0)
-            if fused or holder_of(layer, site.parent, site.attribute) is None:
-                raise _bypassed(site, *(_FUSED if fused else _TAKEN_OUT))
+            if site.fused or site.holder(layer) is None:
+                raise _bypassed(site, *(_FUSED if site.fused else _TAKEN_OUT))
             layer.use.called = False
         if self.words and not all(member.words for member in self.members):
             raise EditError(
@@ -250,9 +234,10 @@ def _bypassed(site: EditSite, cause: str, remedy: str) -> EditError:
 class Edit:
     """One concept's part in the edit of a denoiser; see `attach_edit`."""
 
-    def __init__(self, shared: _Shared, member: _Member) -> None:
-        self._shared, self._member = shared, member
-        shared.enter(member)
+    def __init__(self, shared: _Shared, gate: PromptGate, outputs: Mapping[str, nn.Parameter | None]) -> None:
+        self._shared, self.gate, self.outputs = shared, gate, outputs
+        self.words: Sequence[Words] = ()  # of the text encoders, with global key-locking
+        shared.enter(self)
 
     @property
     def gates(self) -> list[PromptGate]:
@@ -264,11 +249,12 @@ class Edit:
 
         With several concepts all must be locked alike, or the next call of the denoiser raises EditError.
         """
-        self._shared.lock(self._member, words)
+        self.words = words
+        self._shared.forget()
 
     def detach(self) -> None:
         """Take the concept out; when it was the last, the denoiser is as it was before the first. Idempotent."""
-        self._shared.leave(self._member)
+        self._shared.leave(self)
 
 
 def attach_edit(
@@ -296,7 +282,7 @@ def attach_edit(
             raise EditError(f"{name}: found an edit, expected none: detach the concept that is attached first")
     layers = {layer.shared for layer in found.values() if layer is not None}
     shared = layers.pop() if layers else _Shared(sites, base_module(denoiser), join)
-    return Edit(shared, _Member(gate, outputs))
+    return Edit(shared, gate, outputs)
 
 
 def gates_at(site: EditSite) -> list[PromptGate]:
@@ -315,13 +301,3 @@ def _edited(module: nn.Module | None) -> EditedProjection | None:
     while module is not None and not isinstance(module, EditedProjection):
         module = getattr(module, "base_layer", None)
     return module
-
-
-def holder_of(layer: nn.Module, parent: nn.Module, attribute: str) -> tuple[nn.Module, str] | None:
-    """The module and attribute where `layer` hangs: those given, or below tuner layers there. None: taken out."""
-    holder, name = parent, attribute
-    while (found := getattr(holder, name, None)) is not layer:
-        if found is None:
-            return None
-        holder, name = found, "base_layer"
-    return holder, name

@@ -1,4 +1,4 @@
-"""The method seam: attach to a backbone, say what is trained and how fast, give the loss, give the state, detach.
+"""The method seam: what a method puts into a backbone, what of it is trained and how fast, its loss, and its state.
 
 A method is one file `perfusion/methods/<name>.py` that defines `METHOD` (a subclass of `Method`) and its options (a
 subclass of `MethodOptions`), and one preset `conf/method/<name>.yaml`. After `detach` the backbone is bit-identical to
@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from perfusion import methods
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.config import ConfigError, checked
+from perfusion.editing import EditError
+from perfusion.editing.words import AddedWord
 from perfusion.registry import modules_that_define
 
 
@@ -80,14 +83,62 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.options = options
         self.word = word
+        self._undo = ExitStack()
+        self.clear()
 
-    @abstractmethod
+    def clear(self) -> None:
+        """Let go of all that belongs to a backbone; a method that has more than this adds it here."""
+        self._backbone: Backbone | None = None  # None: not attached
+        self.embeddings = nn.ParameterDict()  # text encoder -> trained vectors of the concept's word, (vectors, d_e)
+
     def attach(self, backbone: Backbone) -> None:
-        """Put the method's changes into the backbone. Calling it twice without `detach` is an error."""
+        """Put the method's changes into the backbone: all of them, or none if that raises.
+
+        Raises:
+            EditError: this method is attached already; and all that `put` raises.
+        """
+        if self._backbone is not None:
+            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
+        with ExitStack() as undo:
+            undo.callback(self.clear)
+            self._backbone = backbone
+            self.put(backbone, undo)
+            self._undo = undo.pop_all()
+
+    def detach(self) -> None:
+        """Leave the backbone bit-identical to before `attach`; idempotent."""
+        self._undo.close()
 
     @abstractmethod
-    def detach(self) -> None:
-        """Leave the backbone bit-identical to before `attach`."""
+    def put(self, backbone: Backbone, undo: ExitStack) -> None:
+        """Make the method's changes to the backbone, and leave with `undo`, after each, what takes it back."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The one that it is attached to."""
+        assert self._backbone is not None, "attach() first"
+        return self._backbone
+
+    def add_word(
+        self, undo: ExitStack, vectors: int | None, reads_as: str | None = None, trained: bool = True
+    ) -> AddedWord:
+        """Add the concept's placeholder to the backbone's vocabulary, for `put`; see `Backbone.add_token`.
+
+        Args:
+            reads_as: what it starts at; None: its superclass.
+            trained: its vectors are among `embeddings`; else they stay what they are.
+
+        Raises:
+            TokenError: the word cannot be added.
+        """
+        added = self.backbone.add_token(self.word.placeholder, reads_as or self.word.superclass, vectors)
+        undo.callback(added.remove)
+        if trained:
+            self.embeddings.update(added.embeddings())
+        else:
+            for vector in added.embeddings().values():
+                vector.requires_grad_(False)
+        return added
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -112,16 +163,35 @@ class Method(nn.Module, ABC):
                 self.on_step(backbone.encode(batch.step_prompts, self.word.placeholder))
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """What a concept file stores: name -> tensor, float32, detached copies. Attached methods only."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What a concept file stores: name -> tensor. Attached methods only."""
 
-    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Copies of `tensors`, float32, detached, on the CPU."""
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.tensors().items()}
+
+    @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put a `state()` back into an attached method, exactly."""
+        """Put a `state()` back into an attached method, exactly but for the rounding to the tensors' own types: here
+        into `tensors` themselves."""
+        for name, value in self.tensors().items():
+            value.copy_(state[name])
+
+    def word_tensors(self, rows: int | None = None) -> dict[str, Tensor]:
+        """`embedding.<encoder>` (vectors, d_e), for `tensors`: the first `rows` of `embeddings`, or all."""
+        return {f"embedding.{encoder}": vectors[:rows] for encoder, vectors in self.embeddings.items()}
 
     @abstractmethod
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         """Names and shapes that `state()` has on this backbone, without attaching: a file is checked against it."""
+
+    def word_shapes(self, backbone: Backbone, rows: int) -> dict[str, tuple[int, ...]]:
+        """Those of `word_tensors`, for `state_shapes`."""
+        encoders: dict[str, Any] = backbone.text_encoders()
+        return {
+            f"embedding.{name}": (rows, encoder.get_input_embeddings().embedding_dim)
+            for name, encoder in encoders.items()
+        }
 
     def export(self, folder: Path) -> list[Path]:
         """Write the attached concept into `folder`, made where it is missing, in the format that stock diffusers loads.

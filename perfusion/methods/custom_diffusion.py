@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone
 from perfusion.data.prompts import fill, templates
 from perfusion.editing import EditError
-from perfusion.editing.words import AddedWord
 from perfusion.methods.base import Word, check_bounds
 from perfusion.methods.merging import SharedProjections
 from perfusion.methods.prior import PriorMethod, PriorOptions
-from perfusion.methods.weights import check_unedited, copy_into, own_copy, projection_places
+from perfusion.methods.weights import check_unedited, own_copy, projection_places
 
 
 @dataclass
@@ -61,24 +60,22 @@ class CustomDiffusion(PriorMethod):
             "weight_decay": (options.weight_decay >= 0, "at least 0"),
         }
         check_bounds(options, bounds)
-        self._undo = ExitStack()
-        self._clear()
 
-    def _clear(self) -> None:
-        self.shared: SharedProjections | None = None  # None: not attached
+    def clear(self) -> None:
+        super().clear()
+        self.shared: SharedProjections | None = None
         self.weights = nn.ParameterList()  # W of every site: (h, d)
-        self.embeddings = nn.ParameterDict()  # text encoder -> (1 + superclass's tokens, d_e), the first row trained
+        # Of `embeddings`, (1 + superclass's tokens, d_e), the first row is trained.
 
-    def attach(self, backbone: Backbone) -> None:
-        """See the seam. Beside other concepts of this method it does not show before `load_state`.
+    def put(self, backbone: Backbone, undo: ExitStack) -> None:
+        """Add the word, and put K and V of its own in their places; beside other concepts of this method only when
+        `load_state` has been called.
 
         Raises:
-            EditError: this method is attached already; another method has changed the projections; another concept of
-                this one is there and either is trained; or it shall be trained, and the backbone is not in float32.
+            EditError: another method has changed the projections; another concept of this one is there and either is
+                trained; or it shall be trained, and the backbone is not in float32.
             TokenError: the placeholder is a word already, or the initializer cannot be read.
         """
-        if self.shared is not None:
-            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
         check_unedited(backbone, self.word.placeholder)
         backbone.fingerprint()  # of the frozen weights, which it remembers
         shared = SharedProjections.of(backbone)
@@ -87,33 +84,23 @@ class CustomDiffusion(PriorMethod):
                 f"{self.word.placeholder}: found {shared.members[0].word.placeholder} attached, expected no other "
                 "concept beside one that is trained"
             )
-        with ExitStack() as undo:
-            undo.callback(self._clear)
-            token = self._add_token(backbone)
-            undo.callback(token.remove)
-            self.embeddings.update(token.embeddings())
-            for embedding in self.embeddings.values():
-                embedding.register_hook(_first_row)
-            self.vectors = len(next(iter(self.embeddings.values())))
-            self.weights.extend(own_copy(parameter, self.training) for parameter in shared.frozen)
-            self.shared = shared
-            undo.callback(shared.leave, self)
-            shared.join(self)
-            self._undo = undo.pop_all()
+        self._add_modifier(undo)
+        self.weights.extend(own_copy(parameter, self.training) for parameter in shared.frozen)
+        self.shared = shared
+        undo.callback(shared.leave, self)
+        shared.join(self)
 
-    def detach(self) -> None:
-        self._undo.close()
-
-    def _add_token(self, backbone: Backbone) -> AddedWord:
+    def _add_modifier(self, undo: ExitStack) -> None:
         """The placeholder, with the modifier's vector and those of the superclass's tokens."""
-        starts = token_vectors(backbone, self.word.placeholder, self.options.initializer)
-        named = token_vectors(backbone, self.word.placeholder, self.word.superclass)
+        starts = token_vectors(self.backbone, self.word.placeholder, self.options.initializer)
+        named = token_vectors(self.backbone, self.word.placeholder, self.word.superclass)
         (count,) = {len(vectors) for vectors in named.values()}  # text encoders share a vocabulary
-        token = backbone.add_token(self.word.placeholder, self.word.superclass, 1 + count)
-        with torch.no_grad():
-            for name, vectors in token.embeddings().items():
+        self.add_word(undo, 1 + count)
+        self.vectors = 1 + count
+        for name, vectors in self.embeddings.items():
+            with torch.no_grad():
                 vectors.copy_(torch.cat([starts[name].mean(0, keepdim=True), named[name]]))
-        return token
+            vectors.register_hook(_first_row)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         options = self.options
@@ -133,33 +120,24 @@ class CustomDiffusion(PriorMethod):
             },
         ]
 
-    def state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """`<site>.weight` (h, d), the whole projection; `embedding.<encoder>` (1, d_e), the modifier token."""
         names = [f"{place.name}.weight" for place in self._attached().places]
-        tensors = dict(zip(names, self.weights, strict=True))
-        tensors |= {f"embedding.{encoder}": vectors[:1] for encoder, vectors in self.embeddings.items()}
-        return {name: tensor.detach().to("cpu").float().clone() for name, tensor in tensors.items()}
+        return {**dict(zip(names, self.weights, strict=True)), **self.word_tensors(rows=1)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See the seam.
+        """Put a `state()` back; from then on it is drawn together with the other concepts that are attached.
 
         Raises:
             EditError: the words of the concepts that are attached cannot be told apart.
             CovarianceError, ConfigError: there is no second moment to merge them by.
         """
-        shared = self._attached()
-        copy_into([*self.weights], (state[f"{place.name}.weight"] for place in shared.places))
-        with torch.no_grad():
-            for encoder, vectors in self.embeddings.items():
-                vectors[:1].copy_(state[f"embedding.{encoder}"])
-        shared.settle(self)
+        super().load_state(state)
+        self._attached().settle(self)
 
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
-        shapes = {f"{place.name}.weight": tuple(place.parameter.shape) for place in projection_places(backbone)}
-        for name, encoder in backbone.text_encoders().items():
-            table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-            shapes[f"embedding.{name}"] = (1, table.embedding_dim)
-        return shapes
+        shapes = {f"{place.name}.weight": tuple(place.now.shape) for place in projection_places(backbone)}
+        return {**shapes, **self.word_shapes(backbone, rows=1)}
 
     @torch.no_grad()
     def target_words(self, backbone: Backbone) -> Tensor:

@@ -16,7 +16,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone
 from perfusion.backbones.saving import save_pipeline
-from perfusion.editing import EditError
-from perfusion.editing.places import base_module
+from perfusion.editing.places import Place, base_module
 from perfusion.methods.base import Word, check_bounds
 from perfusion.methods.prior import PriorMethod, PriorOptions
-from perfusion.methods.weights import OwnWeights, Slot, check_unedited, copy_into, slots
+from perfusion.methods.weights import OwnWeights, check_unedited, parameter_places
 
 _DENOISER = "denoiser"  # its name in a state
 
@@ -65,62 +64,48 @@ class DreamBooth(PriorMethod):
             "weight_decay": (options.weight_decay >= 0, "at least 0"),
         }
         check_bounds(options, bounds)
-        self._undo = ExitStack()
-        self._clear()
 
-    def _clear(self) -> None:
-        self._backbone: Backbone | None = None  # None: not attached
-        self.weights = nn.ModuleDict()  # part of the model -> ParameterList, in the order of its slots
+    def clear(self) -> None:
+        super().clear()
+        self.weights = nn.ModuleDict()  # part of the model -> ParameterList, in the order of its places
 
     @property
     def phrase(self) -> str:
         """What the placeholder stands for."""
         return f"{self.options.identifier} {self.word.superclass}"
 
-    def attach(self, backbone: Backbone) -> None:
-        """See the seam.
+    def put(self, backbone: Backbone, undo: ExitStack) -> None:
+        """Put weights of its own in the places of those that are trained, and add the word.
 
         Raises:
-            EditError: this method is attached already; other concepts have changed the weights that it replaces; or it
-                shall be trained, and the backbone is not in float32.
+            EditError: other concepts have changed the weights that it replaces; or it shall be trained, and the
+                backbone is not in float32.
             TokenError: the placeholder is a word already, or the identifier cannot be read.
         """
-        if self._backbone is not None:
-            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
         check_unedited(backbone, self.word.placeholder)
         for dtype in (None, torch.bfloat16):
             backbone.fingerprint(dtype)  # of the frozen weights, which it remembers
-        with ExitStack() as undo:
-            undo.callback(self._clear)
-            for part, places in self._places(backbone).items():
-                own = OwnWeights(places, f"the concept {self.word.placeholder}", self.training)
-                self.weights[part] = nn.ParameterList(own.parameters)
-                undo.callback(own.remove)
-                own.put()
-            token = backbone.add_token(self.word.placeholder, self.phrase, vectors=None)
-            undo.callback(token.remove)
-            for embedding in token.embeddings().values():
-                embedding.requires_grad_(False)
-            self._backbone = backbone
-            self._undo = undo.pop_all()
+        for part, places in self._places(backbone).items():
+            own = OwnWeights(places, f"the concept {self.word.placeholder}", self.training)
+            self.weights[part] = nn.ParameterList(own.parameters)
+            undo.callback(own.remove)
+            own.put()
+        self.add_word(undo, vectors=None, reads_as=self.phrase, trained=False)
 
-    def detach(self) -> None:
-        self._undo.close()
-
-    def _places(self, backbone: Backbone) -> dict[str, list[Slot]]:
+    def _places(self, backbone: Backbone) -> dict[str, list[Place]]:
         """Part of the model -> the places of all its weights that are trained."""
-        parts = {_DENOISER: [*slots(backbone.denoiser)]}
+        parts = {_DENOISER: [*parameter_places(backbone.denoiser)]}
         if self.options.train_text_encoder:
             for name, encoder in backbone.text_encoders().items():
                 table = base_module(encoder.get_input_embeddings())  # type: ignore[operator]
-                parts[name] = [place for place in slots(encoder) if place.module is not table]
+                parts[name] = [place for place in parameter_places(encoder) if place.parent is not table]
         return parts
 
     def _named(self, backbone: Backbone) -> Iterator[tuple[str, nn.Parameter]]:
         """Names in a state, and what stands in these places now."""
         for part, places in self._places(backbone).items():
             for place in places:
-                yield f"{part}.{place.name}", place.parameter
+                yield f"{part}.{place.name}", place.now
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         rates = {**dict.fromkeys(self.weights, self.options.text_encoder_rate), _DENOISER: self.options.denoiser_rate}
@@ -129,13 +114,9 @@ class DreamBooth(PriorMethod):
             for part, own in self.weights.items()
         ]
 
-    def state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """`denoiser.<name>`: all weights of the denoiser; `<text encoder>.<name>` where text encoders are trained."""
-        return {name: value.detach().to("cpu").float().clone() for name, value in self._named(self._attached())}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        named = dict(self._named(self._attached()))
-        copy_into([*named.values()], (state[name] for name in named))
+        return dict(self._named(self.backbone))
 
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in self._named(backbone)}
@@ -143,12 +124,7 @@ class DreamBooth(PriorMethod):
     def export(self, folder: Path) -> list[Path]:
         """A whole pipeline, for `DiffusionPipeline.from_pretrained(folder)`; the denoiser is in half precision, as in a
         concept file. Its prompts say `phrase` instead of the placeholder."""
-        backbone = self._attached()
-        return save_pipeline(backbone.pipe, folder, half=backbone.denoiser)
-
-    def _attached(self) -> Backbone:
-        assert self._backbone is not None, "attach() first"
-        return self._backbone
+        return save_pipeline(self.backbone.pipe, folder, half=self.backbone.denoiser)
 
 
 METHOD = DreamBooth

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from peft import LoraConfig
 from peft.tuners import lora
 from safetensors.torch import save_file
@@ -30,8 +28,7 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
 from perfusion.editing import EditError
-from perfusion.editing.layer import holder_of
-from perfusion.editing.places import base_module
+from perfusion.editing.places import Place, base_module
 from perfusion.files import atomic_path
 from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 
@@ -78,50 +75,37 @@ class LoRA(Method):
                 "scale": (math.isfinite(options.scale), "a finite number"),
             },
         )
-        self._undo = ExitStack()
-        self._clear()
 
-    def _clear(self) -> None:
-        self._layers: dict[str, _Place] = {}  # name of the projection -> where its layer is; empty: not attached
-        self.down, self.up = nn.ParameterList(), nn.ParameterList()  # A (r, d) and B (h, r) of each layer
+    def clear(self) -> None:
+        super().clear()
+        self._adapters: dict[str, _Adapter] = {}  # by the name of the projection
+        self.down, self.up = nn.ParameterList(), nn.ParameterList()  # A (r, d) and B (h, r) of each adapter
         self._scale = 1.0
 
-    def attach(self, backbone: Backbone) -> None:
-        """See the seam. A is drawn from torch's global generator, which is left as it was.
+    def put(self, backbone: Backbone, undo: ExitStack) -> None:
+        """Add the word, and put a layer around every projection that is a target. A is drawn from torch's global
+        generator, which is left as it was.
 
         Raises:
-            EditError: this method is attached already.
             BackboneError: the projections are fused.
             TokenError: the word cannot be added to the vocabulary.
             ConfigError: nothing in the denoiser is called as an option of `targets` says.
         """
-        if self._layers:
-            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
         backbone.edit_sites()  # which it refuses where they are fused
-        found = _projections(backbone.denoiser, self.options.targets)
-        with ExitStack() as undo:
-            undo.callback(self._clear)
-            phrase = f"{self.options.identifier.strip()} {self.word.superclass}"
-            token = backbone.add_token(self.word.placeholder, phrase, vectors=None)
-            undo.callback(token.remove)
-            for vectors in token.embeddings().values():
-                vectors.requires_grad_(False)
-            with torch.random.fork_rng(devices=[]):
-                layers = {name: self._layer(getattr(*place)) for name, place in found.items()}
-            for name, layer in layers.items():
-                place = _Place(layer, *found[name])
-                place.enter()
-                undo.callback(place.leave)
-                self._layers[name] = place
-                self.down.append(layer.lora_A[ADAPTER].weight)
-                self.up.append(layer.lora_B[ADAPTER].weight)
-            hook = backbone.denoiser.register_forward_pre_hook(self._before_call)
-            undo.callback(hook.remove)
-            self.scale = self._own_scale()
-            self._undo = undo.pop_all()
-
-    def detach(self) -> None:
-        self._undo.close()
+        places = _projections(backbone.denoiser, self.options.targets)
+        phrase = f"{self.options.identifier.strip()} {self.word.superclass}"
+        self.add_word(undo, vectors=None, reads_as=phrase, trained=False)
+        with torch.random.fork_rng(devices=[]):
+            adapters = [_Adapter(self._layer(place.now), place) for place in places]
+        for adapter in adapters:
+            adapter.place.put(adapter.layer)
+            undo.callback(adapter.leave)
+            self._adapters[adapter.place.name] = adapter
+            self.down.append(adapter.layer.lora_A[ADAPTER].weight)
+            self.up.append(adapter.layer.lora_B[ADAPTER].weight)
+        hook = backbone.denoiser.register_forward_pre_hook(self._before_call)
+        undo.callback(hook.remove)
+        self.scale = self._own_scale()
 
     def _layer(self, projection: nn.Module) -> lora.Linear:
         config = LoraConfig(r=self.options.rank, lora_alpha=self.options.alpha)  # type: ignore[arg-type]
@@ -133,7 +117,7 @@ class LoRA(Method):
     def train(self, mode: bool = True) -> LoRA:
         """Training or eval mode, with the scale of each; one that was set is given up."""
         super().train(mode)
-        if self._layers:
+        if self._adapters:
             self.scale = self._own_scale()
         return self
 
@@ -150,12 +134,12 @@ class LoRA(Method):
         if not math.isfinite(value):
             raise EditError(f"scale of {self.word.placeholder}: found {value!r}, expected a finite number")
         self._scale = float(value)
-        for place in self._layers.values():
-            place.layer.set_scale(ADAPTER, self._scale)
+        for adapter in self._adapters.values():
+            adapter.layer.set_scale(ADAPTER, self._scale)
 
     def _before_call(self, denoiser: nn.Module, args: Any) -> None:
-        for name, place in self._layers.items():
-            if problem := place.problem():
+        for name, adapter in self._adapters.items():
+            if problem := adapter.problem():
                 raise EditError(
                     f"{name}: found the LoRA of {self.word.placeholder} {problem}, which would silently draw without "
                     "the concept; expected it in its place: undo that, or detach() the concept and attach it again"
@@ -165,29 +149,19 @@ class LoRA(Method):
         rates = {"lr": self.options.adapter_rate, "weight_decay": self.options.weight_decay}
         return [{"name": "adapter", "params": [*self.down, *self.up], **rates}]
 
-    def state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """For every projection `<its name>.lora_A.weight`, A (r, d), and `<its name>.lora_B.weight`, B (h, r)."""
-        return {
-            name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in self._named_weights().items()
-        }
-
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, weight in self._named_weights().items():
-            weight.copy_(state[name])
-
-    def _named_weights(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
-        for name, a, b in zip(self._layers, self.down, self.up, strict=True):
+        for name, a, b in zip(self._adapters, self.down, self.up, strict=True):
             named |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
         return named
 
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, place in _projections(backbone.denoiser, self.options.targets).items():
-            plain: Any = base_module(getattr(*place))
-            shapes[f"{name}.lora_A.weight"] = (self.options.rank, plain.in_features)
-            shapes[f"{name}.lora_B.weight"] = (plain.out_features, self.options.rank)
+        for place in _projections(backbone.denoiser, self.options.targets):
+            plain: Any = base_module(place.now)
+            shapes[f"{place.name}.lora_A.weight"] = (self.options.rank, plain.in_features)
+            shapes[f"{place.name}.lora_B.weight"] = (plain.out_features, self.options.rank)
         return shapes
 
     def export(self, folder: Path) -> list[Path]:
@@ -198,7 +172,7 @@ class LoRA(Method):
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LORA_WEIGHT_NAME_SAFE
-        config = {"r": self.options.rank, "lora_alpha": self.options.alpha, "target_modules": sorted(self._layers)}
+        config = {"r": self.options.rank, "lora_alpha": self.options.alpha, "target_modules": sorted(self._adapters)}
         described = json.dumps({f"{_PREFIX}.{key}": value for key, value in config.items()})
         weights = {f"{_PREFIX}.{name}": weight for name, weight in self.state().items()}
         with atomic_path(path) as temporary:
@@ -207,15 +181,11 @@ class LoRA(Method):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A layer of PEFT around a projection, at the attribute of a module; other tuner layers may come around it."""
+class _Adapter:
+    """A layer of PEFT around the projection at a place; other tuner layers may come around it."""
 
     layer: lora.Linear
-    parent: nn.Module
-    attribute: str
-
-    def enter(self) -> None:
-        setattr(self.parent, self.attribute, self.layer)
+    place: Place
 
     def leave(self) -> None:
         """Take the adapter out; and the layer, unless LoRA weights that were loaded later live in it."""
@@ -224,14 +194,14 @@ class _Place:
             active = [name for name in self.layer.active_adapters if name != ADAPTER]
             self.layer.set_adapter(active, inference_mode=True)
             self.layer.delete_adapter(ADAPTER)
-        elif holder := holder_of(self.layer, self.parent, self.attribute):
-            setattr(*holder, self.layer.base_layer)
+        elif holder := self.place.holder(self.layer):
+            holder.put(self.layer.base_layer)
 
     def problem(self) -> str | None:
         """Why the layer does not act, if it does not."""
-        if holder_of(self.layer, self.parent, self.attribute) is None:
+        if self.place.holder(self.layer) is None:
             return "taken out (by unload_lora_weights, say)"
-        if isinstance(getattr(self.parent, "processor", None), FusedAttnProcessor2_0):
+        if self.place.fused:
             return "bypassed (by fuse_qkv_projections)"
         if self.layer.merged:
             return "merged into the model (by fuse_lora)"
@@ -240,17 +210,17 @@ class _Place:
         return None
 
 
-def _projections(denoiser: nn.Module, targets: list[str]) -> dict[str, tuple[nn.Module, str]]:
-    """Name -> module and attribute that hold it, of every linear layer whose name ends in one of `targets`; in module
-    order, and whatever is around it by now. Raises ConfigError for a target without any."""
+def _projections(denoiser: nn.Module, targets: list[str]) -> list[Place]:
+    """Of every linear layer whose name ends in one of `targets`, in module order, and whatever is around it by now.
+    Raises ConfigError for a target without any."""
     denoiser = base_module(denoiser)
-    found: dict[str, tuple[nn.Module, str]] = {}
+    found: list[Place] = []
     unused = dict.fromkeys(targets)
     for name, module in denoiser.named_modules():
         ends = [target for target in targets if f".{name}".endswith(f".{target}")]
         if ends and isinstance(base_module(module), nn.Linear):
             parent, _, attribute = name.rpartition(".")
-            found[name] = denoiser.get_submodule(parent), attribute
+            found.append(Place(name, denoiser.get_submodule(parent), attribute))
             unused = {target: None for target in unused if target not in ends}
     if unused:
         raise ConfigError(

@@ -12,7 +12,7 @@ from perfusion.backbones.base import Backbone
 from perfusion.editing import EditError
 from perfusion.editing.equations import precision_times
 from perfusion.methods.base import Word
-from perfusion.methods.weights import check_free, check_trainable, projection_places
+from perfusion.methods.weights import check_free, check_trainable, owner_of, projection_places
 
 
 class Member(Protocol):
@@ -37,14 +37,14 @@ class SharedProjections:
     @classmethod
     def of(cls, backbone: Backbone) -> SharedProjections:
         """Those of the concepts that are attached to `backbone`; new ones if there are none."""
-        owner = projection_places(backbone)[0].owner
+        owner = owner_of(projection_places(backbone)[0])
         return owner if isinstance(owner, cls) else cls(backbone)
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.places = projection_places(backbone)
         check_free(self.places)
-        self.frozen = [place.parameter for place in self.places]
+        self.frozen = [place.now for place in self.places]
         self.members: list[Member] = []
         self._settled: list[Member] = []
 

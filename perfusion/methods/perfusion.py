@@ -72,49 +72,38 @@ class Perfusion(Method):
     def __init__(self, options: PerfusionOptions, word: Word) -> None:
         super().__init__(options, word)
         _check(options)
-        self._undo = ExitStack()
-        self._clear()
 
-    def _clear(self) -> None:
-        self.gate: PromptGate | None = None  # None: not attached
+    def clear(self) -> None:
+        super().clear()
+        self.gate: PromptGate | None = None
         self.values, self.keys = nn.ParameterList(), nn.ParameterList()  # o*_V, trained o*_K: (1, h) for each site
-        self.embeddings = nn.ParameterDict()  # text encoder -> (vectors, d_e)
 
-    def attach(self, backbone: Backbone) -> None:
-        """See the seam. In eval mode the second moment is computed only if no state that holds its part is loaded.
+    def put(self, backbone: Backbone, undo: ExitStack) -> None:
+        """Edit all K and V, and add the word. In eval mode the second moment is computed only if no state that holds
+        its part is loaded.
 
         Raises:
-            EditError: this method is attached already; or an edit is there: any, if this concept is being trained,
-                else one that is being trained; or another concept's own K and V are.
+            EditError: an edit is there: any, if this concept is being trained, else one that is being trained; or
+                another concept's own K and V are.
             TokenError: the word cannot be added to the vocabulary.
         """
-        if self.gate is not None:
-            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
         check_free(projection_places(backbone))
-        with ExitStack() as undo:
-            undo.callback(self._clear)
-            s = superclass_encoding(backbone, self.word.superclass)
-            self._directions = _Directions(backbone)
-            self.gate = PromptGate(s[None], self._directions, s[None], *self._gate_settings())
-            sites = backbone.edit_sites()
-            outputs = {site.name: self._target_outputs(site, s) for site in sites}
-            # A concept that is trained has the model for itself; trained ones may come together.
-            edit = attach_edit(sites, backbone.denoiser, self.gate, outputs, join=not self.training)
-            undo.callback(edit.detach)
-            self.gate.label = self.word.placeholder
-            self._edit = edit
-            token = backbone.add_token(self.word.placeholder, self.word.superclass, self.options.vectors)
-            undo.callback(token.remove)
-            self.embeddings.update(token.embeddings())
-            self._token, self._lock = token, KeyLock.none if len(self.keys) else KeyLock.local
-            if self.training:
-                self.gate.settle()
-            elif self.options.key_lock is GLOBAL:
-                self.key_lock = "global"
-            self._undo = undo.pop_all()
-
-    def detach(self) -> None:
-        self._undo.close()
+        s = superclass_encoding(backbone, self.word.superclass)
+        self._directions = _Directions(backbone)
+        self.gate = gate = PromptGate(s[None], self._directions, s[None], *self._gate_settings())
+        gate.label = self.word.placeholder
+        sites = backbone.edit_sites()
+        outputs = {site.name: self._target_outputs(site, s) for site in sites}
+        # A concept that is trained has the model for itself; trained ones may come together.
+        self._edit = attach_edit(sites, backbone.denoiser, gate, outputs, join=not self.training)
+        undo.callback(self._edit.detach)
+        self._added = self.add_word(undo, self.options.vectors)
+        self.beta = gate.beta  # which may leave the word out
+        self._lock = KeyLock.none if len(self.keys) else KeyLock.local
+        if self.training:
+            gate.settle()
+        elif self.options.key_lock is GLOBAL:
+            self.key_lock = "global"
 
     def _target_outputs(self, site: EditSite, s: Tensor) -> nn.Parameter | None:
         """What `attach_edit` asks of a site: its own parameter (1, h), starting at W s, or None where it is locked."""
@@ -147,7 +136,7 @@ class Perfusion(Method):
     def beta(self, value: float | Tensor) -> None:
         gate = self._attached()
         gate.beta = value
-        self._token.leave_out(gate.left_out if gate.leaves_out else None)
+        self._added.leave_out(gate.left_out if gate.leaves_out else None)
 
     @property
     def tau(self) -> float | Tensor:
@@ -176,7 +165,7 @@ class Perfusion(Method):
             )
         if value != self._lock.name:
             self._lock = KeyLock[value]
-            self._edit.lock(self._token.lock_keys(self._lock is GLOBAL))
+            self._edit.lock(self._added.lock_keys(self._lock is GLOBAL))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [
@@ -192,7 +181,7 @@ class Perfusion(Method):
         mean = encoding.mean_at_word().to(gate.target_inputs)
         gate.move(torch.lerp(mean[None], gate.target_inputs, self.options.ema), self._directions)
 
-    def state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """`target_input` i* (d,); `direction` C⁻¹i* (d,), its largest entry ±1; `values` (Σh,), the o*_V of all sites
         one after the other in the backbone's order; `embedding.<encoder>` (vectors, d_e); `keys` (Σh,) if trained.
 
@@ -205,11 +194,11 @@ class Perfusion(Method):
             "target_input": gate.target_inputs[0],
             "direction": gate.directions[0],
             "values": torch.cat([*self.values], dim=1)[0],
-            **{f"embedding.{encoder}": vectors for encoder, vectors in self.embeddings.items()},
+            **self.word_tensors(),
         }
         if len(self.keys):
             tensors["keys"] = torch.cat([*self.keys], dim=1)[0]
-        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
+        return tensors
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -220,8 +209,8 @@ class Perfusion(Method):
                 parts = state[name].split([parameter.shape[1] for parameter in parameters])
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.copy_(part[None])
-        for encoder, vectors in self.embeddings.items():
-            vectors.copy_(state[f"embedding.{encoder}"])
+        for name, vectors in self.word_tensors().items():
+            vectors.copy_(state[name])
         self._warn_of_twins()
 
     def _warn_of_twins(self) -> None:
@@ -243,9 +232,7 @@ class Perfusion(Method):
         (d,) = {d for _, _, d in sites}
         size = {kind: sum(h for k, h, _ in sites if k == kind) for kind in ("k", "v")}
         shapes: dict[str, tuple[int, ...]] = {"target_input": (d,), "direction": (d,), "values": (size["v"],)}
-        for name, encoder in backbone.text_encoders().items():
-            table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-            shapes[f"embedding.{name}"] = (self.options.vectors, table.embedding_dim)
+        shapes |= self.word_shapes(backbone, self.options.vectors)
         if self.options.key_lock is KeyLock.none:
             shapes["keys"] = (size["k"],)
         return shapes

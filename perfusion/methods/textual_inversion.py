@@ -7,18 +7,15 @@ AdamW's usual weight decay (the paper: 5,000 steps of 8 at 5e-3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from perfusion.backbones.base import Backbone
-from perfusion.editing import EditError
-from perfusion.editing.words import AddedWord
 from perfusion.files import atomic_path
 from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 
@@ -52,49 +49,22 @@ class TextualInversion(Method):
                 "vectors": (options.vectors >= 1, "at least 1"),
             },
         )
-        self._token: AddedWord | None = None  # None: not attached
-        self.embeddings = nn.ParameterDict()  # text encoder -> (vectors, d_e)
 
-    def attach(self, backbone: Backbone) -> None:
-        """See the seam.
-
-        Raises:
-            EditError: this method is attached already.
-            TokenError: the word cannot be added to the vocabulary.
-        """
-        if self._token is not None:
-            raise EditError(f"{self.word.placeholder}: found it attached already, expected detach() before attach()")
-        self._token = backbone.add_token(self.word.placeholder, self.word.superclass, self.options.vectors)
-        self.embeddings.update(self._token.embeddings())
-
-    def detach(self) -> None:
-        if self._token is not None:
-            self._token.remove()
-        self._token, self.embeddings = None, nn.ParameterDict()
+    def put(self, backbone: Backbone, undo: ExitStack) -> None:
+        """Add the word; raises as `add_word`."""
+        self.add_word(undo, self.options.vectors)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         vectors = [*self.embeddings.values()]
         rates = {"lr": self.options.embedding_rate, "weight_decay": self.options.weight_decay}
         return [{"name": "embedding", "params": vectors, **rates}]
 
-    def state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """`embedding.<encoder>` (vectors, d_e)."""
-        return {
-            f"embedding.{encoder}": vectors.detach().to("cpu", torch.float32, copy=True)
-            for encoder, vectors in self.embeddings.items()
-        }
-
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for encoder, vectors in self.embeddings.items():
-            vectors.copy_(state[f"embedding.{encoder}"])
+        return self.word_tensors()
 
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, encoder in backbone.text_encoders().items():
-            table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
-            shapes[f"embedding.{name}"] = (self.options.vectors, table.embedding_dim)
-        return shapes
+        return self.word_shapes(backbone, self.options.vectors)
 
     def export(self, folder: Path) -> list[Path]:
         """`learned_embeds.safetensors`, and `learned_embeds_2.safetensors` of a second text encoder.
