@@ -154,7 +154,7 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
         ConfigError: None, and no run folder's config lies beside the concept's file.
         ConceptImageError: the pictures cannot be read.
     """
-    from perfusion.data.dataset import load_examples
+    from perfusion.data.examples import load_examples
     from perfusion.data.images import find_images
     from perfusion.training.data import examples_of
     from perfusion.training.run_folder import read_config

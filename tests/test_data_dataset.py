@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from perfusion.data.dataset import Examples, StepDataset, load_examples, seed_of
+from perfusion.data.dataset import StepDataset, seed_of
+from perfusion.data.examples import Examples, load_examples
 from perfusion.data.images import ConceptImageError
 
 PROMPTS = ["a photo of a <cat*>", "a good photo of a <cat*>", "a picture of the <cat*>"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perfusion.data.crop import fit
+from perfusion.data.examples import fit
 from perfusion.data.images import ConceptImageError
 from perfusion.data.masks import check_aspect, find_masks, mask_to_latent, normalise_mask, read_mask
 

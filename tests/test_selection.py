@@ -20,7 +20,7 @@ from torch import Tensor
 from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.config import ConfigError
-from perfusion.data.dataset import Examples
+from perfusion.data.examples import Examples
 from perfusion.data.prompts import PromptError
 from perfusion.methods.base import Method, Word, build
 from perfusion.sampling import sample

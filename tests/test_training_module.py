@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, CovarianceConfig, ToylandConcept, TrainConfig
-from perfusion.data.dataset import Examples, seed_of
+from perfusion.data.dataset import seed_of
+from perfusion.data.examples import Examples
 from perfusion.data.images import ConceptImageError
 from perfusion.methods.base import Batch, Method, Word, build
 from perfusion.toyland.draw import render

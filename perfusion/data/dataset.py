@@ -1,92 +1,15 @@
-"""What a training sees: the concept's pictures as tensors, and for every step and slot the draws that belong to it."""
+"""For every step and slot of a training the draws that belong to it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TypedDict
 
-import numpy as np
 import torch
-from PIL.Image import Image, fromarray
 from torch import Tensor
 from torch.utils.data import Dataset
-
-from perfusion.data.crop import fit
-from perfusion.data.images import find_images, read_image
-from perfusion.data.masks import check_aspect, find_masks, read_mask
-
-Segment = Callable[[Image, Path], np.ndarray]  # a picture, and what messages call it
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The n pictures of one concept.
-
-    Attributes:
-        pixels: float32 (n, 3, R, R) in [-1, 1].
-        masks: float32 (n, 1, R, R) in [0, 1], none of them zero everywhere; or None.
-        names: n file names, for messages.
-    """
-
-    pixels: Tensor
-    masks: Tensor | None
-    names: list[str]
-
-    def __post_init__(self) -> None:
-        n, channels, height, width = self.pixels.shape
-        assert n == len(self.names) > 0 and channels == 3 and height == width
-        assert self.masks is None or self.masks.shape == (n, 1, height, width)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def pictures(self) -> list[Image]:
-        """The n pictures as they are after cropping and scaling, RGB."""
-        values = ((self.pixels + 1) * 127.5).round().clamp(0, 255).byte()
-        return [fromarray(picture.permute(1, 2, 0).numpy()) for picture in values]
-
-
-def load_examples(
-    images_spec: str | Sequence[str],
-    masks_spec: str | Sequence[str] | None,
-    resolution: int,
-    base: Path | None = None,
-    segment: Segment | None = None,
-) -> Examples:
-    """The pictures, and masks if any, that a person named, cropped and scaled by `crop.fit` to R = `resolution`.
-
-    Args:
-        images_spec: as in `images.find_images`.
-        masks_spec: as in `masks.find_masks`; None for none.
-        resolution: R, in pixels.
-        base: the folder that relative paths start from; default: the working directory.
-        segment: gives a picture's mask, float32 (H, W) in [0, 1] of its aspect ratio, where `masks_spec` is None.
-
-    Raises:
-        ConceptImageError: anything that is wrong with the files, each of which is decoded in full here, or what
-            `segment` raises.
-    """
-    assert masks_spec is None or segment is None
-    paths = find_images(images_spec, base)
-    mask_paths = [None] * len(paths) if masks_spec is None else find_masks(masks_spec, paths, base)
-    pixels: list[Tensor] = []
-    masks: list[Tensor] = []
-    for path, mask_path in zip(paths, mask_paths, strict=True):
-        image, mask = read_image(path), None
-        if mask_path is not None:
-            mask = read_mask(mask_path)
-            check_aspect(mask, mask_path, image, path)
-        elif segment is not None:
-            mask = segment(image, path)
-        square, square_mask = fit(image, mask, resolution)
-        pixels.append(square)
-        if square_mask is not None:
-            masks.append(square_mask[None])
-    return Examples(torch.stack(pixels), torch.stack(masks) if masks else None, [path.name for path in paths])
 
 
 def seed_of(*parts: int | float | str) -> int:

@@ -107,7 +107,7 @@ def check_aspect(mask: np.ndarray, mask_path: Path, image: Image.Image, image_pa
 def normalise_mask(mask: Tensor) -> Tensor:
     """Each mask (..., H, W) divided by its own maximum (Perfusion weights its loss by such a soft mask).
 
-    The maximum must be above zero, which `read_mask` and `crop.fit` see to.
+    The maximum must be above zero, which `read_mask` and `examples.fit` see to.
     """
     peak = mask.amax(dim=(-2, -1), keepdim=True)
     assert bool((peak > 0).all()), "a mask is zero everywhere"

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perfusion.data.crop import fit
 from perfusion.data.dataset import seed_of
+from perfusion.data.examples import fit
 from perfusion.data.images import ConceptImageError, find_images, read_image
 from perfusion.files import atomic_path, atomic_write_text
 
@@ -42,7 +42,7 @@ class PriorImages:
         return len(self.paths)
 
     def pixels(self, start: int, stop: int, resolution: int) -> Tensor:
-        """Pictures `start` to `stop`, float32 (k, 3, R, R) in [-1, 1], see `crop.fit`. Raises ConceptImageError."""
+        """Pictures `start` to `stop`, float32 (k, 3, R, R) in [-1, 1], see `examples.fit`. Raises ConceptImageError."""
         return torch.stack([fit(read_image(path), None, resolution)[0] for path in self.paths[start:stop]])
 
 

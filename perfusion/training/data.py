@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
 from perfusion.data import clipseg
-from perfusion.data.crop import fit
-from perfusion.data.dataset import Draw, Examples, StepDataset, load_examples, seed_of
+from perfusion.data.dataset import Draw, StepDataset, seed_of
+from perfusion.data.examples import Examples, fit, load_examples
 from perfusion.data.masks import mask_to_latent
 from perfusion.data.prior import PriorImages
 from perfusion.data.prompts import fill, templates
