@@ -40,16 +40,14 @@ class Tint(Method):
     Options = TintOptions
     dials = (Dial("glow"), Dial("side", number=False))
 
-    def __init__(self, options, word):
-        super().__init__(options, word)
-        self.glow, self.side, self.offset, self._undo = 1.0, "up", None, []
+    def clear(self):
+        super().clear()
+        self.glow, self.side, self.offset = 1.0, "up", None
 
-    def attach(self, backbone):
-        channels = backbone.latent_shape()[0]
-        self.offset = nn.Parameter(torch.zeros(channels, 1, 1))
-        hook = backbone.denoiser.register_forward_hook(self._add)
-        token = backbone.add_token(self.word.placeholder, self.word.superclass)
-        self._undo = [hook.remove, token.remove]
+    def put(self, backbone, undo):
+        self.offset = nn.Parameter(torch.zeros(backbone.latent_shape()[0], 1, 1))
+        undo.callback(backbone.denoiser.register_forward_hook(self._add).remove)
+        self.add_word(undo, vectors=1, trained=False)
 
     def _add(self, module, given, result):
         offset = self.glow * self.offset * (1 if self.side == "up" else -1)
@@ -58,18 +56,11 @@ class Tint(Method):
         result.sample = result.sample + offset
         return result
 
-    def detach(self):
-        while self._undo:
-            self._undo.pop()()
-
     def parameter_groups(self):
         return [{"name": "offset", "params": [self.offset], "lr": self.options.rate}]
 
-    def state(self):
-        return {"offset": self.offset.detach().float().clone()}
-
-    def load_state(self, state):
-        self.offset.data.copy_(state["offset"])
+    def tensors(self):
+        return {"offset": self.offset}
 
     def state_shapes(self, backbone):
         return {"offset": (backbone.latent_shape()[0], 1, 1)}
