@@ -69,6 +69,33 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def bfloat16_pays() -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 here: on CUDA, and on CPUs with such arithmetic."""
+    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.cuda.is_available() or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 for what may be less exact, where that is faster; else nothing."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=bfloat16_pays())
+
+
+def start_from(path: Path, modules: dict[str, nn.Module]) -> None:
+    """Copy the averaged weights of an earlier training's state into `modules`, as far as name and shape are the same.
+
+    Nothing happens without such a file: then training starts from random weights.
+    """
+    if not path.exists():
+        return
+    tensors = load_file(path)
+    with torch.no_grad():
+        for part, module in modules.items():
+            for key, parameter in module.named_parameters():
+                known = tensors.get(f"ema/{part}.{key}")
+                if known is not None and known.shape == parameter.shape:
+                    parameter.copy_(known)
+
+
 def _is_matrix(key: str, parameter: Tensor) -> bool:
     """Whether Muon should move the parameter: a hidden layer's weight, large in both dimensions."""
     return parameter.ndim >= 2 and "embed" not in key and min(len(parameter), parameter[0].numel()) > 3
@@ -124,7 +151,7 @@ class BudgetedTraining:
         rest = [value for key, value in self.parameters.items() if key not in matrices]
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            self.optimizers.append(Muon(matrices.values(), lr=rate))
+            self.optimizers.append(Muon(matrices.values(), rate, dtype=torch.bfloat16 if bfloat16_pays() else torch.float32))
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=ADAM_SHARE * rate, betas=(0.9, 0.99), weight_decay=0.01))
         self.step, self.samples, self.elapsed, self.loss = 0, 0, 0.0, math.nan

@@ -28,14 +28,16 @@ from perfusion.toyland.train_decoder import train_decoder
 from perfusion.toyland.train_diffusion import train_diffusion
 from perfusion.toyland.train_reader import train_reader
 from perfusion.toyland.train_scorer import train_scorer
+from perfusion.toyland.train_words import train_words
 
 # Of the minutes.
-SHARES = {"autoencoder": 0.21, "decoder": 0.06, "scorer": 0.07, "reader": 0.13, "diffusion": 0.53}
+SHARES = {"autoencoder": 0.18, "decoder": 0.08, "scorer": 0.08, "reader": 0.12, "words": 0.04, "diffusion": 0.5}
 STAGES = (*SHARES, "assemble")
 
 USAGE = """
-Train Toyland from nothing: autoencoder, its decoder once more, scorer, attribute reader, then text encoder and UNet
-together. only= takes one of these stages: autoencoder, decoder, scorer, reader, diffusion, assemble.
+Train Toyland from nothing: autoencoder, its decoder once more against a discriminator, scorer, attribute reader, text
+encoder, then text encoder and UNet together. only= takes one of these stages: autoencoder, decoder, scorer, reader,
+words, diffusion, assemble.
 
   python -m perfusion.toyland.build minutes=90 folder=toyland-build out=toyland-weights
 
@@ -115,6 +117,8 @@ def build(config: BuildConfig) -> None:
         run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, pool, processes=config.processes)
     if "reader" in wanted:
         run_workers(train_reader, folder, seconds["reader"], config.seed + 2, pool, processes=config.processes)
+    if "words" in wanted:
+        run_workers(train_words, folder, seconds["words"], config.seed, processes=config.processes)
     if "diffusion" in wanted:
         workers = (folder, seconds["diffusion"], config.scenes, config.seed)
         run_workers(train_diffusion, *workers, processes=config.processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from perfusion.toyland.world import (
     wears_held_out,
 )
 
-MAX_WORDS = 20
+MAX_WORDS = 22  # two positions of the encoder are its marks of beginning and end
 ARTICLES = ("a", "a", "a", "a", "a", "a", "the", "one", "my", "this")
 PREFIXES: dict[str, tuple[str, ...]] = {
     "photo": ("a photo of", "a photo of", "a picture of", "an image of", "", ""),
@@ -52,8 +53,10 @@ WORN_PHRASES = ("wearing", "wearing", "in", "with")
 SUPPORT_PHRASES = {"skateboard": "on a skateboard", "boat": "in a boat", "box": "in a box"}
 
 
-_LOOKS = frozenset({*COLOURS, *PATTERNS})
-_ADJECTIVES = _LOOKS | {*NEUTRAL_ADJECTIVES, "sleeping"}
+COMPLETE = 0.75  # share of captions that say everything there is to say
+_DETAILED = ("eyed", "trimmed")  # "green-eyed" of living things, "green-trimmed" of the others
+_LOOKS = frozenset({*COLOURS, *DETAILS, *PATTERNS, *_DETAILED, "-"})
+_ADJECTIVES = _LOOKS | {*NEUTRAL_ADJECTIVES}
 
 
 class CaptionError(ValueError):
@@ -62,7 +65,10 @@ class CaptionError(ValueError):
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and where its objects are named (indices into `words`, objects in the order they are named)."""
+    """A caption and where its objects are named (indices into `words`, objects in the order they are named).
+
+    A hyphen is a word of its own, as it is a token of its own: "green", "-", "eyed".
+    """
 
     words: tuple[str, ...]
     nouns: tuple[int, ...]
@@ -70,7 +76,7 @@ class Caption:
 
     @property
     def text(self) -> str:
-        return " ".join(self.words)
+        return " ".join(self.words).replace(" - ", "-")
 
 
 @dataclass
@@ -88,65 +94,58 @@ def vocabulary() -> tuple[str, ...]:
     """Every word a caption can contain, sorted, each once."""
     phrases = [*ARTICLES, *SUPERCLASSES, *COLOURS, *DETAILS, *PATTERNS, *WORN[1:], *SUPPORTS[1:], *WORN_PHRASES]
     phrases += [p for group in (*PREFIXES.values(), *PLACE_PHRASES.values()) for p in group]
-    phrases += [*NEUTRAL_PREFIXES, *NEUTRAL_ADJECTIVES, *SUPPORT_PHRASES.values()]
-    phrases += ["and", "next to", "an", "sleeping", "with eyes"]
+    phrases += [*NEUTRAL_PREFIXES, *NEUTRAL_ADJECTIVES, *SUPPORT_PHRASES.values(), *_DETAILED]
+    phrases += ["and", "next to", "an", "with eyes", "-"]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
-@dataclass(frozen=True)
-class Wording:
-    """What captions of a scene say of it.
+def _adjectives(placed: Placed, rng: np.random.Generator, complete: bool) -> list[list[str]]:
+    """The looks of an object in their order, in groups that are kept or dropped as a whole.
 
-    Attributes:
-        name_held_out: whether one may name both halves of a HELD_OUT pair; else place or worn thing is left out.
-        thorough: whether one that describes a toy names all that has a word: both colours, the pattern, most eyes.
+    All stand before the noun, so that a causal encoder can carry them to the noun's own token.
     """
-
-    name_held_out: bool = True
-    thorough: bool = False
-
-
-def _adjectives(placed: Placed, rng: np.random.Generator, thorough: bool) -> list[list[str]]:
-    """Groups of adjectives in order, each kept or dropped as a whole."""
     instance = placed.instance
     groups: list[list[str]] = []
-    if placed.asleep and rng.random() < 0.8:
-        groups.append(["sleeping"])
     roll = rng.random()
-    if roll < (0.1 if thorough else 0.2):
-        return groups
-    if instance.pattern != "plain":
-        if roll < 0.5 or thorough:
-            groups.append([instance.second, instance.pattern])
-        elif roll < 0.72:
-            groups.append([instance.pattern])
-    groups.append([instance.body])
+    if complete or roll < 0.3:
+        # Sunglasses hide eyes.
+        if instance.superclass not in LIVING:
+            groups.append([instance.detail, "-", "trimmed"])
+        elif placed.worn != "sunglasses":
+            groups.append([instance.detail, "-", "eyed"])
+    if complete or 0.2 < roll < 0.6:
+        groups.append([instance.pattern] if instance.pattern == "plain" else [instance.second, instance.pattern])
+    elif 0.6 < roll < 0.75:
+        groups.append([instance.pattern])
+    if complete or roll > 0.25:
+        groups.append([instance.body])
     return groups
 
 
 def _object_chunks(
-    index: int, placed: Placed, rng: np.random.Generator, short: bool, neutral: bool, wording: Wording
+    index: int, placed: Placed, rng: np.random.Generator, short: bool, complete: bool, name_held_out: bool
 ) -> list[_Chunk]:
-    """An object phrase: article, adjectives, noun, then eyes, worn thing and support."""
+    """An object phrase: article, adjectives, noun, then worn thing and support."""
     instance = placed.instance
     chunks = [_Chunk([pick(rng, ARTICLES)])]
-    if neutral and rng.random() < 0.35:
-        chunks.append(_Chunk([pick(rng, NEUTRAL_ADJECTIVES)], drop=6))
     if not short:
-        for group in _adjectives(placed, rng, wording.thorough):
-            drop = 4 if len(group) == 2 else 2
+        if not complete and rng.random() < 0.15:
+            chunks.append(_Chunk([pick(rng, NEUTRAL_ADJECTIVES)], drop=6))
+        for group in _adjectives(placed, rng, complete):
+            drop = {1: 2, 2: 4, 3: 5}[len(group)]
             chunks.append(_Chunk(group, drop=drop, adjective_of=index, tie=rng.random()))
     chunks.append(_Chunk([instance.superclass], noun=True))
     if short:
         return chunks
-    eyes_show = instance.superclass in LIVING and not placed.asleep and placed.worn != "sunglasses"
-    if eyes_show and rng.random() < (0.6 if wording.thorough else 0.15):
+    said = any("eyed" in chunk.words for chunk in chunks)
+    if not said and instance.superclass in LIVING and placed.worn != "sunglasses" and rng.random() < 0.1:
         chunks.append(_Chunk(["with", instance.detail, "eyes"], drop=5, tie=rng.random()))
     after: list[_Chunk] = []
-    if placed.worn != "none" and rng.random() < 0.85 and (wording.name_held_out or not wears_held_out(placed)):
+    often = 1.0 if complete else 0.7
+    if placed.worn != "none" and rng.random() < often and (name_held_out or not wears_held_out(placed)):
         thing = [placed.worn] if placed.worn == "sunglasses" else ["a", placed.worn]
         after.append(_Chunk([pick(rng, WORN_PHRASES), *thing], drop=1, tie=rng.random()))
-    if placed.support != "none" and rng.random() < 0.85:
+    if placed.support != "none" and rng.random() < often:
         after.append(_Chunk(SUPPORT_PHRASES[placed.support].split(), drop=1, tie=rng.random()))
     if len(after) == 2 and rng.random() < 0.3:
         after.reverse()
@@ -179,26 +178,31 @@ def _assemble(chunks: list[_Chunk]) -> Caption:
     return Caption(_with_articles(words), tuple(nouns), tuple(tuple(adjectives.get(i, ())) for i in range(len(nouns))))
 
 
-def caption(scene: Scene, rng: np.random.Generator, wording: Wording = Wording()) -> Caption:
-    """A caption of the scene; wording varies and attributes are left out at random, a non-photo style never is."""
-    short = rng.random() < 0.1
-    neutral = scene.style == "photo" and not short and rng.random() < 0.1
+def caption(scene: Scene, rng: np.random.Generator, name_held_out: bool = True) -> Caption:
+    """A caption of the scene. Three of four say everything that fits into it, the others are as short as prompts are.
+
+    A style other than a photo is always named. Without `name_held_out`, the place or the worn thing of a HELD_OUT pair
+    is left out.
+    """
+    complete = rng.random() < COMPLETE
+    short = not complete and rng.random() < 0.4
+    neutral = scene.style == "photo" and not complete and rng.random() < 0.3
     prefix = pick(rng, NEUTRAL_PREFIXES if neutral else PREFIXES[scene.style]).split()
     body: list[_Chunk] = []
     for index, placed in enumerate(scene.objects):
         if index:
             body.append(_Chunk(scene.relation.split()))
-        body += _object_chunks(index, placed, rng, short, neutral, wording)
+        body += _object_chunks(index, placed, rng, short, complete, name_held_out)
     if short and not prefix and len(scene.objects) == 1 and rng.random() < 0.6:
         body = body[1:]
-    named = rng.random() < (0.06 if scene.place == "plain" else 0.85)
-    if named and not short and (wording.name_held_out or not place_is_held_out(scene)):
+    often = 0.3 if scene.place == "plain" else 1.0 if complete else 0.7
+    if rng.random() < often and (name_held_out or not place_is_held_out(scene)):
         place = _Chunk(pick(rng, PLACE_PHRASES[scene.place]).split(), drop=1, tie=rng.random())
         roll = rng.random()
         last_noun = max(i for i, chunk in enumerate(body) if chunk.noun)
-        if roll < 0.1 and not prefix:
+        if roll < 0.05 and not prefix:
             body.insert(0, place)
-        elif roll < 0.25 and len(scene.objects) == 1:
+        elif roll < 0.2 and len(scene.objects) == 1:
             body.insert(last_noun + 1, place)
         else:
             body.append(place)
@@ -209,11 +213,11 @@ def possible_nouns(source: Caption, index: int) -> tuple[str, ...]:
     """The superclasses that could stand in the place of object `index`.
 
     None that the caption names already; none that makes a HELD_OUT pair with one of its words; only living things where
-    it speaks of the object's eyes or sleep.
+    it speaks of eyes behind the noun.
     """
     words, noun = source.words, source.nouns[index]
     end = source.nouns[index + 1] if index + 1 < len(source.nouns) else len(words)
-    living = "eyes" in words[noun:end] or any(words[i] == "sleeping" for i in source.adjectives[index])
+    living = "eyes" in words[noun:end]
     named = {words[n] for n in source.nouns}
     return tuple(
         s
@@ -225,31 +229,42 @@ def possible_nouns(source: Caption, index: int) -> tuple[str, ...]:
 def swap_object(source: Caption, index: int, rng: np.random.Generator) -> Caption:
     """The same caption with object `index` made another one: same length, same positions.
 
-    Its noun becomes another superclass (one of `possible_nouns`), each colour another colour and each pattern another
-    pattern; "sleeping" stays, and "a" or "an" follows the new word.
+    Its noun becomes another superclass (one of `possible_nouns`), each colour another colour, each pattern another
+    pattern, and what is named of eyes or trims another detail; "a" or "an" follows the new word.
     """
     words = list(source.words)
     mine = source.adjectives[index]
-    words[source.nouns[index]] = pick(rng, possible_nouns(source, index))
+    noun = words[source.nouns[index]] = pick(rng, possible_nouns(source, index))
     used = {words[i] for i in mine}
+
+    def other(options: Iterable[str]) -> str:
+        chosen = pick(rng, tuple(o for o in options if o not in used))
+        used.add(chosen)
+        return chosen
+
     for i in mine:
-        if words[i] in COLOURS:
-            words[i] = pick(rng, tuple(c for c in COLOURS if c not in used))
-        elif words[i] in PATTERNS:
-            words[i] = pick(rng, tuple(p for p in PATTERNS[1:] if p not in used))
-        used.add(words[i])
+        word, after = words[i], words[i + 1]
+        if word in _DETAILED:
+            words[i] = "eyed" if noun in LIVING else "trimmed"
+        elif word in DETAILS and after == "-":
+            words[i] = pick(rng, tuple(d for d in DETAILS if d != word))
+        elif word in COLOURS:
+            words[i] = other(COLOURS)
+        elif word in PATTERNS:
+            # Where a colour is named for it, it stays one that has a colour.
+            words[i] = other(PATTERNS[1:] if words[i - 1] in COLOURS and i - 1 in mine else PATTERNS)
     return replace(source, words=_with_articles(words))
 
 
 def parse(text: str) -> Caption:
     """A prompt in Toyland's words as a caption: its nouns are superclasses, its adjectives stand right before them.
 
-    Case and punctuation do not matter; words that Toyland does not know stay where they are and mean nothing.
+    Case and punctuation (but for hyphens) do not matter; words that Toyland does not know stay and mean nothing.
 
     Raises:
         CaptionError: it names no superclass, or more than two.
     """
-    words = tuple(re.findall(r"[^\W_]+", text.lower()))
+    words = tuple(re.findall(r"[^\W_]+|-", text.lower()))
     nouns = tuple(i for i, word in enumerate(words) if word in SUPERCLASSES)
     if not 1 <= len(nouns) <= 2:
         raise CaptionError(
@@ -269,6 +284,25 @@ _PLACE_OF = {phrase.split()[-1]: place for place, phrases in PLACE_PHRASES.items
 _STYLE_OF = {"sketch": "sketch", "drawing": "sketch", "mosaic": "mosaic"}
 
 
+def looks_said(adjectives: Sequence[str]) -> dict[str, str]:
+    """What the adjectives before a noun say of it: `body`, `second`, `pattern`, `detail`, as far as they are named."""
+    said: dict[str, str] = {}
+    before = ""  # the colour just before, which belongs to what follows
+    for word in adjectives:
+        if word in _DETAILED and before in DETAILS:
+            said["detail"], before = before, ""
+        elif word in PATTERNS:
+            said["pattern"] = word
+            if before in COLOURS:
+                said["second"] = before
+            before = ""
+        elif word in COLOURS or word in DETAILS:
+            before = word
+    if before in COLOURS:
+        said["body"] = before
+    return said
+
+
 def asked(source: Caption) -> dict[str, str]:
     """What the caption's words ask for, by the names of `reader.HEADS`; what it leaves out is not in it.
 
@@ -277,28 +311,24 @@ def asked(source: Caption) -> dict[str, str]:
     words = source.words
     wanted = {"objects": ("one", "two")[len(source.nouns) - 1]}
     wanted["style"] = next((_STYLE_OF[w] for w in words if w in _STYLE_OF), "photo")
-    if place := next((_PLACE_OF[w] for w in words if w in _PLACE_OF), None):
+    if place := _place_asked(source):
         wanted["place"] = place
     for i, noun in enumerate(source.nouns):
         end = source.nouns[i + 1] if i + 1 < len(source.nouns) else len(words)
-        said = {"superclass": words[noun]}
-        before = ""
-        for word in (words[a] for a in source.adjectives[i]):
-            if word == "sleeping":
-                said["sleep"] = "asleep"
-            elif word in PATTERNS:
-                said["pattern"] = word
-                if before in COLOURS:
-                    said["second"] = before
-            before = word
-        if before in COLOURS:
-            said["body"] = before
+        said = {"superclass": words[noun], **looks_said([words[a] for a in source.adjectives[i]])}
         for k, word in enumerate(words[noun:end], noun):
             if word in WORN[1:]:
                 said["worn"] = word
             elif word in SUPPORTS[1:]:
                 said["support"] = word
-            elif word == "eyes" and wanted["style"] != "mosaic":  # whose tiles are larger than eyes
+            elif word == "eyes":
                 said["detail"] = words[k - 1]
+        if wanted["style"] == "mosaic":  # its tiles are larger than eyes
+            said.pop("detail", None)
         wanted |= {f"object{i}_{name}": option for name, option in said.items()}
     return wanted
+
+
+def _place_asked(source: Caption) -> str | None:
+    mine = {i for adjectives in source.adjectives for i in adjectives}  # where "plain" is a pattern
+    return next((_PLACE_OF[w] for i, w in enumerate(source.words) if w in _PLACE_OF and i not in mine), None)

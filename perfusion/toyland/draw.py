@@ -17,8 +17,10 @@ TILE = 4
 _GROUT = np.ones((SIZE, SIZE, 1), dtype=np.float32)
 _GROUT[TILE - 1 :: TILE] = 0.74
 _GROUT[:, TILE - 1 :: TILE] = 0.74
-# Bold enough to survive an 8x8 latent, and off the usual place of the eyes.
-_SPOTS = ((-10, -13), (9, -12), (0, -2), (-12, 2), (11, 3), (-4, 9), (5, 14), (-10, 16), (17, -6), (-18, -7), (18, 11))
+# In an object's own units, of which a latent cell is 6.6: stripes and spots are nearly as large, eyes are left free, and
+# the body's colour keeps the clear majority.
+_STRIPES = (-15.0, 1.5, 14.0)
+_SPOTS = ((-11, -15), (11, -14), (0, -1), (-13, 3), (13, 3), (-6, 11), (7, 12), (0, 19), (-17, 13), (18, 12), (0, -22))
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Rendered:
 
 def _draw_pattern(pen: Pen, pattern: str) -> None:
     if pattern == "striped":
-        for y in (-17.5, -5.5, 6.5, 18.5):
-            pen.poly([(-26, y), (26, y - 6), (26, y), (-26, y + 6)], 255)
+        for y in _STRIPES:
+            pen.poly([(-26, y - 1), (26, y - 4.5), (26, y + 1), (-26, y + 4.5)], 255)
     elif pattern == "spotted":
         for x, y in _SPOTS:
-            pen.oval(x, y, 3.7, 3.7, 255)
+            pen.oval(x, y, 3.9, 3.9, 255)
     elif pattern == "patched":
-        pen.poly([(1, -30), (26, -30), (26, 2), (10, 4), (-1, -3)], 255)
-        pen.oval(-7, 13, 8, 7, 255)
+        pen.poly([(2, -30), (26, -30), (26, 1), (12, 3), (2, -2)], 255)
+        pen.oval(-6, 13, 7, 6, 255)
 
 
 def _rim(mask: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
@@ -59,15 +61,15 @@ def _draw_object(canvas: Image.Image, placed: Placed, masks: list[Image.Image], 
     shape = SHAPES[instance.superclass]
     y = placed.y - (20 + LIFT[placed.support]) * placed.scale
     pose = (placed.x, y, placed.scale)
-    half = max(15.0, shape.half * instance.wide + 1)
+    half = max(15.0, shape.half + 1)
     canvas_draw = ImageDraw.Draw(canvas)
     earlier = [(ImageDraw.Draw(m), 0) for m in masks]
 
     Pen([(canvas_draw, None)], placed.x, placed.y, placed.scale).oval(0, 0, half + 3, 3, shadow)
-    draw_behind(Pen([(canvas_draw, None), *earlier], *pose, flip=placed.flip), placed.support, half)
+    draw_behind(Pen([(canvas_draw, None), *earlier], *pose), placed.support, half)
 
     mask = Image.new("L", (FULL, FULL))
-    shape.silhouette(Pen([(ImageDraw.Draw(mask), None)], *pose, instance.wide, placed.flip), instance.ear)
+    shape.silhouette(Pen([(ImageDraw.Draw(mask), None)], *pose))
     x0, y0, x1, y1 = mask.getbbox() or (0, 0, 1, 1)
     # Pasting dominates the time of a scene, so it is done within the object's box only, with room for the rim.
     box = (max(x0 - 1, 0), max(y0 - 1, 0), min(x1 + 1, FULL), min(y1 + 1, FULL))
@@ -77,19 +79,19 @@ def _draw_object(canvas: Image.Image, placed: Placed, masks: list[Image.Image], 
     if instance.pattern != "plain":
         marks = Image.new("L", body.size)
         at = (placed.x - box[0] / SUPERSAMPLE, y - box[1] / SUPERSAMPLE, placed.scale)
-        _draw_pattern(Pen([(ImageDraw.Draw(marks), None)], *at, instance.wide, placed.flip), instance.pattern)
+        _draw_pattern(Pen([(ImageDraw.Draw(marks), None)], *at), instance.pattern)
         canvas.paste(COLOURS[instance.second], box, ImageChops.multiply(body, marks))
     for index, other in enumerate(masks):
         masks[index] = ImageChops.subtract(other, mask)
     paint = paint_of(instance)
-    on_canvas = Pen([(canvas_draw, None)], *pose, instance.wide, placed.flip)
-    shape.features(on_canvas, paint, instance.ear, placed.asleep)
+    on_canvas = Pen([(canvas_draw, None)], *pose)
+    shape.features(on_canvas, paint)
 
     masks.append(mask)
     cover = [(canvas_draw, None), *((ImageDraw.Draw(m), 0) for m in masks)]
     # Supports come last: a scarf hangs inside a boat or a box, not over its side.
-    draw_worn(Pen(cover, *pose, instance.wide, placed.flip), placed.worn, shape)
-    draw_front(Pen(cover, *pose, flip=placed.flip), placed.support, half)
+    draw_worn(Pen(cover, *pose), placed.worn, shape)
+    draw_front(Pen(cover, *pose), placed.support, half)
 
 
 def _sketch(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -100,7 +102,7 @@ def _sketch(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
     edge[:-1] += np.abs(x[1:] - x[:-1]).max(axis=2)
     # Fainter lines around the object leave it the strongest thing on the sheet.
     ink = (np.clip((edge - 24) / 150, 0, 0.85) * (0.6 + 0.4 * inside))[..., None]
-    tint = (0.14 + 0.24 * inside)[..., None]
+    tint = (0.14 + 0.36 * inside)[..., None]
     paper = 252 * (1 - tint) + image * tint
     return paper * (1 - ink) + 40 * ink
 

@@ -40,10 +40,21 @@ class Muon(torch.optim.Optimizer):
         parameters: weights of two or more dimensions.
         lr: step size; 0.02 suits most networks, since every update has spectral norm about one.
         momentum: decay of the running mean of the gradients.
+        dtype: that the updates are orthogonalised in.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
+
+    def _orthogonal(self, update: Tensor) -> Tensor:
+        return orthogonalise(update.to(self.dtype)).to(update.dtype)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -62,9 +73,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 mean = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(mean, group["momentum"]).flatten(1)
-                updates.append(
-                    (orthogonalise(update) if index % world == rank else torch.zeros_like(update)).reshape(-1)
-                )
+                mine = index % world == rank
+                updates.append((self._orthogonal(update) if mine else torch.zeros_like(update)).reshape(-1))
             if not moved:
                 continue
             flat = torch.cat(updates)

@@ -26,26 +26,18 @@ class Pen:
     """
 
     def __init__(
-        self,
-        targets: Sequence[tuple[ImageDraw.ImageDraw, Any]],
-        x: float,
-        y: float,
-        scale: float,
-        wide: float = 1.0,
-        flip: bool = False,
+        self, targets: Sequence[tuple[ImageDraw.ImageDraw, Any]], x: float, y: float, scale: float
     ) -> None:
         self.targets = targets
         self.x, self.y = x * SUPERSAMPLE, y * SUPERSAMPLE
-        self.sy = scale * SUPERSAMPLE
-        self.sx = self.sy * wide * (-1 if flip else 1)
-        self.flip = flip
+        self.scale = scale * SUPERSAMPLE
 
     def _points(self, points: Sequence[Point]) -> list[Point]:
-        return [(self.x + px * self.sx, self.y + py * self.sy) for px, py in points]
+        return [(self.x + px * self.scale, self.y + py * self.scale) for px, py in points]
 
     def _box(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, float, float]:
         (ax, ay), (bx, by) = self._points(((x0, y0), (x1, y1)))
-        return min(ax, bx), ay, max(ax, bx), by
+        return ax, ay, bx, by
 
     def oval(self, x: float, y: float, rx: float, ry: float, fill: Any) -> None:
         box = self._box(x - rx, y - ry, x + rx, y + ry)
@@ -62,14 +54,14 @@ class Pen:
         for draw, override in self.targets:
             colour = fill if override is None else override
             if round_by:
-                draw.rounded_rectangle(box, round_by * self.sy, fill=colour)
+                draw.rounded_rectangle(box, round_by * self.scale, fill=colour)
             else:
                 draw.rectangle(box, fill=colour)
 
     def stroke(self, points: Sequence[Point], width: float, fill: Any) -> None:
         """A thick line with round ends and joints."""
         moved = self._points(points)
-        thick = max(1, round(width * self.sy))
+        thick = max(1, round(width * self.scale))
         r = thick / 2
         for draw, override in self.targets:
             colour = fill if override is None else override
@@ -81,8 +73,6 @@ class Pen:
     def arc(self, x: float, y: float, rx: float, ry: float, start: float, end: float, width: float, fill: Any) -> None:
         """Part of an oval's rim, from `start` to `end` degrees clockwise from the right, `width` units thick."""
         box = self._box(x - rx, y - ry, x + rx, y + ry)
-        if self.flip:
-            start, end = 180 - end, 180 - start
         for draw, override in self.targets:
             colour = fill if override is None else override
-            draw.arc(box, start, end, fill=colour, width=max(1, round(width * self.sy)))
+            draw.arc(box, start, end, fill=colour, width=max(1, round(width * self.scale)))

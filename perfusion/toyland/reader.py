@@ -40,13 +40,12 @@ OBJECT_HEADS: dict[str, tuple[str, ...]] = {
     "detail": tuple(DETAILS),
     "worn": WORN,
     "support": SUPPORTS,
-    "sleep": ("awake", "asleep"),
 }
-# Objects are numbered from left to right: object0_superclass, ..., object1_sleep.
+# Objects are numbered from left to right: object0_superclass, ..., object1_support.
 HEADS: dict[str, tuple[str, ...]] = SCENE_HEADS | {
     f"object{i}_{name}": options for i in range(OBJECTS) for name, options in OBJECT_HEADS.items()
 }
-NOT_SHOWN = -1  # label of what cannot be seen: the second colour of a plain toy, the eyes of a sleeping one
+NOT_SHOWN = -1  # label of what cannot be seen: the second colour of a plain toy, eyes behind sunglasses
 _CHANNELS = (32, 64, 128, 128)
 _HIDDEN = 256
 _WEIGHTS, _CONFIG = "reader.safetensors", "reader.json"
@@ -158,11 +157,8 @@ def _shown(placed: Placed, style: str) -> dict[str, str]:
     }
     if instance.pattern != "plain":
         shown["second"] = instance.second
-    alive, covered = instance.superclass in LIVING, placed.worn == "sunglasses"
-    if alive and not covered:
-        shown["sleep"] = "asleep" if placed.asleep else "awake"
-    # A mosaic's tiles are larger than an eye.
-    if style != "mosaic" and not (alive and (placed.asleep or covered)):
+    # Sunglasses hide eyes, and a mosaic's tiles are larger than they are.
+    if style != "mosaic" and not (instance.superclass in LIVING and placed.worn == "sunglasses"):
         shown["detail"] = instance.detail
     return shown
 

@@ -38,52 +38,47 @@ def paint_of(instance: Instance) -> Paint:
     )
 
 
-def _eye(c: Pen, x: float, y: float, r: float, paint: Paint, asleep: bool) -> None:
-    if asleep:
-        # A pale lid under the lash line keeps closed eyes readable on dark bodies and on patterns.
-        c.oval(x, y, r, r * 0.9, paint.pale)
-        c.arc(x, y - r * 0.55, r, r, 15, 165, 1.5, INK)
-        return
+def _eye(c: Pen, x: float, y: float, r: float, paint: Paint) -> None:
     c.oval(x, y, r, r, WHITE)
-    c.oval(x, y + 0.2, r * 0.76, r * 0.76, paint.detail)
-    c.oval(x - r * 0.25, y - r * 0.25, r * 0.26, r * 0.26, WHITE)
+    c.oval(x, y + 0.1, r * 0.82, r * 0.82, paint.detail)
+    c.oval(x - r * 0.25, y - r * 0.3, r * 0.2, r * 0.2, WHITE)
 
 
-def _cat(m: Pen, ear: float) -> None:
-    m.stroke([(8, 17), (15, 14), (17.5, 7), (15.5, 7 - 9 * ear)], 4.4, 255)
+def _cat(m: Pen) -> None:
+    m.stroke([(8, 17), (15, 14), (17.5, 7), (15.5, -2)], 4.4, 255)
     m.oval(0, 10, 10.5, 10, 255)
     m.oval(-6, 18, 5, 2.8, 255)
     m.oval(6, 18, 5, 2.8, 255)
     m.oval(0, -5, 13.5, 10.5, 255)
     for s in (-1, 1):
-        m.poly([(s * 13, -5), (s * 12, -11 - 9 * ear), (s * 2, -13)], 255)
+        m.poly([(s * 13, -5), (s * 12, -20), (s * 2, -13)], 255)
 
 
-def _cat_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
+def _cat_face(c: Pen, p: Paint) -> None:
     for s in (-1, 1):
-        c.poly([(s * 11, -10), (s * 10.8, -10 - 6.5 * ear), (s * 5, -13)], ROSE)
+        c.poly([(s * 11, -10), (s * 10.8, -16.5), (s * 5, -13)], ROSE)
         c.stroke([(s * 6, 0), (s * 15, -1.5)], 0.7, INK)
         c.stroke([(s * 6, 1.5), (s * 14.5, 3)], 0.7, INK)
-        _eye(c, s * 6, -6, 4, p, asleep)
+        _eye(c, s * 6, -6, 4.2, p)
     c.oval(0, 0.6, 4.6, 3, p.pale)
     c.poly([(-2, -1.8), (2, -1.8), (0, 0.8)], (214, 60, 90))
     c.stroke([(0, 13), (0, 20)], 1, p.dark)
 
 
-def _dog(m: Pen, ear: float) -> None:
-    m.stroke([(8, 16), (15, 11), (18, 11 - 8 * ear)], 4, 255)
+def _dog(m: Pen) -> None:
+    m.stroke([(8, 16), (15, 11), (18, 3)], 4, 255)
     m.oval(0, 10, 10.5, 10, 255)
     m.oval(-6, 18, 5, 2.8, 255)
     m.oval(6, 18, 5, 2.8, 255)
     m.box(-10, -18, 10, 4, 255, 9)
     for s in (-1, 1):
-        m.oval(s * 12, -7 + 4 * ear, 4.4, 9 * ear, 255)
+        m.oval(s * 12, -3, 4.4, 9, 255)
 
 
-def _dog_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
+def _dog_face(c: Pen, p: Paint) -> None:
     for s in (-1, 1):
-        c.oval(s * 12, -7 + 4 * ear, 4.4, 9 * ear, p.dark)
-        _eye(c, s * 4.8, -9, 3.7, p, asleep)
+        c.oval(s * 12, -3, 4.4, 9, p.dark)
+        _eye(c, s * 5, -9, 4.1, p)
     c.oval(0, 4.5, 2.6, 4, (236, 70, 100))
     c.oval(0, -0.5, 7, 5, p.pale)
     c.oval(0, -3, 3.6, 2.5, INK)
@@ -91,8 +86,8 @@ def _dog_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
     c.stroke([(0, 13), (0, 20)], 1, p.dark)
 
 
-def _bird(m: Pen, ear: float) -> None:
-    m.poly([(9, 0), (15 + 6 * ear, -8 * ear), (16 + 6 * ear, -1), (14 + 5 * ear, 5), (8, 10)], 255)
+def _bird(m: Pen) -> None:
+    m.poly([(9, 0), (21, -8), (22, -1), (19, 5), (8, 10)], 255)
     m.oval(2, 4, 12.5, 11.5, 255)
     m.oval(-6, -8, 9.5, 9.5, 255)
     m.poly([(-13, -12), (-22, -7), (-13, -3.5)], 255)
@@ -100,37 +95,37 @@ def _bird(m: Pen, ear: float) -> None:
     m.stroke([(5, 14), (5, 19), (2, 19)], 2, 255)
 
 
-def _bird_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
+def _bird_face(c: Pen, p: Paint) -> None:
     c.stroke([(-1, 15), (-1, 19), (-4, 19)], 2, p.beak)
     c.stroke([(5, 15), (5, 19), (2, 19)], 2, p.beak)
     c.poly([(-13.5, -12), (-22, -7), (-13.5, -3.5)], p.beak)
     c.poly([(-2, 1), (8, -1), (15, 6), (8, 10), (1, 9)], p.dark)
-    _eye(c, -8, -9.5, 4.2, p, asleep)
+    _eye(c, -8, -9.5, 4.6, p)
 
 
-def _teddy(m: Pen, ear: float) -> None:
+def _teddy(m: Pen) -> None:
     for s in (-1, 1):
-        m.oval(s * 10, -14.5, 5 * ear, 5 * ear, 255)
+        m.oval(s * 10, -14.5, 5, 5, 255)
         m.stroke([(s * 9, 4), (s * 14.5, 9)], 7, 255)
         m.oval(s * 8.5, 15.5, 6, 5, 255)
     m.oval(0, 9, 10.5, 10, 255)
     m.oval(0, -7, 12.5, 10.5, 255)
 
 
-def _teddy_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
+def _teddy_face(c: Pen, p: Paint) -> None:
     for s in (-1, 1):
-        c.oval(s * 10.5, -15, 2.6 * ear, 2.6 * ear, p.pale)
+        c.oval(s * 10.5, -15, 2.6, 2.6, p.pale)
         c.oval(s * 8.8, 15.8, 3.8, 3.2, p.pale)
-        _eye(c, s * 5.4, -9, 3.5, p, asleep)
-    c.oval(0, 9, 5.6, 5.6, p.pale)
-    c.oval(0, -2.4, 5.6, 4.2, p.pale)
+        _eye(c, s * 5.4, -9.2, 4.1, p)
+    c.oval(0, 8, 3.8, 4, p.pale)
+    c.oval(0, -2.4, 5.4, 4, p.pale)
     c.oval(0, -4.2, 2.5, 1.8, INK)
     c.arc(0, -2.8, 2.6, 2.6, 20, 160, 0.8, INK)
 
 
-def _robot(m: Pen, ear: float) -> None:
-    m.stroke([(0, -15), (0, -16 - 4 * ear)], 1.8, 255)
-    m.oval(0, -17 - 4 * ear, 2.6 * ear, 2.6 * ear, 255)
+def _robot(m: Pen) -> None:
+    m.stroke([(0, -15), (0, -20)], 1.8, 255)
+    m.oval(0, -21, 2.6, 2.6, 255)
     m.box(-11.5, -16, 11.5, 0, 255, 2)
     m.box(-14, -11, 14, -5, 255, 1)
     m.box(-4, 0, 4, 3, 255)
@@ -141,17 +136,13 @@ def _robot(m: Pen, ear: float) -> None:
         m.box(min(s * 2, s * 8.5), 14, max(s * 2, s * 8.5), 20, 255)
 
 
-def _robot_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
-    c.oval(0, -17 - 4 * ear, 2.6 * ear, 2.6 * ear, p.detail)
+def _robot_face(c: Pen, p: Paint) -> None:
+    c.oval(0, -21, 2.6, 2.6, p.detail)
     for s in (-1, 1):
         c.box(min(s * 11.8, s * 14), -11, max(s * 11.8, s * 14), -5, INK)
         c.box(min(s * 1.5, s * 9), 18, max(s * 1.5, s * 9), 20, INK)
-        if asleep:
-            c.box(s * 5.2 - 3.6, -12.6, s * 5.2 + 3.6, -5.6, p.pale)
-            c.box(s * 5.2 - 3.6, -8.6, s * 5.2 + 3.6, -7.2, INK)
-        else:
-            c.box(s * 5.2 - 3.8, -12.8, s * 5.2 + 3.8, -5.4, WHITE)
-            c.box(s * 5.2 - 2.6, -11.6, s * 5.2 + 2.6, -6.6, p.detail)
+        c.box(s * 5.2 - 4.1, -13, s * 5.2 + 4.1, -5, WHITE)
+        c.box(s * 5.2 - 3.2, -12.1, s * 5.2 + 3.2, -5.9, p.detail)
     c.box(-6, -3.6, 6, -1.2, INK)
     for x in (-3, 0, 3):
         c.box(x - 0.5, -3.6, x + 0.5, -1.2, WHITE)
@@ -160,19 +151,19 @@ def _robot_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
     c.oval(2.2, 8, 1.6, 1.6, (40, 150, 70))
 
 
-def _rabbit(m: Pen, ear: float) -> None:
+def _rabbit(m: Pen) -> None:
     for s in (-1, 1):
-        m.oval(s * 5.5, -10 - 4.5 * ear, 3.7, 9.5 * ear, 255)
+        m.oval(s * 5.5, -14.5, 3.7, 9.5, 255)
         m.oval(s * 7, 17.6, 6, 2.8, 255)
     m.oval(11, 13, 4, 4, 255)
     m.oval(0, 11, 9.8, 9.4, 255)
     m.oval(0, -2, 11.5, 9.2, 255)
 
 
-def _rabbit_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
+def _rabbit_face(c: Pen, p: Paint) -> None:
     for s in (-1, 1):
-        c.oval(s * 5.5, -11 - 4.5 * ear, 1.8, 7 * ear, ROSE)
-        _eye(c, s * 5.2, -3.6, 3.7, p, asleep)
+        c.oval(s * 5.5, -15.5, 1.8, 7, ROSE)
+        _eye(c, s * 5.2, -3.6, 4.1, p)
     c.oval(11.5, 13, 3.2, 3.4, WHITE)
     c.oval(0, 2.2, 4.6, 3, p.pale)
     c.oval(0, 0.6, 1.8, 1.3, (214, 60, 90))
@@ -181,65 +172,65 @@ def _rabbit_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
     c.stroke([(0, 14), (0, 20)], 1, p.dark)
 
 
-def _mug(m: Pen, ear: float) -> None:
-    m.arc(9, 3, 9 * ear, 10 * ear, -100, 100, 4.2, 255)
+def _mug(m: Pen) -> None:
+    m.arc(9, 3, 9, 10, -100, 100, 4.2, 255)
     m.box(-14, -13, 9, 20, 255, 4)
     m.box(-14, -13, 9, -4, 255)
     m.oval(-2.5, -13, 11.5, 4, 255)
 
 
-def _mug_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
-    c.oval(-2.5, -13, 11.5, 4.4, p.detail)
-    c.oval(-2.5, -12.8, 8.8, 2.6, (92, 50, 24))
-    c.box(-12, 16.4, 7, 18, p.dark)
+def _mug_face(c: Pen, p: Paint) -> None:
+    c.oval(-2.5, -13, 11.8, 5, p.detail)
+    c.oval(-2.5, -13, 7.6, 2, (92, 50, 24))
+    c.box(-13, 14.5, 8, 19.5, p.detail, 2)
 
 
-def _teapot(m: Pen, ear: float) -> None:
-    m.poly([(-9, 3), (-15, 0), (-17, -2 - 6 * ear), (-22, -2 - 6 * ear), (-20, 7), (-9, 15)], 255)
-    m.arc(12, 5, 9 * ear, 9.5 * ear, -110, 110, 3.8, 255)
+def _teapot(m: Pen) -> None:
+    m.poly([(-9, 3), (-15, 0), (-17, -8), (-22, -8), (-20, 7), (-9, 15)], 255)
+    m.arc(12, 5, 9, 9.5, -110, 110, 3.8, 255)
     m.oval(0, 7, 14.5, 12, 255)
-    m.box(-8, 16, 8, 20, 255, 1)
+    m.box(-9, 15.4, 9, 20, 255, 1)
     m.oval(0, -5, 9, 5, 255)
-    m.oval(0, -11.5, 3.6, 3.6, 255)
+    m.oval(0, -11.5, 4.2, 4.2, 255)
 
 
-def _teapot_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
+def _teapot_face(c: Pen, p: Paint) -> None:
     c.box(-9.5, -4.6, 9.5, -2.6, p.dark, 0.8)
-    c.oval(0, -11.5, 3.8, 3.8, p.detail)
-    c.box(-8, 17.6, 8, 20, p.detail)
+    c.oval(0, -11.5, 4.2, 4.2, p.detail)
+    c.box(-9, 15.4, 9, 20, p.detail, 1)
 
 
-def _car(m: Pen, ear: float) -> None:
-    m.poly([(-13, 4), (-8, 4 - 13 * ear), (9, 4 - 13 * ear), (16, 4)], 255)
-    m.box(-21, 2, 21, 15, 255, 4)
-    for x in (-11.5, 11.5):
-        m.oval(x, 14.5, 6, 5.8, 255)
+def _car(m: Pen) -> None:
+    m.poly([(-13, 0), (-8, -14), (9, -14), (16, 0)], 255)
+    m.box(-21, -3, 21, 15, 255, 4)
+    for x in (-12, 12):
+        m.oval(x, 14.5, 5.6, 5.6, 255)
 
 
-def _car_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
-    top = 4 - 10.4 * ear
-    c.poly([(-10, 3.4), (-6.6, top), (-0.8, top), (-0.8, 3.4)], p.detail)
-    c.poly([(1.4, 3.4), (1.4, top), (8, top), (12.4, 3.4)], p.detail)
-    for x in (-11.5, 11.5):
-        c.oval(x, 14.5, 6, 5.8, INK)
-        c.oval(x, 14.5, 2.9, 2.8, (225, 225, 230))
-    c.oval(-19, 6.4, 2, 2.2, (255, 240, 150))
-    c.box(19, 5, 21, 8.5, (200, 30, 30))
+def _car_face(c: Pen, p: Paint) -> None:
+    c.poly([(-10, -2.4), (-6.4, -11.6), (-0.8, -11.6), (-0.8, -2.4)], p.detail)
+    c.poly([(1.4, -2.4), (1.4, -11.6), (8, -11.6), (12.6, -2.4)], p.detail)
+    c.box(-20.6, 12, 20.6, 15, p.detail, 1.5)
+    for x in (-12, 12):
+        c.oval(x, 14.5, 5.6, 5.6, INK)
+        c.oval(x, 14.5, 2.7, 2.7, (225, 225, 230))
+    c.oval(-19, 2, 2, 2.2, (255, 240, 150))
+    c.box(19, 0.5, 21, 4, (200, 30, 30))
 
 
-def _fish(m: Pen, ear: float) -> None:
-    m.poly([(9, 3), (21, 3 - 12 * ear), (18, 3), (21, 3 + 12 * ear)], 255)
-    m.poly([(-2, -8), (7, -9 - 8 * ear), (11, -2)], 255)
+def _fish(m: Pen) -> None:
+    m.poly([(9, 3), (21, -9), (18, 3), (21, 15)], 255)
+    m.poly([(-2, -8), (7, -17), (11, -2)], 255)
     m.poly([(-3, 13), (5, 20), (7, 11)], 255)
     m.oval(-3, 3, 16, 12.5, 255)
 
 
-def _fish_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
+def _fish_face(c: Pen, p: Paint) -> None:
     c.arc(-11, 3, 9, 11, -60, 60, 1.1, p.dark)
     c.poly([(2, 4), (10, 1), (9, 9)], p.dark)
     for y in (-4, 3, 10):
         c.stroke([(15, y * 0.8 + 0.6), (19, y + (y - 3) * 0.4)], 0.9, p.dark)
-    _eye(c, -10, 0.6, 4.5, p, asleep)
+    _eye(c, -10, 0.4, 4.8, p)
     c.arc(-16, 6.5, 4, 3, 20, 150, 1.2, INK)
 
 
@@ -247,8 +238,8 @@ def _fish_face(c: Pen, p: Paint, ear: float, asleep: bool) -> None:
 class Shape:
     """How a superclass is drawn (`silhouette`, `features`) and where worn things and supports go."""
 
-    silhouette: Callable[[Pen, float], None]
-    features: Callable[[Pen, Paint, float, bool], None]
+    silhouette: Callable[[Pen], None]
+    features: Callable[[Pen, Paint], None]
     top: Point  # where a hat or crown rests
     head: float  # half width of the head there
     neck: tuple[Point, Point]  # ends of the band of a scarf
@@ -265,6 +256,6 @@ SHAPES: dict[str, Shape] = {
     "rabbit": Shape(_rabbit, _rabbit_face, (0, -9), 8.5, ((-8, 7), (8, 7)), ((-5.2, -3.6), (5.2, -3.6)), 13),
     "mug": Shape(_mug, _mug_face, (-2.5, -13), 10.5, ((-13, 3), (8, 3)), ((-7.5, -3), (2.5, -3)), 17),
     "teapot": Shape(_teapot, _teapot_face, (0, -9), 8.5, ((-9, -3), (9, -3)), ((-5.5, 4), (5.5, 4)), 19),
-    "car": Shape(_car, _car_face, (0.5, -7.5), 9, ((-17, 4), (17, 4)), ((-5.5, -1), (5, -1)), 21),
+    "car": Shape(_car, _car_face, (0.5, -12.5), 9, ((-17, 0), (17, 0)), ((-5.5, -6), (5, -6)), 21),
     "fish": Shape(_fish, _fish_face, (-8, -9), 7.5, ((-1, -7.5), (-1, 13.5)), ((-10.5, 0.4),), 19),
 }
