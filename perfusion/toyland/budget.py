@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from perfusion.toyland.muon import Muon
 
 WARMUP_STEPS = 100
 ADAM_SHARE = 0.1  # AdamW's learning rate, as a share of Muon's
+START = "start"  # the state that `build.begin_from` makes of finished weights
 OPTIMIZER_STATE = ("momentum", "exp_avg", "exp_avg_sq")
 
 
@@ -80,22 +81,6 @@ def autocast() -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=bfloat16_pays())
 
 
-def start_from(path: Path, modules: dict[str, nn.Module]) -> None:
-    """Copy the averaged weights of an earlier training's state into `modules`, as far as name and shape are the same.
-
-    Nothing happens without such a file: then training starts from random weights.
-    """
-    if not path.exists():
-        return
-    tensors = load_file(path)
-    with torch.no_grad():
-        for part, module in modules.items():
-            for key, parameter in module.named_parameters():
-                known = tensors.get(f"ema/{part}.{key}")
-                if known is not None and known.shape == parameter.shape:
-                    parameter.copy_(known)
-
-
 def _is_matrix(key: str, parameter: Tensor) -> bool:
     """Whether Muon should move the parameter: a hidden layer's weight, large in both dimensions."""
     return parameter.ndim >= 2 and "embed" not in key and min(len(parameter), parameter[0].numel()) > 3
@@ -118,6 +103,8 @@ class BudgetedTraining:
         seconds: the budget, over all restarts.
         rate: Muon's peak learning rate; AdamW has a tenth of it.
         batch: samples per step in this process, for the count of samples seen.
+        start: names of states in `folder` whose averaged weights training starts from, the later over the earlier, as
+            far as they are there and name and shape are the same.
     """
 
     def __init__(
@@ -130,6 +117,7 @@ class BudgetedTraining:
         batch: int,
         ema: float = 0.999,
         save_every: float = 60.0,
+        start: Sequence[str] = (START,),
     ) -> None:
         self.name, self.seconds, self.rate, self.batch, self.decay, self.save_every = (
             name,
@@ -146,12 +134,16 @@ class BudgetedTraining:
             for key, value in module.named_parameters()
             if value.requires_grad
         }
+        for earlier in start:
+            self._start_from(folder / f"{earlier}.safetensors")
         self.ema = {key: value.detach().clone() for key, value in self.parameters.items()}
         matrices = {key: value for key, value in self.parameters.items() if _is_matrix(key, value)}
         rest = [value for key, value in self.parameters.items() if key not in matrices]
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            self.optimizers.append(Muon(matrices.values(), rate, dtype=torch.bfloat16 if bfloat16_pays() else torch.float32))
+            self.optimizers.append(
+                Muon(matrices.values(), rate, dtype=torch.bfloat16 if bfloat16_pays() else torch.float32)
+            )
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=ADAM_SHARE * rate, betas=(0.9, 0.99), weight_decay=0.01))
         self.step, self.samples, self.elapsed, self.loss = 0, 0, 0.0, math.nan
@@ -229,6 +221,14 @@ class BudgetedTraining:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as beside:
             save_file(tensors, beside, metadata={"progress": json.dumps(progress)})
+
+    def _start_from(self, path: Path) -> None:
+        known = load_file(path) if path.exists() else {}
+        with torch.no_grad():
+            for key, parameter in self.parameters.items():
+                value = known.get(f"ema/{key}")
+                if value is not None and value.shape == parameter.shape:
+                    parameter.copy_(value)
 
     def _load(self) -> None:
         from safetensors import safe_open

@@ -13,16 +13,20 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
-from perfusion.files import atomic_write_text
+from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
-from perfusion.toyland.budget import run_workers
+from perfusion.toyland.budget import START, run_workers
+from perfusion.toyland.captions import vocabulary
+from perfusion.toyland.models import TEXT_POSITIONS
 from perfusion.toyland.reconstructions import COUNT
 from perfusion.toyland.report import REPORT, write, write_card
+from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.train_autoencoder import train_autoencoder
 from perfusion.toyland.train_decoder import train_decoder
 from perfusion.toyland.train_diffusion import train_diffusion
@@ -60,6 +64,7 @@ class BuildConfig:
     scenes: int = 40_000  # training scenes of the UNet; at most 16,000 of others are kept as reconstructions
     processes: int | None = None  # null: one per core, or one with a GPU
     seed: int = 0
+    start: str | None = None  # folder of finished weights, like `out`, to go on from; null: from nothing
     only: str | None = None  # one stage alone; null: all, in this order
 
 
@@ -91,6 +96,32 @@ def assemble(folder: Path, out: Path) -> StableDiffusionPipeline:
     return pipe
 
 
+def begin_from(weights: Path, folder: Path) -> None:
+    """Make the state that all stages start from, of the finished weights in a folder that `assemble` wrote.
+
+    Words keep their embeddings where the vocabulary has changed; what does not fit the models of today is left out.
+    """
+    vocab = build_tokenizer(vocabulary(), TEXT_POSITIONS).get_vocab()
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    parts = {
+        "vae": ("pipeline/vae/diffusion_pytorch_model", None),
+        "unet": ("pipeline/unet/diffusion_pytorch_model", None),
+        "text": ("pipeline/text_encoder/model", "pipeline/tokenizer"),
+        "reader": ("reader/reader", None),
+        "clip": ("scorer/open_clip_model", "scorer"),
+    }
+    state = {}
+    for name, (file, words) in parts.items():
+        for key, value in load_file(weights / f"{file}.safetensors").items():
+            if words and key.endswith("token_embedding.weight"):
+                known = CLIPTokenizer.from_pretrained(weights / words).get_vocab()
+                value = torch.stack([value[known.get(token, 0)] for token in tokens])
+            state[f"ema/{name}.{key}"] = value.float().contiguous()
+    with atomic_path(folder / f"{START}.safetensors") as beside:
+        save_file(state, beside)
+    shutil.copytree(weights / "pipeline" / "vae", folder / "autoencoder", dirs_exist_ok=True)
+
+
 def training_record(folder: Path) -> dict[str, dict[str, float]]:
     """Steps, seconds and final loss of every stage, from the states that training left."""
     record = {}
@@ -106,6 +137,8 @@ def build(config: BuildConfig) -> None:
         raise ConfigError(f"only: found {config.only!r}, expected one of {', '.join(STAGES)}")
     folder, out = Path(config.folder), Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
+    if config.start is not None and not (folder / f"{START}.safetensors").exists():
+        begin_from(Path(config.start).expanduser(), folder)
     wanted = STAGES if config.only is None else (config.only,)
     pool = min(COUNT, config.scenes)
     seconds = {stage: 60 * config.minutes * share for stage, share in SHARES.items()}

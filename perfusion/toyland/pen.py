@@ -25,9 +25,7 @@ class Pen:
     thing in front of an object is painted on the picture and taken out of the object's mask in one call.
     """
 
-    def __init__(
-        self, targets: Sequence[tuple[ImageDraw.ImageDraw, Any]], x: float, y: float, scale: float
-    ) -> None:
+    def __init__(self, targets: Sequence[tuple[ImageDraw.ImageDraw, Any]], x: float, y: float, scale: float) -> None:
         self.targets = targets
         self.x, self.y = x * SUPERSAMPLE, y * SUPERSAMPLE
         self.scale = scale * SUPERSAMPLE

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.files import atomic_path
-from perfusion.toyland.budget import BudgetedTraining, autocast, device, rank, start_from, world_size
+from perfusion.toyland.budget import START, BudgetedTraining, autocast, device, rank, world_size
 from perfusion.toyland.captions import Caption, swap_object, vocabulary
 from perfusion.toyland.models import LATENT_SIZE, TEXT_POSITIONS, scheduler, text_encoder, unet
 from perfusion.toyland.tokenizer import build_tokenizer
@@ -143,9 +143,7 @@ def train_diffusion(folder: Path, seconds: float, scenes: int = 40_000, seed: in
     size = batch_size()
     saying = Saying().to(device())
     modules = {"unet": model, "text": encoder, "saying": saying}
-    for stage in ("start", "words"):
-        start_from(folder / f"{stage}.safetensors", modules)
-    run = BudgetedTraining("diffusion", modules, folder, seconds, RATE, size)
+    run = BudgetedTraining("diffusion", modules, folder, seconds, RATE, size, start=(START, "words"))
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
