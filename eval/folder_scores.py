@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.attributes import Wish, judge, toy
+from eval.attributes import toy
 from eval.drift import Base, drift
 from eval.folders import ImageFolder, parts, plain_prompt, same_prompt, setting_of, shows_concept
 from eval.record import Picture, Point
@@ -26,6 +26,7 @@ from perfusion.files import atomic_write_text
 from perfusion.manifest import ImageRecord
 from perfusion.scoring.metrics import TEXT_SCALE
 from perfusion.toyland.captions import CaptionError, parse
+from perfusion.toyland.judge import Wish, judge
 
 VERSION = 1  # changes when the scores of the same picture do
 _AT_ONCE = 64  # pictures in memory

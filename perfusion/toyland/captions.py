@@ -17,6 +17,7 @@ from perfusion.toyland.world import (
     SUPERCLASSES,
     SUPPORTS,
     WORN,
+    Instance,
     Placed,
     Scene,
     pick,
@@ -99,6 +100,24 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
+def described(instance: Instance) -> str:
+    """All that makes a toy, in words: "green-eyed red striped blue cat"."""
+    words = [*_detail_of(instance), *_pattern_of(instance), instance.body, instance.superclass]
+    return " ".join(words).replace(" - ", "-")
+
+
+def _detail_of(instance: Instance) -> list[str]:
+    return [instance.detail, "-", _detailed(instance.superclass)]
+
+
+def _detailed(superclass: str) -> str:
+    return "eyed" if superclass in LIVING else "trimmed"
+
+
+def _pattern_of(instance: Instance) -> list[str]:
+    return [instance.pattern] if instance.pattern == "plain" else [instance.second, instance.pattern]
+
+
 def _adjectives(placed: Placed, rng: np.random.Generator, complete: bool) -> list[list[str]]:
     """The looks of an object in their order, in groups that are kept or dropped as a whole.
 
@@ -107,14 +126,11 @@ def _adjectives(placed: Placed, rng: np.random.Generator, complete: bool) -> lis
     instance = placed.instance
     groups: list[list[str]] = []
     roll = rng.random()
-    if complete or roll < 0.3:
-        # Sunglasses hide eyes.
-        if instance.superclass not in LIVING:
-            groups.append([instance.detail, "-", "trimmed"])
-        elif placed.worn != "sunglasses":
-            groups.append([instance.detail, "-", "eyed"])
+    hidden = placed.worn == "sunglasses" and instance.superclass in LIVING
+    if not hidden and (complete or roll < 0.3):
+        groups.append(_detail_of(instance))
     if complete or 0.2 < roll < 0.6:
-        groups.append([instance.pattern] if instance.pattern == "plain" else [instance.second, instance.pattern])
+        groups.append(_pattern_of(instance))
     elif 0.6 < roll < 0.75:
         groups.append([instance.pattern])
     if complete or roll > 0.25:
@@ -226,15 +242,22 @@ def possible_nouns(source: Caption, index: int) -> tuple[str, ...]:
     )
 
 
+def renamed(source: Caption, index: int, noun: str) -> Caption:
+    """The same caption with another superclass for object `index`; what it has is eyed or trimmed as that has it."""
+    mine = source.adjectives[index]
+    words = [_detailed(noun) if i in mine and word in _DETAILED else word for i, word in enumerate(source.words)]
+    words[source.nouns[index]] = noun
+    return replace(source, words=_with_articles(words))
+
+
 def swap_object(source: Caption, index: int, rng: np.random.Generator) -> Caption:
     """The same caption with object `index` made another one: same length, same positions.
 
     Its noun becomes another superclass (one of `possible_nouns`), each colour another colour, each pattern another
     pattern, and what is named of eyes or trims another detail; "a" or "an" follows the new word.
     """
-    words = list(source.words)
-    mine = source.adjectives[index]
-    noun = words[source.nouns[index]] = pick(rng, possible_nouns(source, index))
+    source = renamed(source, index, pick(rng, possible_nouns(source, index)))
+    words, mine = list(source.words), source.adjectives[index]
     used = {words[i] for i in mine}
 
     def other(options: Iterable[str]) -> str:
@@ -244,9 +267,7 @@ def swap_object(source: Caption, index: int, rng: np.random.Generator) -> Captio
 
     for i in mine:
         word, after = words[i], words[i + 1]
-        if word in _DETAILED:
-            words[i] = "eyed" if noun in LIVING else "trimmed"
-        elif word in DETAILS and after == "-":
+        if word in DETAILS and after == "-":
             words[i] = pick(rng, tuple(d for d in DETAILS if d != word))
         elif word in COLOURS:
             words[i] = other(COLOURS)

@@ -169,6 +169,12 @@ def label_tensors(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return {name: torch.tensor([row[name] for row in rows]) for name in HEADS}
 
 
+def as_options(read: Mapping[str, Tensor]) -> list[dict[str, str]]:
+    """What `Reader.read` says of each of n pictures, as the options' names for each head."""
+    names = {name: [HEADS[name][int(k)] for k in index] for name, index in read.items()}
+    return [dict(zip(names, row, strict=True)) for row in zip(*names.values(), strict=True)]
+
+
 def accuracy(read: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, float]:
     """Share of right answers for each attribute, over the objects that show it; NaN where none does."""
     result = {}

@@ -1,0 +1,133 @@
+"""Toyland's finished models, loaded as anyone would load them, and pictures of its pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import chain, repeat
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from perfusion.toyland.captions import Caption
+from perfusion.toyland.reader import Reader
+from perfusion.toyland.train_words import token_ids
+
+STEPS, GUIDANCE = 25, 4.0  # of DDIM
+BATCH = 16
+
+
+class Scorer:
+    """The open_clip model that the builder trained, loaded as anyone would."""
+
+    def __init__(self, folder: Path) -> None:
+        name = f"local-dir:{folder}"
+        loaded: Any = open_clip.create_model_and_transforms(name)
+        self.model, _, self.preprocess = loaded
+        self.model.eval()
+        self.tokenizer: Any = open_clip.get_tokenizer(name)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors (n, d)."""
+        pixels = torch.stack([self.preprocess(image) for image in images])
+        return torch.cat([self.model.encode_image(p, normalize=True) for p in pixels.split(64)])
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (n, d)."""
+        parts = [self.tokenizer(list(texts[i : i + 64])) for i in range(0, len(texts), 64)]
+        return torch.cat([self.model.encode_text(part, normalize=True) for part in parts])
+
+    def encode(self, captions: Sequence[Caption]) -> Tensor:
+        """The text tower's last states (n, N, d), of which `texts` pools one for each caption."""
+        states: list[Tensor] = []
+        hook = self.model.ln_final.register_forward_hook(lambda module, given, out: states.append(out))
+        try:
+            self.texts([c.text for c in captions])
+        finally:
+            hook.remove()
+        return torch.cat(states)
+
+
+class Toyland:
+    """The finished models of a folder that the builder wrote.
+
+    Args:
+        processes: that `draw` shares the work out to, each with one thread: many threads on models this small are
+            slower, and stall when a neighbour takes a core. With one, everything happens in this process.
+    """
+
+    def __init__(self, weights: Path, processes: int = 1) -> None:
+        self.folder = weights / "pipeline"
+        self.pipe = load_pipeline(self.folder)
+        self.reader = Reader.load(weights / "reader")
+        self.scorer = Scorer(weights / "scorer")
+        self._workers = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
+
+    def encode(self, captions: Sequence[Caption]) -> Tensor:
+        """What the UNet is told by each caption: (n, 24, d). Word i of a caption is token i + 1."""
+        return encode(self.pipe, captions)
+
+    def draw(self, prompts: Sequence[str] | Tensor, seed: int, what: str = "") -> list[Image.Image]:
+        """`generate`, in as many processes as there are: the same pictures, in the same order."""
+        if self._workers is None:
+            return generate(self.pipe, prompts, seed, what)
+        parts = _parts(prompts)
+        drawn = self._workers.map(_draw_elsewhere, repeat(self.folder), parts, _seeds(seed, len(parts)))
+        return list(chain.from_iterable(tqdm(drawn, total=len(parts), desc=what, disable=not what)))
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline in a folder, silent."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def encode(pipe: Any, captions: Sequence[Caption]) -> Tensor:
+    """Encodings (n, 24, d) of n captions."""
+    return pipe.text_encoder(token_ids(pipe.tokenizer, captions)).last_hidden_state
+
+
+def generate(pipe: Any, prompts: Sequence[str] | Tensor, seed: int, what: str = "") -> list[Image.Image]:
+    """One picture per prompt, or per encoded prompt of a tensor (n, N, d); the same `seed`, the same pictures.
+
+    what: the progress bar's name; none without.
+    """
+    parts = _parts(prompts)
+    drawn = map(_draw, repeat(pipe), parts, _seeds(seed, len(parts)))
+    return list(chain.from_iterable(tqdm(drawn, total=len(parts), desc=what, disable=not what)))
+
+
+def _parts(prompts: Sequence[str] | Tensor) -> list[Any]:
+    return [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
+
+
+def _seeds(seed: int, count: int) -> range:
+    return range(seed * 1_000_000, seed * 1_000_000 + count)
+
+
+def _draw(pipe: Any, prompts: Sequence[str] | Tensor, seed: int) -> list[Image.Image]:
+    given = {"prompt_embeds": prompts} if isinstance(prompts, Tensor) else {"prompt": list(prompts)}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator, **given).images
+
+
+def _draw_elsewhere(folder: Path, prompts: Sequence[str] | Tensor, seed: int) -> list[Image.Image]:
+    return _draw(_pipeline_of_worker(folder), prompts, seed)
+
+
+@cache
+def _pipeline_of_worker(folder: Path) -> StableDiffusionPipeline:
+    torch.set_num_threads(1)
+    return load_pipeline(folder)
