@@ -64,10 +64,12 @@ class Toyland:
     Args:
         processes: that `draw` shares the work out to, each with one thread: many threads on models this small are
             slower, and stall when a neighbour takes a core. With one, everything happens in this process.
+        steps: of DDIM for each picture.
     """
 
-    def __init__(self, weights: Path, processes: int = 1) -> None:
+    def __init__(self, weights: Path, processes: int = 1, steps: int = STEPS) -> None:
         self.folder = weights / "pipeline"
+        self.steps = steps
         self.pipe = load_pipeline(self.folder)
         self.reader = Reader.load(weights / "reader")
         self.scorer = Scorer(weights / "scorer")
@@ -80,9 +82,10 @@ class Toyland:
     def draw(self, prompts: Sequence[str] | Tensor, seed: int, what: str = "") -> list[Image.Image]:
         """`generate`, in as many processes as there are: the same pictures, in the same order."""
         if self._workers is None:
-            return generate(self.pipe, prompts, seed, what)
+            return generate(self.pipe, prompts, seed, what, self.steps)
         parts = _parts(prompts)
-        drawn = self._workers.map(_draw_elsewhere, repeat(self.folder), parts, _seeds(seed, len(parts)))
+        settings = repeat(self.folder), parts, _seeds(seed, len(parts)), repeat(self.steps)
+        drawn = self._workers.map(_draw_elsewhere, *settings)
         return list(chain.from_iterable(tqdm(drawn, total=len(parts), desc=what, disable=not what)))
 
 
@@ -99,13 +102,15 @@ def encode(pipe: Any, captions: Sequence[Caption]) -> Tensor:
     return pipe.text_encoder(token_ids(pipe.tokenizer, captions)).last_hidden_state
 
 
-def generate(pipe: Any, prompts: Sequence[str] | Tensor, seed: int, what: str = "") -> list[Image.Image]:
+def generate(
+    pipe: Any, prompts: Sequence[str] | Tensor, seed: int, what: str = "", steps: int = STEPS
+) -> list[Image.Image]:
     """One picture per prompt, or per encoded prompt of a tensor (n, N, d); the same `seed`, the same pictures.
 
     what: the progress bar's name; none without.
     """
     parts = _parts(prompts)
-    drawn = map(_draw, repeat(pipe), parts, _seeds(seed, len(parts)))
+    drawn = map(_draw, repeat(pipe), parts, _seeds(seed, len(parts)), repeat(steps))
     return list(chain.from_iterable(tqdm(drawn, total=len(parts), desc=what, disable=not what)))
 
 
@@ -117,14 +122,14 @@ def _seeds(seed: int, count: int) -> range:
     return range(seed * 1_000_000, seed * 1_000_000 + count)
 
 
-def _draw(pipe: Any, prompts: Sequence[str] | Tensor, seed: int) -> list[Image.Image]:
+def _draw(pipe: Any, prompts: Sequence[str] | Tensor, seed: int, steps: int) -> list[Image.Image]:
     given = {"prompt_embeds": prompts} if isinstance(prompts, Tensor) else {"prompt": list(prompts)}
     generator = torch.Generator().manual_seed(seed)
-    return pipe(num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator, **given).images
+    return pipe(num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator, **given).images
 
 
-def _draw_elsewhere(folder: Path, prompts: Sequence[str] | Tensor, seed: int) -> list[Image.Image]:
-    return _draw(_pipeline_of_worker(folder), prompts, seed)
+def _draw_elsewhere(folder: Path, prompts: Sequence[str] | Tensor, seed: int, steps: int) -> list[Image.Image]:
+    return _draw(_pipeline_of_worker(folder), prompts, seed, steps)
 
 
 @cache
