@@ -71,8 +71,8 @@ def device() -> torch.device:
 
 
 def bfloat16_pays() -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 here: on CUDA, and on CPUs with such arithmetic."""
-    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    """Whether products in bfloat16 are faster than in float32 here: on CUDA, and on CPUs with such arithmetic."""
+    cpu = torch.cpu.get_capabilities()
     return torch.cuda.is_available() or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 

@@ -35,13 +35,13 @@ from perfusion.toyland.train_scorer import train_scorer
 from perfusion.toyland.train_words import train_words
 
 # Of the minutes.
-SHARES = {"autoencoder": 0.18, "decoder": 0.08, "scorer": 0.08, "reader": 0.12, "words": 0.04, "diffusion": 0.5}
+SHARES = {"autoencoder": 0.18, "words": 0.04, "diffusion": 0.5, "decoder": 0.08, "scorer": 0.08, "reader": 0.12}
 STAGES = (*SHARES, "assemble")
 
 USAGE = """
-Train Toyland from nothing: autoencoder, its decoder once more against a discriminator, scorer, attribute reader, text
-encoder, then text encoder and UNet together. only= takes one of these stages: autoencoder, decoder, scorer, reader,
-words, diffusion, assemble.
+Train Toyland from nothing: autoencoder, text encoder, text encoder and UNet together, the decoder once more against a
+discriminator, scorer, attribute reader. only= takes one of these stages: autoencoder, words, diffusion, decoder,
+scorer, reader, assemble.
 
   python -m perfusion.toyland.build minutes=90 folder=toyland-build out=toyland-weights
 
@@ -144,17 +144,17 @@ def build(config: BuildConfig) -> None:
     seconds = {stage: 60 * config.minutes * share for stage, share in SHARES.items()}
     if "autoencoder" in wanted:
         run_workers(train_autoencoder, folder, seconds["autoencoder"], config.seed, processes=config.processes)
+    if "words" in wanted:
+        run_workers(train_words, folder, seconds["words"], config.seed, processes=config.processes)
+    if "diffusion" in wanted:
+        workers = (folder, seconds["diffusion"], config.scenes, config.seed)
+        run_workers(train_diffusion, *workers, processes=config.processes)
     if "decoder" in wanted:
         run_workers(train_decoder, folder, seconds["decoder"], config.seed, processes=config.processes)
     if "scorer" in wanted:
         run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, pool, processes=config.processes)
     if "reader" in wanted:
         run_workers(train_reader, folder, seconds["reader"], config.seed + 2, pool, processes=config.processes)
-    if "words" in wanted:
-        run_workers(train_words, folder, seconds["words"], config.seed, processes=config.processes)
-    if "diffusion" in wanted:
-        workers = (folder, seconds["diffusion"], config.scenes, config.seed)
-        run_workers(train_diffusion, *workers, processes=config.processes)
     if "assemble" in wanted:
         out.mkdir(parents=True, exist_ok=True)
         assemble(folder, out)

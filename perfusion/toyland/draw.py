@@ -17,8 +17,8 @@ TILE = 4
 _GROUT = np.ones((SIZE, SIZE, 1), dtype=np.float32)
 _GROUT[TILE - 1 :: TILE] = 0.74
 _GROUT[:, TILE - 1 :: TILE] = 0.74
-# In an object's own units, of which a latent cell is 6.6: stripes and spots are nearly as large, eyes are left free, and
-# the body's colour keeps the clear majority.
+# In an object's own units, of which a latent cell is 6.6: stripes and spots are nearly as large, and most of the body
+# keeps its colour.
 _STRIPES = (-15.0, 1.5, 14.0)
 _SPOTS = ((-11, -15), (11, -14), (0, -1), (-13, 3), (13, 3), (-6, 11), (7, 12), (0, 19), (-17, 13), (18, 12), (0, -22))
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.budget import BudgetedTraining, autocast, device, rank, world_size
 from perfusion.toyland.captions import caption, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
 from perfusion.toyland.reconstructions import COUNT, Pool
@@ -59,10 +59,12 @@ def contrastive_loss(model: open_clip.CLIP, pixels: Tensor, tokens: Tensor, wron
     Args:
         tokens, wrong: (B, N) captions, and those wrong in one thing; a row that is the same in both does not count.
     """
-    images, texts, scale = model(pixels, tokens)
+    with autocast():
+        images, texts, scale = model(pixels, tokens)
+        nearly = model.encode_text(wrong, normalize=True)
+    images, texts, nearly = images.float(), texts.float(), nearly.float()
     logits = scale * images @ texts.T
-    nearly = scale * (images * model.encode_text(wrong, normalize=True)).sum(1)
-    nearly = nearly.masked_fill((tokens == wrong).all(1), -torch.inf)
+    nearly = (scale * (images * nearly).sum(1)).masked_fill((tokens == wrong).all(1), -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
     of_images = F.cross_entropy(torch.cat([logits, nearly[:, None]], 1), labels)
     return (of_images + F.cross_entropy(logits.T, labels)) / 2

@@ -82,10 +82,11 @@ class Saying(nn.Module):
 
 
 def train_words(folder: Path, seconds: float, seed: int = 0) -> None:
-    """Worker: train text encoder and heads for `seconds`; the state in `folder` is what `train_diffusion` starts from."""
+    """Worker: train text encoder and heads for `seconds`; `train_diffusion` starts from the state in `folder`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(vocabulary(), TEXT_POSITIONS)
-    encoder: Any = text_encoder(tokenizer).to(device())
+    encoder: Any = text_encoder(tokenizer)
+    encoder.to(device())
     saying = Saying().to(device())
     run = BudgetedTraining("words", {"text": encoder, "saying": saying}, folder, seconds, RATE, BATCH)
     for step in run:
