@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from perfusion.data.prompts import fill
-from perfusion.toyland.captions import asked, parse
-from perfusion.toyland.world import HELD_OUT, LIVING, SUPERCLASSES, Instance, sample_instance
+from perfusion.toyland.captions import asked, described, parse
+from perfusion.toyland.world import HELD_OUT, SUPERCLASSES, Instance, sample_instance
 
 Alternatives = tuple[str, ...]  # of one prompt: the first that a toy allows is used
 
@@ -39,11 +39,8 @@ class Toy:
 
     @property
     def description(self) -> str:
-        """All of its looks that a caption has words for."""
-        looks = self.looks
-        pattern = [] if looks.pattern == "plain" else [looks.second, looks.pattern]
-        eyes = ["with", looks.detail, "eyes"] if self.superclass in LIVING else []
-        return " ".join([*pattern, looks.body, self.superclass, *eyes])
+        """All of its looks in words, before its noun: "green-eyed red striped blue cat"."""
+        return described(self.looks)
 
 
 def toys(superclasses: Sequence[str], first: int) -> tuple[Toy, ...]:

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 
 from eval import attributes
-from eval.attributes import Wish, judge, load_reader, toy
+from eval.attributes import load_reader, toy
 from perfusion.scoring.clip import ScorerError
 from perfusion.toyland.captions import CaptionError
+from perfusion.toyland.judge import Wish, judge
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, labels
 from perfusion.toyland.world import Instance, Scene, concept_scene, sample_scene
 
-CAT = Instance("cat", "purple", "pink", "striped", "blue", 1.0, 1.0)
-DOG = Instance("dog", "brown", "white", "spotted", "black", 1.0, 1.0)
+CAT = Instance("cat", "purple", "pink", "striped", "blue")
+DOG = Instance("dog", "brown", "white", "spotted", "black")
 
 
 class Told:
@@ -61,8 +62,9 @@ def test_what_cannot_be_seen_does_not_count():
     assert scores(mosaic, "a mosaic of a cat", cat=CAT) == {"identity": 2 / 3, "prompt": 1.0, "superclass": 1.0}
     hidden = Told(concept_scene(CAT, 0, worn="sunglasses"), object0_detail="red")
     assert scores(hidden, "a cat wearing sunglasses", cat=CAT)["identity"] == 1.0
-    asleep = Told(concept_scene(CAT, 0, asleep=True), object0_detail="red")
-    assert scores(asleep, "a sleeping cat", cat=CAT) == {"identity": 1.0, "prompt": 1.0, "superclass": 1.0}
+    mug = replace(CAT, superclass="mug")
+    trimmed = Told(concept_scene(mug, 0, worn="sunglasses"), object0_detail="red")
+    assert scores(trimmed, "a mug wearing sunglasses", mug=mug)["identity"] == 0.75, "they hide no trim"
 
 
 def test_each_wish_counts_once_and_a_prompt_without_wishes_not_at_all():
@@ -75,6 +77,9 @@ def test_looks_that_the_prompt_changes_belong_to_the_prompt():
     found = scores(Told(concept_scene(CAT, 0), object0_body="red"), "a photo of a red cat", cat=CAT)
     assert found == {"identity": 1.0, "prompt": 1.0, "superclass": 1.0}
     assert scores(Told(concept_scene(CAT, 0)), "a photo of a red cat", cat=CAT)["prompt"] == 0.0
+    eyes = Told(concept_scene(CAT, 0), object0_detail="green")
+    for prompt in ("a photo of a green-eyed cat", "a photo of a green eyed cat", "a photo of a cat with green eyes"):
+        assert scores(eyes, prompt, cat=CAT) == {"identity": 1.0, "prompt": 1.0, "superclass": 1.0}
 
 
 def test_another_kind_of_thing():
@@ -83,7 +88,7 @@ def test_another_kind_of_thing():
 
 
 def two(left: Instance, right: Instance) -> Scene:
-    bare: dict[str, Any] = {"worn": "none", "support": "none", "style": "photo", "asleep": False}
+    bare: dict[str, Any] = {"worn": "none", "support": "none", "style": "photo"}
     return sample_scene(0, objects=(left, right), held_out=True, **bare)
 
 

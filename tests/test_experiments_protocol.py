@@ -15,7 +15,7 @@ from experiments.protocol import (
     toys,
 )
 from perfusion.data.prompts import fill
-from perfusion.toyland.captions import asked, parse
+from perfusion.toyland.captions import asked, looks_said, parse
 from perfusion.toyland.world import PLACES, STYLES, SUPPORTS, WORN
 
 WHOLE = Protocol()
@@ -35,6 +35,15 @@ def test_toys_are_more_than_their_colour_and_chosen_by_a_rule() -> None:
     first, second = toys(("cat", "dog"), 100)
     assert first.instance < second.instance, "two toys of one seed would have the same colours"
     assert toys(("cat", "dog"), 100) == (first, second)
+
+
+def test_a_toy_described_has_all_of_its_looks_before_its_noun() -> None:
+    for toy in (*TABLE_TOYS, *TUNING.toys):
+        words = toy.description.split()
+        assert words[-1] == toy.superclass
+        source = parse(f"a photo of a {toy.description}")
+        said = looks_said([source.words[i] for i in source.adjectives[0]])
+        assert said == {name: getattr(toy.looks, name) for name in ("body", "second", "pattern", "detail")}
 
 
 def test_tuning_sees_nothing_of_the_tables() -> None:

@@ -20,7 +20,6 @@ def test_the_atlas_shows_everything_that_there_is(tmp_path: Path) -> None:
     assert {p.instance.superclass for p in placed} == {*SUPERCLASSES}
     assert {p.instance.pattern for p in placed} == {*PATTERNS}
     assert {p.worn for p in placed} == {*WORN} and {p.support for p in placed} == {*SUPPORTS}
-    assert any(p.asleep for p in placed)
     assert run_cli(main, [f"out={tmp_path / 'world.png'}", "seed=3"]) == 0
     with Image.open(tmp_path / "world.png") as picture:
         assert picture.width > 1900 and picture.height > 1300

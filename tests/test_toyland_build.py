@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
 from perfusion.cli import run_cli
 from perfusion.toyland import build
-from perfusion.toyland.measure import Scorer, Toyland, autoencoder_error, reader_accuracy, retrieval
-from perfusion.toyland.reader import Reader
+from perfusion.toyland.measure import autoencoder_error, reader_accuracy, retrieval
+from perfusion.toyland.shipped import Toyland
 
 
 def test_stages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(build.main, ["only=everything", f"folder={tmp_path / 'build'}"]) != 0
     said = capsys.readouterr().err
-    assert "only: found 'everything', expected one of autoencoder, decoder, scorer, reader, diffusion, assemble" in said
+    assert "only: found 'everything', expected one of autoencoder, decoder, scorer, reader, words, diffusion, assemble" in said
     assert not (tmp_path / "build").exists()
 
 
@@ -28,16 +27,16 @@ def test_three_minutes_build_a_toyland_that_has_learned_something(tmp_path: Path
     words = ["minutes=3", "scenes=600", f"folder={folder}", f"out={out}"]
     assert run_cli(build.main, words) == 0
     report = json.loads((out / "report.json").read_text())
-    assert list(report["training"]) == ["autoencoder", "decoder", "scorer", "reader", "diffusion"]
+    assert list(report["training"]) == ["autoencoder", "decoder", "scorer", "reader", "words", "diffusion"]
     spent = sum(stage["elapsed"] for stage in report["training"].values())
     assert 180 <= spent < 200
     assert (out / "README.md").read_text().count("| autoencoder |") == 1
 
-    pipe = StableDiffusionPipeline.from_pretrained(out / "pipeline")
-    scorer, reader = Scorer(out / "scorer"), Reader.load(out / "reader")
+    toyland = Toyland(out)
+    pipe = toyland.pipe
     assert autoencoder_error(pipe.vae, 32) < 0.25  # a constant gray leaves about 0.4
-    assert retrieval(scorer, batches=5) > 0.025  # guessing: 0.01, with a standard error of 0.0045
-    on_renders, _ = reader_accuracy(Toyland(pipe, reader, scorer), 200)
+    assert retrieval(toyland.scorer, batches=5) > 0.025  # guessing: 0.01, with a standard error of 0.0045
+    on_renders, _ = reader_accuracy(toyland, 200)
     assert on_renders["place"] > 0.3 and on_renders["style"] > 0.6  # guessing: 0.11, 0.33
     image = pipe("a photo of a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (64, 64)
