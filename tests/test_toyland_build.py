@@ -17,7 +17,10 @@ from perfusion.toyland.shipped import Toyland
 def test_stages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(build.main, ["only=everything", f"folder={tmp_path / 'build'}"]) != 0
     said = capsys.readouterr().err
-    assert "only: found 'everything', expected one of autoencoder, decoder, scorer, reader, words, diffusion, assemble" in said
+    assert (
+        "only: found 'everything', expected one of autoencoder, decoder, scorer, reader, words, diffusion, assemble"
+        in said
+    )
     assert not (tmp_path / "build").exists()
 
 

@@ -131,11 +131,14 @@ def test_most_captions_say_all_that_there_is_to_say() -> None:
 @pytest.mark.parametrize(
     ("text", "options"),
     [
-        ("a green-eyed red striped blue cat", {"detail": DETAILS, "second": COLOURS, "pattern": PATTERNS[1:], "body": COLOURS}),
+        (
+            "a green-eyed red striped blue cat",
+            {"detail": DETAILS, "second": COLOURS, "pattern": PATTERNS[1:], "body": COLOURS},
+        ),
         ("a plain blue cat", {"pattern": PATTERNS, "body": COLOURS}),
         ("a green-trimmed spotted mug at night", {"detail": DETAILS, "pattern": PATTERNS}),
     ],
-)  # fmt: skip
+)
 def test_a_swap_changes_every_look(text: str, options: dict) -> None:
     source = parse(text)
     before = said(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,14 +13,16 @@ import torch
 from torch import nn
 
 from perfusion.toyland import reconstructions, train_diffusion
-from perfusion.toyland.captions import asked, caption
-from perfusion.toyland.models import autoencoder, scheduler
+from perfusion.toyland.captions import Caption, asked, caption, parse
+from perfusion.toyland.models import TEXT_POSITIONS, TEXT_WIDTH, autoencoder, scheduler
+from perfusion.toyland.reader import OBJECT_HEADS
 from perfusion.toyland.reconstructions import Pool, judged_scene
-from perfusion.toyland.train_autoencoder import draw_batch
-from perfusion.toyland.train_decoder import decoding_loss, train_decoder
-from perfusion.toyland.train_diffusion import denoising_loss, scene_weights, training_caption, training_scene
+from perfusion.toyland.train_autoencoder import draw_batch, weighted_error
+from perfusion.toyland.train_decoder import NOISE, decoded, discriminator, hinge_loss, train_decoder
+from perfusion.toyland.train_diffusion import OBJECT_WEIGHT, denoising_loss, scene_weights
 from perfusion.toyland.train_reader import fresh_scene
 from perfusion.toyland.train_scorer import altered, captions, contrastive_loss
+from perfusion.toyland.train_words import LOOKS, Saying, said, training_caption, training_scene
 from perfusion.toyland.world import HELD_OUT, LIVING, STYLES, is_held_out, sample_scene
 
 
@@ -38,9 +41,9 @@ def test_held_out_pairs_are_seen_and_never_named() -> None:
     rng = np.random.default_rng(0)
     named = 0
     for scene in scenes:
-        for said, counts in ((training_caption(scene, rng), False), (caption(scene, rng), True)):
-            wishes = asked(said) if said.nouns else {}
-            for k in range(len(said.nouns)):
+        for source, counts in ((training_caption(scene, rng), False), (caption(scene, rng), True)):
+            wishes = asked(source) if source.nouns else {}
+            for k in range(len(source.nouns)):
                 kind = wishes[f"object{k}_superclass"]
                 pairs = {(kind, wishes.get("place")), (kind, wishes.get(f"object{k}_worn"))}
                 assert counts or not pairs & HELD_OUT
@@ -65,6 +68,61 @@ def test_half_of_the_steps_are_among_the_350_of_least_noise(monkeypatch: pytest.
     alpha = scheduler().alphas_cumprod[steps]
     snr = alpha / (1 - alpha)
     assert float(loss) == pytest.approx(float((snr.clamp(1, 20) / (snr + 1)).mean()), rel=0.1)
+
+
+def test_the_object_s_cells_count_more_and_the_whole_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zero(nn.Module):
+        def forward(self, noisy: torch.Tensor, steps: torch.Tensor, context: torch.Tensor):
+            return type("Out", (), {"sample": torch.zeros_like(noisy)})
+
+    latents = torch.zeros(500, 1, 8, 8)
+    cells = torch.zeros(500, 1, 8, 8)
+    cells[..., :4] = 1
+    losses = [
+        float(denoising_loss(Zero(), scheduler(), latents, latents, torch.Generator().manual_seed(0), c))
+        for c in (None, torch.zeros_like(cells), torch.ones_like(cells), cells)
+    ]
+    assert losses[1] == pytest.approx(losses[0]) and losses[2] == pytest.approx(losses[0])
+    assert losses[3] == pytest.approx(losses[0], rel=0.05) and losses[3] != losses[0] and OBJECT_WEIGHT > 1
+
+
+def test_what_is_said_at_which_noun() -> None:
+    two = parse("a green-eyed red striped blue cat and a spotted mug with a hat")
+    short = parse("a photo of a cat with green eyes")
+    found = said([short, Caption((), (), ()), two])
+    assert found.keys() == {*LOOKS}
+
+    def rows(name: str) -> dict[tuple[int, int], str]:
+        at, right = found[name]
+        return {(int(i), int(k)): OBJECT_HEADS[name][int(o)] for (i, k), o in zip(at, right, strict=True)}
+
+    cat, mug = two.nouns[0] + 1, two.nouns[1] + 1
+    assert rows("superclass") == {(0, short.nouns[0] + 1): "cat", (2, cat): "cat", (2, mug): "mug"}
+    assert rows("pattern") == {(2, cat): "striped", (2, mug): "spotted"}
+    assert rows("body") == {(2, cat): "blue"} and rows("second") == {(2, cat): "red"}
+    assert rows("detail") == {(2, cat): "green"}, "eyes behind the noun are not known at it"
+    assert all(len(at) == 0 for name, (at, _) in said([short]).items() if name != "superclass")
+
+
+def test_saying_costs_nothing_where_the_noun_says_it_all() -> None:
+    torch.manual_seed(0)
+    captions = [parse("a green-eyed red striped blue cat"), Caption((), (), ())]
+    saying = Saying()
+    encoded = torch.randn(2, TEXT_POSITIONS, TEXT_WIDTH)
+    noun = captions[0].nouns[0] + 1
+    right = {name: int(option) for name, (_, (option,)) in said(captions[:1]).items()}
+    expected = [
+        nn.functional.cross_entropy(saying.heads[name](encoded[0, noun]), torch.tensor(option))
+        for name, option in right.items()
+    ]
+    assert float(saying(encoded, captions)) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    elsewhere = encoded.clone()
+    elsewhere[:, torch.arange(TEXT_POSITIONS) != noun] = 0
+    assert torch.equal(saying(elsewhere, captions), saying(encoded, captions)), "read at the noun alone"
+    with torch.no_grad():
+        for name, option in right.items():
+            saying.heads[name].bias[option] = 100
+    assert float(saying(encoded, captions)) < 1e-6
 
 
 def test_the_reader_practises_what_it_mistakes() -> None:
@@ -146,5 +204,60 @@ def test_only_the_decoder_learns_and_its_loss_falls(tmp_path: Path) -> None:
         same = torch.equal(value, after.state_dict()[name])
         assert same == name.startswith(("encoder.", "quant_conv.")), name
     pixels, masks = draw_batch(list(range(8)))
-    losses = [decoding_loss(m, pixels, masks, torch.Generator().manual_seed(0)).item() for m in (before, after)]
+    losses = [
+        float(weighted_error(decoded(m, pixels, torch.Generator().manual_seed(0)) - pixels, masks).detach())
+        for m in (before, after)
+    ]
     assert losses[1] < losses[0]
+
+
+def test_latents_are_decoded_with_the_noise_that_a_denoiser_leaves() -> None:
+    """Up to NOISE standard deviations, as many for each picture; and no gradient goes to the encoder."""
+    given: list[torch.Tensor] = []
+
+    class Still(nn.Module):
+        config = MappingProxyType({"scaling_factor": 0.5})
+
+        def encode(self, pixels: torch.Tensor):
+            return type("Out", (), {"latent_dist": type("D", (), {"mode": lambda _: pixels})()})
+
+        def decode(self, latents: torch.Tensor):
+            given.append(latents)
+            return type("Out", (), {"sample": latents})
+
+    pixels = torch.zeros(400, 4, 8, 8, requires_grad=True)
+    model: object = Still()
+    made = decoded(model, pixels, torch.Generator().manual_seed(0))
+    assert made is given[0] and not made.requires_grad
+    spread = made.flatten(1).std(1) * 0.5  # in units of scaled latents
+    assert float(spread.max()) == pytest.approx(NOISE, rel=0.15) and float(spread.min()) < 0.02
+    assert float(spread.mean()) == pytest.approx(NOISE / 2, rel=0.1)
+
+
+def test_the_discriminator_learns_to_tell_pictures_and_the_decoder_to_pass() -> None:
+    """It judges patches; its loss pushes the two apart until they are a margin apart, and never moves the decoder."""
+    torch.manual_seed(0)
+    judge = discriminator()
+    real, made = draw_batch(list(range(6)))[0], torch.zeros(6, 3, 64, 64, requires_grad=True)
+    assert judge(real).shape == (6, 1, 14, 14)
+    optimizer = torch.optim.AdamW(judge.parameters(), 5e-3, betas=(0.5, 0.9))
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = hinge_loss(judge, real, made)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert made.grad is None
+    assert losses[0] == pytest.approx(2, abs=0.5) and losses[-1] < 0.7 * losses[0]
+    assert float(judge(real).mean()) > float(judge(made).mean())
+    (-judge(made).mean()).backward()
+    assert made.grad is not None and float(made.grad.abs().sum()) > 0
+
+    class Constant(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.mean((1, 2, 3))
+
+    ones = torch.ones(2, 3, 4, 4)
+    assert float(hinge_loss(Constant(), 2 * ones, -3 * ones)) == 0
+    assert float(hinge_loss(Constant(), 0 * ones, 0.5 * ones)) == 2.5

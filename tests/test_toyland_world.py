@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from perfusion.toyland import captions, world
+from perfusion.toyland.backdrops import backdrop
 from perfusion.toyland.captions import MAX_WORDS, caption, swap_object, vocabulary
 from perfusion.toyland.draw import render
+from perfusion.toyland.pen import SUPERSAMPLE
+from perfusion.toyland.shapes import SHAPES
 from perfusion.toyland.world import (
     COLOURS,
     HELD_OUT,
@@ -78,7 +81,7 @@ def test_two_objects_have_their_own_masks():
 
 
 def test_everything_occurs_and_held_out_never(scenes):
-    seen: dict[str, set] = {k: set() for k in ("superclass", "place", "worn", "support", "style", "asleep", "pattern")}
+    seen: dict[str, set] = {k: set() for k in ("superclass", "place", "worn", "support", "style", "pattern", "detail")}
     for scene in scenes:
         assert not world.is_held_out(scene)
         seen["place"].add(scene.place)
@@ -86,19 +89,18 @@ def test_everything_occurs_and_held_out_never(scenes):
         for placed in scene.objects:
             assert (placed.instance.superclass, scene.place) not in HELD_OUT
             assert (placed.instance.superclass, placed.worn) not in HELD_OUT
-            assert not placed.asleep or placed.instance.superclass in LIVING
             assert placed.instance.body != placed.instance.second
-            for name in ("worn", "support", "asleep"):
+            for name in ("worn", "support"):
                 seen[name].add(getattr(placed, name))
-            seen["superclass"].add(placed.instance.superclass)
-            seen["pattern"].add(placed.instance.pattern)
+            for name in ("superclass", "pattern", "detail"):
+                seen[name].add(getattr(placed.instance, name))
     assert seen == {
         "superclass": set(SUPERCLASSES),
         "place": set(world.PLACES),
         "worn": set(world.WORN),
         "support": set(world.SUPPORTS),
         "style": set(world.STYLES),
-        "asleep": {True, False},
+        "detail": set(world.DETAILS),
         "pattern": set(world.PATTERNS),
     }
     share = np.mean([len(s.objects) == 2 for s in scenes])
@@ -116,7 +118,8 @@ def test_held_out_pairs_are_named_in_the_world_and_need_asking():
 
 def test_captions_use_the_vocabulary_and_point_at_their_words(scenes):
     words = vocabulary()
-    assert len(set(words)) == len(words) and all(w.isascii() and w.islower() and w.isalpha() for w in words)
+    assert len(set(words)) == len(words)
+    assert all(w == "-" or (w.isascii() and w.islower() and w.isalpha()) for w in words)
     rng = np.random.default_rng(0)
     used: set[str] = set()
     for scene in scenes:
@@ -125,10 +128,11 @@ def test_captions_use_the_vocabulary_and_point_at_their_words(scenes):
         assert 1 <= len(said.words) <= MAX_WORDS
         assert tuple(said.words[n] for n in said.nouns) == tuple(p.instance.superclass for p in scene.objects)
         for placed, noun, adjectives in zip(scene.objects, said.nouns, said.adjectives, strict=True):
-            kinds = {placed.instance.body, placed.instance.second, placed.instance.pattern, "sleeping"}
-            assert {said.words[i] for i in adjectives} <= kinds
+            toy = placed.instance
+            had = {"-", "eyed" if toy.superclass in LIVING else "trimmed"}
+            assert {said.words[i] for i in adjectives} <= had | {toy.body, toy.second, toy.pattern, toy.detail}
             assert all(i < noun for i in adjectives)
-            assert placed.asleep or "sleeping" not in {said.words[i] for i in adjectives}
+            assert placed.worn != "sunglasses" or not {"eyed", "eyes"} & {said.words[i] for i in adjectives}
         if scene.style != "photo":
             assert {"sketch", "drawing", "mosaic"} & set(said.words)
         for a, b in zip(said.words, said.words[1:], strict=False):
@@ -149,18 +153,61 @@ def test_swap_keeps_the_length_and_changes_the_object(scenes):
             assert swapped.words[noun] in SUPERCLASSES and swapped.words[noun] != said.words[noun]
             for i in said.adjectives[index]:
                 before, after = said.words[i], swapped.words[i]
-                assert (before == after) == (before == "sleeping")
-                assert (before in COLOURS) == (after in COLOURS)
+                if before == "-" or before in ("eyed", "trimmed"):
+                    assert after == {"-": "-"}.get(before, "eyed" if swapped.words[noun] in LIVING else "trimmed")
+                    continue
+                assert before != after
+                detail = said.words[i + 1] == "-"
+                of = world.DETAILS if detail else COLOURS if before in COLOURS else world.PATTERNS
+                assert before in of and after in of
             touched = {noun, *said.adjectives[index]}
             kept = [i for i in range(len(said.words)) if i not in touched and said.words[i] not in ("a", "an")]
             assert all(swapped.words[i] == said.words[i] for i in kept)
 
 
-def test_concept_scenes_keep_the_instance_and_vary_the_pose():
+def test_concept_scenes_keep_the_instance_and_vary_in_place_and_crop_alone():
     instance = sample_instance(np.random.default_rng(9), "cat")
-    views = [concept_scene(instance, seed, place="beach", worn="hat") for seed in range(6)]
-    assert all(v.objects[0].instance == instance and v.place == "beach" for v in views)
-    assert len({v.objects[0].x for v in views}) == 6
+    views = [concept_scene(instance, seed, place="beach", worn="hat") for seed in range(60)]
+    (first, *_), placed = views, [view.objects[0] for view in views]
+    assert {p.x for p in placed} == {*world.ALONE} and {v.backdrop for v in views} == {*range(world.CROPS)}
+    same = [replace(v, backdrop=0, relation="and", objects=(replace(v.objects[0], x=0.0),)) for v in views]
+    assert {*same} == {replace(first, backdrop=0, relation="and", objects=(replace(first.objects[0], x=0.0),))}
+    assert first.objects[0].instance == instance and (first.place, first.objects[0].worn) == ("beach", "hat")
+
+
+def test_what_no_caption_says_hardly_varies(scenes):
+    poses = {(len(s.objects), i, p.x, p.y, p.scale) for s in scenes for i, p in enumerate(s.objects)}
+    assert len(poses) == 4, "two places for one object, one for each of two"
+    assert {s.backdrop for s in scenes} == {*range(world.CROPS)} and world.CROPS <= 3
+    for place in world.PLACES:
+        crops = {np.asarray(backdrop(place, crop)[0]).tobytes() for crop in range(world.CROPS)}
+        assert len(crops) == world.CROPS
+    wide = np.asarray(backdrop("beach", 0)[0]), np.asarray(backdrop("beach", 1)[0])
+    cells = 2 * 8 * SUPERSAMPLE  # whole latent cells apart
+    assert np.array_equal(wide[0][:, cells:], wide[1][:, :-cells])
+
+
+@pytest.mark.parametrize("superclass", SUPERCLASSES)
+@pytest.mark.parametrize("pattern", world.PATTERNS[1:])
+def test_the_body_s_colour_keeps_the_majority(superclass, pattern, monkeypatch):
+    """Else the two colours changed round would be as good a name. Of the body, without the face that comes on top."""
+    bare = replace(SHAPES[superclass], features=lambda pen, paint: None)
+    monkeypatch.setitem(SHAPES, superclass, bare)
+    toy = sample_instance(np.random.default_rng(0), superclass, body="green", second="red", pattern=pattern)
+    drawn = render(concept_scene(toy, 0))
+    inside = drawn.image[drawn.masks[0] == 255].astype(int)
+    body, second = (np.abs(inside - COLOURS[name]).max(1) < 8 for name in ("green", "red"))
+    assert body.mean() + second.mean() > 0.8
+    assert body.sum() > second.sum() > 0.1 * body.sum()
+
+
+@pytest.mark.parametrize("superclass", SUPERCLASSES)
+def test_every_detail_is_a_latent_cell_large_at_least(superclass):
+    """Eyes and trims: the pixels that change with their colour are as many as a cell of 8 x 8 has, at least half."""
+    toy = sample_instance(np.random.default_rng(0), superclass, body="yellow", second="brown", detail="blue")
+    scenes = [concept_scene(replace(toy, detail=detail), 0) for detail in ("blue", "red")]
+    one, two = (render(scene).image.astype(int) for scene in scenes)
+    assert (np.abs(one - two).max(axis=2) > 60).sum() >= 32
 
 
 def test_attributes_are_plain():

@@ -63,7 +63,8 @@ def number(value: float | None) -> str:
 
 def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
     """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `measured_with`, `details`, a `history` of
-    what earlier stages of the training reached, and a `note` on how the weights came about, written by hand; parts may be missing.
+    what earlier stages of the training reached, and a `note` on how the weights came about, written by hand; parts may
+    be missing.
 
     Args:
         words: size of the world's vocabulary.
