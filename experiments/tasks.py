@@ -163,8 +163,8 @@ def _judged(job: Job) -> Judged:
 @functools.cache
 def _scorers() -> Any:
     from eval.attributes import load_reader
-    from perfusion.scoring.clip import ClipScorer
     from eval.scorers import Scorers
+    from perfusion.scoring.clip import ClipScorer
 
     return Scorers(ClipScorer("toyland"), None, load_reader())
 
