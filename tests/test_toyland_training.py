@@ -10,15 +10,25 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from perfusion.toyland import reconstructions, train_diffusion
-from perfusion.toyland.captions import Caption, asked, caption, parse
-from perfusion.toyland.models import TEXT_POSITIONS, TEXT_WIDTH, autoencoder, scheduler
+from perfusion.toyland.captions import Caption, asked, caption, parse, vocabulary
+from perfusion.toyland.models import (
+    LATENT_CHANNELS,
+    TEXT_POSITIONS,
+    TEXT_WIDTH,
+    autoencoder,
+    scheduler,
+    text_encoder,
+    unet,
+)
 from perfusion.toyland.reader import OBJECT_HEADS
 from perfusion.toyland.reconstructions import Pool, judged_scene
-from perfusion.toyland.train_autoencoder import draw_batch, weighted_error
-from perfusion.toyland.train_decoder import NOISE, decoded, discriminator, hinge_loss, train_decoder
+from perfusion.toyland.tokenizer import build_tokenizer
+from perfusion.toyland.train_autoencoder import draw_batch, draw_scenes, weighted_error
+from perfusion.toyland.train_decoder import STEPS, Denoiser, decoded, discriminator, hinge_loss, train_decoder
 from perfusion.toyland.train_diffusion import OBJECT_WEIGHT, denoising_loss, scene_weights
 from perfusion.toyland.train_reader import fresh_scene
 from perfusion.toyland.train_scorer import altered, captions, contrastive_loss
@@ -192,28 +202,38 @@ def test_reconstructions_are_made_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert taken.shape == (2, 3, 64, 64) and float(taken.abs().max()) <= 1
 
 
-def test_only_the_decoder_learns_and_its_loss_falls(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A builder's folder with everything that the decoder's training needs, of random weights."""
     torch.manual_seed(0)
-    autoencoder().save_pretrained(tmp_path / "autoencoder")
-    from diffusers import AutoencoderKL
+    folder = tmp_path_factory.mktemp("build")
+    words = build_tokenizer(vocabulary(), TEXT_POSITIONS)
+    autoencoder().save_pretrained(folder / "autoencoder")
+    unet().save_pretrained(folder / "unet")
+    text_encoder(words).save_pretrained(folder / "text_encoder")
+    words.save_pretrained(folder / "tokenizer")
+    return folder
 
-    before = AutoencoderKL.from_pretrained(tmp_path / "autoencoder")
-    train_decoder(tmp_path, 3.0)
-    after = AutoencoderKL.from_pretrained(tmp_path / "autoencoder")
+
+def test_only_the_decoder_learns_and_its_loss_falls(finished: Path) -> None:
+    before = AutoencoderKL.from_pretrained(finished / "autoencoder")
+    train_decoder(finished, 5.0)
+    after = AutoencoderKL.from_pretrained(finished / "autoencoder")
     for name, value in before.state_dict().items():
         same = torch.equal(value, after.state_dict()[name])
         assert same == name.startswith(("encoder.", "quant_conv.")), name
-    pixels, masks = draw_batch(list(range(8)))
-    losses = [
-        float(weighted_error(decoded(m, pixels, torch.Generator().manual_seed(0)) - pixels, masks).detach())
-        for m in (before, after)
-    ]
+    scenes = [sample_scene(seed) for seed in range(8)]
+    pixels, masks = draw_scenes(scenes)
+    denoiser = Denoiser(finished)
+    losses = []
+    for model in (before, after):
+        made = decoded(model, denoiser, scenes, pixels, torch.Generator().manual_seed(0))
+        losses.append(float(weighted_error(made - pixels, masks).detach()))
     assert losses[1] < losses[0]
 
 
-def test_latents_are_decoded_with_the_noise_that_a_denoiser_leaves() -> None:
-    """Up to NOISE standard deviations, as many for each picture; and no gradient goes to the encoder."""
-    given: list[torch.Tensor] = []
+def test_every_second_latent_is_what_the_denoiser_leaves() -> None:
+    """The others are the encoder's own, and no gradient goes to the encoder."""
 
     class Still(nn.Module):
         config = MappingProxyType({"scaling_factor": 0.5})
@@ -222,16 +242,35 @@ def test_latents_are_decoded_with_the_noise_that_a_denoiser_leaves() -> None:
             return type("Out", (), {"latent_dist": type("D", (), {"mode": lambda _: pixels})()})
 
         def decode(self, latents: torch.Tensor):
-            given.append(latents)
             return type("Out", (), {"sample": latents})
 
-    pixels = torch.zeros(400, 4, 8, 8, requires_grad=True)
-    model: object = Still()
-    made = decoded(model, pixels, torch.Generator().manual_seed(0))
-    assert made is given[0] and not made.requires_grad
-    spread = made.flatten(1).std(1) * 0.5  # in units of scaled latents
-    assert float(spread.max()) == pytest.approx(NOISE, rel=0.15) and float(spread.min()) < 0.02
-    assert float(spread.mean()) == pytest.approx(NOISE / 2, rel=0.1)
+    def denoiser(latents: torch.Tensor, scenes: list, generator: torch.Generator) -> torch.Tensor:
+        assert float(latents.detach().unique()) == 1.0  # scaled, as the UNet knows them
+        assert scenes == [0, 2]
+        return latents + 10
+
+    pixels = torch.full((4, 4, 8, 8), 2.0, requires_grad=True)
+    model, told = Still(), [0, 1, 2, 3]
+    made = decoded(model, denoiser, told, pixels, torch.Generator())  # type: ignore[arg-type]
+    assert not made.requires_grad
+    assert made[:, 0, 0, 0].tolist() == [22.0, 2.0, 22.0, 2.0]
+
+
+def test_a_perfect_denoiser_gives_back_the_latents(finished: Path) -> None:
+    denoiser = Denoiser(finished)
+    latents = torch.randn(3, LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+
+    class Perfect(nn.Module):
+        def forward(self, noisy: torch.Tensor, steps: torch.Tensor, context: torch.Tensor):
+            seen.append(steps)
+            alpha = denoiser.schedule.alphas_cumprod[steps].view(-1, 1, 1, 1)
+            return type("Out", (), {"sample": (alpha.sqrt() * noisy - latents) / (1 - alpha).sqrt()})
+
+    denoiser.unet = Perfect()
+    given = denoiser(latents, [sample_scene(seed) for seed in range(3)], torch.Generator().manual_seed(1))
+    torch.testing.assert_close(given, latents, atol=1e-4, rtol=1e-4)
+    assert int(seen[0].max()) < STEPS and len(seen[0].unique()) == 3
 
 
 def test_the_discriminator_learns_to_tell_pictures_and_the_decoder_to_pass() -> None:
@@ -250,7 +289,7 @@ def test_the_discriminator_learns_to_tell_pictures_and_the_decoder_to_pass() -> 
         losses.append(float(loss.detach()))
     assert made.grad is None
     assert losses[0] == pytest.approx(2, abs=0.5) and losses[-1] < 0.7 * losses[0]
-    assert float(judge(real).mean()) > float(judge(made).mean())
+    assert float(judge(real).detach().mean()) > float(judge(made).detach().mean())
     (-judge(made).mean()).backward()
     assert made.grad is not None and float(made.grad.abs().sum()) > 0
 
