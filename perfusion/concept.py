@@ -78,7 +78,9 @@ class Concept:
             settings=settings,
             fingerprint=_requirements(backbone),
             fingerprint_bfloat16={
-                part: digest for part, digest in backbone.fingerprint(torch.bfloat16).items() if part != "family"
+                part: digest
+                for part, digest in backbone.fingerprint(torch.bfloat16).items()
+                if part not in backbone.kind()
             },
             covariance=backbone.covariance if method.needs_covariance else "",
             seed=seed,
@@ -100,7 +102,7 @@ class Concept:
             placeholder=_entry(path, metadata, "placeholder"),
             tensors=tensors,
             settings=_object(path, metadata, "settings"),
-            fingerprint=_object(path, metadata, "fingerprint"),
+            fingerprint=_fingerprint(path, metadata),
             fingerprint_bfloat16=_object(path, {"fingerprint_bfloat16": "{}", **metadata}, "fingerprint_bfloat16"),
             covariance=_entry(path, metadata, "covariance"),
             seed=_number(path, metadata, "seed"),
@@ -202,6 +204,10 @@ class Concept:
                 continue
             if wanted == backbone.fingerprint(torch.bfloat16).get(part):
                 continue  # trained in bfloat16
+            if part == "world":
+                raise ConceptFileError(
+                    f"{self.source}: made for Toyland's world {wanted}, found world {present}: train the concept anew"
+                )
             message = f"{self.source}: made for another backbone: found {part} {present}, expected {wanted}"
             if part not in ("family", "prompts") and backbone.dtype != torch.float32:
                 dtype = str(backbone.dtype).removeprefix("torch.")
@@ -313,6 +319,12 @@ def _requirements(backbone: Backbone) -> dict[str, str]:
     """What must be the same where a concept is trained and where it is used. The templates are part of it: methods take
     the superclass's encoding from them."""
     return {**backbone.fingerprint(), "prompts": backbone.config.prompts}
+
+
+def _fingerprint(path: PathLike, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file needs of a backbone; Toyland's files began to name their world with the second."""
+    found = _object(path, metadata, "fingerprint")
+    return {"world": "1", **found} if found.get("family") == "toyland" else found
 
 
 def _entry(path: PathLike, metadata: Mapping[str, str], field: str) -> str:

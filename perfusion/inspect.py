@@ -213,7 +213,7 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], backbone: 
         tensors={name: torch.zeros(shape) for name, shape in shapes.items()},
         settings={key: value.name if isinstance(value, Enum) else value for key, value in options.items()},
         fingerprint={
-            "family": backbone.family,
+            **backbone.kind(),
             **dict.fromkeys((*backbone.text_encoders(), "projections"), digest),
             "prompts": backbone.config.prompts,
         },

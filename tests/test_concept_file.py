@@ -19,8 +19,8 @@ from perfusion.backbones.layouts import meta_pipeline
 from perfusion.concept import Concept, save_concept
 from perfusion.concept_format import ConceptFileError, read
 from perfusion.methods.base import Word, build
-from tests.concepts import things, tiny_backbone, untrained_concept
-from tests.pipelines import tiny_pipeline
+from tests.concepts import things, things_and_hooks, tiny_backbone, untrained_concept
+from tests.pipelines import tiny_pipeline, toyland_pipeline
 
 WORD = Word("<bear*>", "teddy bear")
 PROMPT = "a photo of a <bear*> on the beach"
@@ -296,6 +296,32 @@ def test_a_concept_that_does_not_fit_is_refused_before_the_pipeline_is_touched(
     with pytest.raises(ConceptFileError, match=message) as caught:
         Concept.load(path).attach(backbone)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_of_toyland_s_first_world(tmp_path: Path) -> None:
+    """It names no world, and nothing of it is attached to a pipeline of another one."""
+    backbone = around(toyland_pipeline())
+    method = build({"name": "textual_inversion"}, Word("<cat*>", "cat"))
+    method.train().attach(backbone)
+    concept = Concept.of(method, backbone, 0)
+    method.detach()
+    path = tmp_path / "cat.safetensors"
+    save_concept(path, concept)
+    loaded = Concept.load(path)
+    assert loaded.fingerprint["world"] == "2"
+    loaded.attach(backbone).detach()
+
+    def first_world(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        fingerprint = json.loads(metadata["fingerprint"])
+        del fingerprint["world"]
+        metadata["fingerprint"] = json.dumps(fingerprint | {"text_encoder": "0" * 16, "projections": "1" * 16})
+
+    rewrite(path, first_world)
+    before = things_and_hooks(backbone.pipe)
+    with pytest.raises(ConceptFileError) as caught:
+        Concept.load(path).attach(backbone)
+    assert str(caught.value) == f"{path}: made for Toyland's world 1, found world 2: train the concept anew"
+    assert things_and_hooks(backbone.pipe) == before
 
 
 def test_another_backbone_with_the_same_shapes_is_refused(path: Path) -> None:

@@ -164,9 +164,14 @@ class Backbone(ABC):
         as it was when this returns.
         """
 
+    @classmethod
+    def kind(cls) -> dict[str, str]:
+        """What concept files call the weights that they need: the parts of `fingerprint` that are no digests."""
+        return {"family": cls.family}
+
     @abstractmethod
     def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
-        """`family`, and sha256 prefixes `text_encoder` and `projections`: whether a concept fits this backbone.
+        """`kind`, and sha256 prefixes `text_encoder` and `projections`: whether a concept fits this backbone.
 
         With a `dtype`, of the weights rounded to it: what the same weights would have, had they been loaded in it.
         """

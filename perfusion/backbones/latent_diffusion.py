@@ -347,7 +347,7 @@ class LatentDiffusionBackbone(Backbone):
                 for name, value in fingerprint.base_parameters(site.projection)
             )
             self._fingerprints[dtype] = {
-                "family": self.family,
+                **self.kind(),
                 **{
                     name: fingerprint.remembered_digest(encoder, "all", fingerprint.base_parameters(encoder), dtype)
                     for name, encoder in self.text_encoders().items()

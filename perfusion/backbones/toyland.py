@@ -17,7 +17,7 @@ from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.covariance.captions import Captions
 from perfusion.toyland.captions import caption, vocabulary
 from perfusion.toyland.models import LATENT_CHANNELS, TEXT_POSITIONS
-from perfusion.toyland.world import sample_scene
+from perfusion.toyland.world import WORLD_VERSION, sample_scene
 
 WEIGHTS = Path(toyland.__file__).with_name("weights") / "pipeline"
 CAPTION_SEED = 1 << 40  # of the first scene; the pipeline is trained on other seeds
@@ -38,6 +38,10 @@ class ToylandBackbone(StableDiffusionBackbone):
             guidance=4.0,
             covariance=CovarianceConfig(captions="toyland", count=4000, ridge=1e-2),
         )
+
+    @classmethod
+    def kind(cls) -> dict[str, str]:
+        return {**super().kind(), "world": str(WORLD_VERSION)}
 
     @classmethod
     def fits(cls, pipe: Any) -> bool:
