@@ -18,7 +18,7 @@ def test_stages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run_cli(build.main, ["only=everything", f"folder={tmp_path / 'build'}"]) != 0
     said = capsys.readouterr().err
     assert (
-        "only: found 'everything', expected one of autoencoder, decoder, scorer, reader, words, diffusion, assemble"
+        "only: found 'everything', expected one of autoencoder, words, diffusion, decoder, scorer, reader, assemble"
         in said
     )
     assert not (tmp_path / "build").exists()
@@ -30,7 +30,7 @@ def test_three_minutes_build_a_toyland_that_has_learned_something(tmp_path: Path
     words = ["minutes=3", "scenes=600", f"folder={folder}", f"out={out}"]
     assert run_cli(build.main, words) == 0
     report = json.loads((out / "report.json").read_text())
-    assert list(report["training"]) == ["autoencoder", "decoder", "scorer", "reader", "words", "diffusion"]
+    assert list(report["training"]) == ["autoencoder", "words", "diffusion", "decoder", "scorer", "reader"]
     spent = sum(stage["elapsed"] for stage in report["training"].values())
     assert 180 <= spent < 200
     assert (out / "README.md").read_text().count("| autoencoder |") == 1
