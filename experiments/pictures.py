@@ -27,7 +27,7 @@ CAT = ["+experiment=cat_oneshot"]
 TRAINED_KEYS = [*CAT, "method.key_lock=none"]
 TEDDY = [
     *CAT, "concept.name=teddy", "concept.superclass=teddy", "concept.placeholder=<teddy*>",
-    "concept.toyland.instance=3",
+    "concept.toyland.instance=7",
 ]  # fmt: skip
 BETAS = (0.6, 0.8, 1.0, 1.2, 1.4)
 SCENES = (
