@@ -199,7 +199,7 @@ def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Pa
     assert both.concept == f"{cat.name} + {dog.name}" and both.pictures[0].prompt == "a photo of a <cat*> and a <dog*>"
     assert "identity" in both.pictures[0].scores and both.setting["setting"] == "2 concepts"
     assert base.method == "base" and "identity" in base.pictures[0].scores and base.pictures[0].training is None
-    assert told.pictures[0].prompt.startswith("a photo of a gray spotted green cat with blue eyes ")
+    assert told.pictures[0].prompt.startswith("a photo of a blue-eyed gray spotted green cat ")
     assert "identity" in told.pictures[0].scores, "looks that are told are those of the toy, not wishes of the prompt"
     assert (first.setting["setting"], last.setting["setting"]) == ("trained 1 steps", "trained 2 steps")
     assert first.pictures[0].training != last.pictures[0].training

@@ -254,7 +254,7 @@ def test_toyland_draws_one_toy(examples: Examples) -> None:
         torch.testing.assert_close(examples.pixels[k], image, rtol=0, atol=1e-6)
         torch.testing.assert_close(examples.masks[k, 0], exact, rtol=0, atol=1e-6)
         halved = functional.avg_pool2d(large.masks[k], 2)[0]
-        assert (halved - exact).abs().mean() < 0.01, "enlarged, where the picture is"
+        assert (halved - exact).abs().mean() < 0.015, "enlarged, where the picture is"
 
 
 @pytest.mark.parametrize(
