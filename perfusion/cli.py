@@ -27,10 +27,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from perfusion.config import ConfigError, checked
 
-# Threads that have nothing to do shall sleep: where they spin, as OpenMP's do by default, a step of a small model takes
-# ten times as long as soon as anything else runs. The variable is read when torch is loaded, which commands do later.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 T = TypeVar("T")
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -305,8 +308,14 @@ def test_the_public_face_is_lazy() -> None:
         perfusion.lode  # noqa: B018
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        import subprocess
-        import sys
 
         code = "import sys, perfusion; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("told", "threads"), [({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")])
+def test_toyland_runs_in_one_thread_unless_told_otherwise(told: dict[str, str], threads: str) -> None:
+    code = "import perfusion, torch; perfusion.load('toyland', device='cpu'); print(torch.get_num_threads())"
+    others = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], env=others | told, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == threads

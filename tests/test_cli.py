@@ -1,8 +1,5 @@
 """`key=value` command lines."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,12 +95,3 @@ def test_a_file_that_cannot_be_there_is_a_users_mistake(
     Path("there").mkdir()
     assert run_cli(lambda words: atomic_write_text(words[0], "text"), [path]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["train", "generate", "demo", "inspect", "convert"])
-def test_idle_threads_sleep_in_every_command(command: str) -> None:
-    """Torch reads the variable when it is loaded, so a command has to set it before."""
-    code = f"import os, sys, perfusion.{command}; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
-    unset = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    done = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "PASSIVE"]

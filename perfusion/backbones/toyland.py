@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 
 from perfusion import toyland
 from perfusion.backbones import loading
@@ -42,6 +44,16 @@ class ToylandBackbone(StableDiffusionBackbone):
     @classmethod
     def kind(cls) -> dict[str, str]:
         return {**super().kind(), "world": str(WORLD_VERSION)}
+
+    @classmethod
+    def load(cls, config: BackboneConfig) -> Self:
+        """As for other backbones; and torch goes on with one thread in this process, unless OMP_NUM_THREADS says
+        otherwise. On models this small several threads gain nothing, and waiting for one another they take ten times
+        as long as soon as anything else runs on the machine.
+        """
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        return super().load(config)
 
     @classmethod
     def fits(cls, pipe: Any) -> bool:
