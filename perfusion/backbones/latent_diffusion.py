@@ -198,7 +198,10 @@ class LatentDiffusionBackbone(Backbone):
         return Encoding(context, marks[0].to(context.device), extra)  # with offloading not the denoiser's device
 
     def mean_encoding(self, prompts: Sequence[str], word: str) -> Tensor:
-        """See the seam. A text encoder that was asked the same before, and has the same weights, is not run again."""
+        """Mean encoding (d,) of `word` in the prompts, at its last token.
+
+        A text encoder that was asked the same before, and has the same weights, is not run again.
+        """
         encoders = [*self.text_encoders().values()]
         ids = [tuple(token_ids(tokenizer, word)) for tokenizer in self._tokenizers().values()]
         make = super().mean_encoding
@@ -225,7 +228,9 @@ class LatentDiffusionBackbone(Backbone):
         return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self.pooling)
 
     def moment(self, progress: bool = True) -> Matrix:
-        """See the seam. Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
+        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it.
+
+        Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
 
         Raises:
             CovarianceError: the matrix cannot be read, or nothing can be measured.
@@ -254,7 +259,7 @@ class LatentDiffusionBackbone(Backbone):
         return matrix
 
     def second_moment(self, progress: bool = True) -> Factorised:
-        """See the seam.
+        """`C` with its ridge, factorised.
 
         Raises:
             CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
@@ -292,7 +297,10 @@ class LatentDiffusionBackbone(Backbone):
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
-        """See the seam. An autoencoder that float16 would overflow (SDXL's `force_upcast`) computes in float32."""
+        """Scaled latents of pixels (B, 3, H, W) in [-1, 1].
+
+        An autoencoder that float16 would overflow (SDXL's `force_upcast`) computes in float32.
+        """
         vae: Any = self.pipe.vae
         own = vae.dtype
         upcast = own == torch.float16 and vae.config.get("force_upcast", False)
@@ -339,7 +347,10 @@ class LatentDiffusionBackbone(Backbone):
             ).sample
 
     def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
-        """See the seam: of the base weights, whatever is attached; loads in float32 and float16 agree, bfloat16 not."""
+        """What tells this model from others: hashes of its base weights, whatever is attached to them.
+
+        Loads in float32 and float16 have the same one, those in bfloat16 another.
+        """
         if dtype not in self._fingerprints:
             projections = (
                 (f"{site.name}.{name}", value)

@@ -46,7 +46,7 @@ class CustomDiffusionOptions(PriorOptions):
 
 
 class CustomDiffusion(PriorMethod):
-    """See the module."""
+    """K and V of the cross-attention and a modifier token, trained with pictures of the superclass as prior."""
 
     Options = CustomDiffusionOptions
     options: CustomDiffusionOptions

@@ -50,7 +50,7 @@ class DreamBoothOptions(PriorOptions):
 
 
 class DreamBooth(PriorMethod):
-    """See the module."""
+    """The whole denoiser, trained on a rare word beside the superclass, with pictures of the superclass as prior."""
 
     Options = DreamBoothOptions
     options: DreamBoothOptions

@@ -54,8 +54,10 @@ class LoRAOptions(MethodOptions):
 
 
 class LoRA(Method):
-    """See the module. While it is attached, `scale` can be set; it starts at 1 in training mode, else as the options
-    say."""
+    """Low-rank updates of the denoiser's attention, trained on a rare word beside the superclass.
+
+    While it is attached, `scale` can be set; it starts at 1 in training mode, else as the options say.
+    """
 
     Options = LoRAOptions
     dials = (Dial("scale"),)

@@ -58,7 +58,7 @@ class PerfusionOptions(MethodOptions):
 
 
 class Perfusion(Method):
-    """See the module.
+    """Gated rank-1 edits of the cross-attention's K and V, with keys locked to the superclass (Tewel et al. 2023).
 
     While it is attached, `beta` and `tau` can be set; in training mode they start at the options' `beta` and `tau`, in
     eval mode at `sample_beta` and `sample_tau`.

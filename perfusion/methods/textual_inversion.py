@@ -34,7 +34,7 @@ class TextualInversionOptions(MethodOptions):
 
 
 class TextualInversion(Method):
-    """See the module."""
+    """A new word's embedding alone, trained while the model stays as it is."""
 
     Options = TextualInversionOptions
     options: TextualInversionOptions
