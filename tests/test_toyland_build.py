@@ -25,6 +25,7 @@ def test_stages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three minutes are training; then there are latents, reconstructions and readings
 def test_three_minutes_build_a_toyland_that_has_learned_something(tmp_path: Path) -> None:
     folder, out = tmp_path / "build", tmp_path / "out"
     words = ["minutes=3", "scenes=600", f"folder={folder}", f"out={out}"]
