@@ -27,7 +27,7 @@ from perfusion.toyland.world import Scene
 RATE = 0.02
 SWAPPED = 0.5  # share of captions whose object is swapped everywhere but in its own token
 SAYING_WEIGHT = 0.1  # of the loss that keeps the encoder saying a toy at its noun
-OBJECT_WEIGHT = 2.0  # of the object's cells: what makes a toy is in a fifth of a picture
+OBJECT_WEIGHT = 2.0  # of the object's cells: what makes a toy is in three tenths of a picture
 WEIGHTS = 1.0, 20.0  # of the image's squared error: SNR between these
 LOW_NOISE = 1.5  # steps are drawn as u ** LOW_NOISE
 FIRST_SCENE = 2_700_000_000  # seeds that the autoencoder has not seen
