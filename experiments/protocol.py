@@ -57,7 +57,7 @@ def toys(superclasses: Sequence[str], first: int) -> tuple[Toy, ...]:
 
 
 TABLE_TOYS = toys(SUPERCLASSES[:8], first=100)
-TUNING_TOYS = toys((*SUPERCLASSES[8:], SUPERCLASSES[0]), first=200)  # what the tables leave out, and one more cat
+TUNING_TOYS = toys((*SUPERCLASSES[8:], *SUPERCLASSES[:4]), first=200)  # what the tables leave out, and four more
 
 # Five places, three worn things, four things to be on or in, two styles, two pairs of objects.
 TABLE_PROMPTS: tuple[Alternatives, ...] = (
@@ -97,7 +97,7 @@ PAIR_PROMPTS: tuple[Alternatives, ...] = (
     ("a sketch of a {} and a {}",),
 )
 TABLE_SEEDS = (0, 1, 2, 3)
-TUNING_SEEDS = (100, 101)
+TUNING_SEEDS = (100,)
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ class Protocol:
     """What is drawn of every setting.
 
     Attributes:
-        steps: of DDIM. Fewer than for a good picture (50) are enough to count attributes, and the same for all: with
-            14, 20 and 50, 48 pictures of a tuned setting differed by 0.005 in identity and not in prompt accuracy.
+        steps: of DPM-Solver++, in bfloat16 where the machine is faster at it. Fewer than for a good picture are enough
+            to count attributes: of 256 pictures of toys that were told in words, the reader finds identity 0.995 and
+            prompt accuracy 0.996 after 12, and 0.994 and 0.996 after 50 steps of DDIM, which take 4 times as long.
         guidance: of classifier-free guidance, Toyland's own.
     """
 
@@ -114,7 +115,7 @@ class Protocol:
     prompts: tuple[Alternatives, ...] = TABLE_PROMPTS
     pair_prompts: tuple[Alternatives, ...] = PAIR_PROMPTS
     seeds: tuple[int, ...] = TABLE_SEEDS
-    steps: int = 15
+    steps: int = 12
     guidance: float = 4.0
 
     @property

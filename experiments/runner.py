@@ -165,7 +165,7 @@ class Runner:
             name = "base-" + "+".join(toy.name for toy in wanted.toys)
         else:
             name = "+".join(self.run_folder(training, toy).path.name for toy in wanted.toys)
-        drawn = f"{self.protocol.steps}-steps-guidance-{self.protocol.guidance:g}"
+        drawn = f"{self.protocol.steps}-steps-of-dpm-guidance-{self.protocol.guidance:g}"
         return self.root / "pictures" / name / f"{wanted.setting.name}-{drawn}"
 
     def _file(self, setting: Setting, toy: Toy) -> Path:

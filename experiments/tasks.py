@@ -97,6 +97,7 @@ def draw(job: Job) -> Judged:
     _one_thread()
     from perfusion.concept import Concept
     from perfusion.drawing import Shot, draw
+    from perfusion.toyland.precision import autocast
 
     backbone = _backbone(json.dumps(dataclasses.asdict(job.backbone), sort_keys=True))
     with ExitStack() as stack:
@@ -104,21 +105,22 @@ def draw(job: Job) -> Judged:
         shots = [
             Shot(record, look.folder, [look.dials] * len(attached))
             for look in job.looks
-            for record in _records(job, look, attached)
+            for record in _records(job, look, backbone.pipe, attached)
         ]
         shots.sort(key=lambda shot: shot.record.prompt)  # a batch shares what is computed of a prompt
+        stack.enter_context(autocast(backbone.pipe.device))
         draw(backbone.pipe, attached, shots, AT_ONCE, size=job.backbone.resolution, exact=False, again=False)
     return _judged(job)
 
 
-def _records(job: Job, look: Look, attached: Sequence[Attached]) -> list[ImageRecord]:
+def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> list[ImageRecord]:
     from perfusion.drawing import described, recorded
     from perfusion.generate import slug
     from perfusion.manifest import JOINED, ImageRecord
 
     superclasses = tuple(toy.superclass for toy in job.toys)
     common: dict[str, Any] = {
-        **described([one.concept for one in attached], [toy.name for toy in job.toys]),
+        **described(pipe, [one.concept for one in attached], [toy.name for toy in job.toys]),
         # Scores read prompts with the superclass in its place, so that looks which are told are no wish of the prompt.
         "placeholder": None if job.words == superclasses else JOINED.join(job.words),
         "superclass": JOINED.join(superclasses),
@@ -171,12 +173,16 @@ def _scorers() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _backbone(config: str) -> Backbone:
+    from diffusers import DPMSolverMultistepScheduler
+
     from perfusion.backbones import backbone_class
     from perfusion.training.trainer import quieten
 
     quieten()
     chosen = checked(BackboneConfig, json.loads(config))
-    return backbone_class(chosen.name).load(chosen)
+    backbone = backbone_class(chosen.name).load(chosen)
+    backbone.pipe.scheduler = DPMSolverMultistepScheduler.from_config(backbone.pipe.scheduler.config)
+    return backbone
 
 
 def _one_thread() -> None:

@@ -90,9 +90,10 @@ def draw(
     return [images[k] for k in missing]
 
 
-def described(concepts: Sequence[Concept], names: Iterable[str]) -> dict[str, Any]:
+def described(pipe: DiffusionPipeline, concepts: Sequence[Concept], names: Iterable[str]) -> dict[str, Any]:
     """What records say of the concepts that are drawn together, under these names; of none, the base model draws."""
     return {
+        "scheduler": type(pipe.scheduler).__name__,
         "concept": JOINED.join(names),
         "concept_hash": JOINED.join(concept.hash for concept in concepts) or None,
         "placeholder": JOINED.join(concept.placeholder for concept in concepts),

@@ -125,7 +125,7 @@ def generate(config: GenerateConfig) -> Path:
         if auto:
             given["beta"] = [(_best(config, attached[0]),)]
         rows = _combined(given, config, attached)
-        common = described(concepts, names) | {
+        common = described(backbone.pipe, concepts, names) | {
             "steps": backbone.config.steps if config.steps is None else config.steps,
             "guidance": backbone.config.guidance if config.guidance is None else config.guidance,
         }

@@ -54,6 +54,7 @@ class ImageRecord:
     backbone: str | None = None
     # What the method's dials were set to, such as beta; text where concepts differ. In files each is a key of its own.
     dials: Mapping[str, float | str] = field(default_factory=dict)
+    scheduler: str | None = None  # diffusers' class
     steps: int | None = None
     guidance: float | None = None
     setting: str | None = None  # what else sets pictures of one method apart, e.g. "trained 200 steps"

@@ -116,7 +116,7 @@ def test_pictures_with_their_origin(concept: Path, backbone: Backbone, pipeline:
     assert first == ImageRecord(
         file="a-photo-of-cat-on-the-beach-0007.png", prompt=BEACH, seed=7, concept="cat", concept_hash=file.hash,
         placeholder="<cat*>", superclass="cat", method="perfusion", backbone="toyland",
-        dials={"beta": 0.7, "tau": 0.15, "key_lock": "local"}, steps=STEPS, guidance=4.0,
+        dials={"beta": 0.7, "tau": 0.15, "key_lock": "local"}, scheduler="DDIMScheduler", steps=STEPS, guidance=4.0,
     )  # fmt: skip
     assert second == dataclasses.replace(first, file="a-photo-of-cat-on-the-beach-0008.png", seed=8)
     with Image.open(out / first.file) as image:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from perfusion.files import atomic_path
 from perfusion.toyland.muon import Muon
+from perfusion.toyland.precision import bfloat16_pays
 
 WARMUP_STEPS = 100
 ADAM_SHARE = 0.1  # AdamW's learning rate, as a share of Muon's
@@ -68,17 +69,6 @@ def world_size() -> int:
 def device() -> torch.device:
     """CUDA when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bfloat16_pays() -> bool:
-    """Whether products in bfloat16 are faster than in float32 here: on CUDA, and on CPUs with such arithmetic."""
-    cpu = torch.cpu.get_capabilities()
-    return torch.cuda.is_available() or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-
-
-def autocast() -> torch.autocast:
-    """bfloat16 for what may be less exact, where that is faster; else nothing."""
-    return torch.autocast(device().type, torch.bfloat16, enabled=bfloat16_pays())
 
 
 def _is_matrix(key: str, parameter: Tensor) -> bool:
@@ -142,7 +132,7 @@ class BudgetedTraining:
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
             self.optimizers.append(
-                Muon(matrices.values(), rate, dtype=torch.bfloat16 if bfloat16_pays() else torch.float32)
+                Muon(matrices.values(), rate, dtype=torch.bfloat16 if bfloat16_pays(device()) else torch.float32)
             )
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=ADAM_SHARE * rate, betas=(0.9, 0.99), weight_decay=0.01))

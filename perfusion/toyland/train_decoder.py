@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from perfusion.toyland.budget import BudgetedTraining, autocast, device, rank, world_size
+from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.models import scheduler
+from perfusion.toyland.precision import autocast
 from perfusion.toyland.train_autoencoder import batch_size, draw_scenes, weighted_error
 from perfusion.toyland.train_words import token_ids, training_caption, training_scene
 from perfusion.toyland.world import Scene
@@ -108,7 +109,7 @@ def train_decoder(folder: Path, seconds: float, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(first)
         scenes = [training_scene(first + i) for i in range(size)]
         pixels, masks = (part.to(device()) for part in draw_scenes(scenes))
-        with autocast():
+        with autocast(device()):
             made = decoded(model, denoiser, scenes, pixels, generator).float()
             passing = -judge(made).float().mean()
         run.update(weighted_error(made - pixels, masks) + ADVERSARIAL_WEIGHT * passing)

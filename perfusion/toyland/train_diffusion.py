@@ -16,9 +16,10 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.files import atomic_path
-from perfusion.toyland.budget import START, BudgetedTraining, autocast, device, rank, world_size
+from perfusion.toyland.budget import START, BudgetedTraining, device, rank, world_size
 from perfusion.toyland.captions import Caption, swap_object, vocabulary
 from perfusion.toyland.models import LATENT_SIZE, TEXT_POSITIONS, scheduler, text_encoder, unet
+from perfusion.toyland.precision import autocast
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.train_autoencoder import autoencoder_hash, draw_scenes
 from perfusion.toyland.train_words import Saying, token_ids, training_caption, training_scene
@@ -50,7 +51,7 @@ def scene_latents(model: Any, scenes: Sequence[Scene]) -> dict[str, Tensor]:
     latents, cells = [], []
     for start in tqdm(range(0, len(scenes), 64), desc="latents", disable=rank() != 0):
         pixels, masks = draw_scenes(scenes[start : start + 64])
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(device()):
             encoded = model.encode(pixels.to(device())).latent_dist.mode().float()
         latents.append((encoded * model.config["scaling_factor"]).half().cpu())
         cells.append(F.adaptive_avg_pool2d(masks, LATENT_SIZE).half())
@@ -106,7 +107,7 @@ def denoising_loss(
     snr = alpha / (1 - alpha)
     weight = (snr.clamp(*WEIGHTS) / (snr + 1)).to(latents.device)  # the velocity's error is that of the image (SNR + 1)
     steps = steps.to(latents.device)
-    with autocast():
+    with autocast(device()):
         predicted = model(noise_schedule.add_noise(latents, noise, steps), steps, context).sample
     error = (predicted.float() - noise_schedule.get_velocity(latents, noise, steps)).square()
     if cells is not None:
@@ -149,7 +150,7 @@ def train_diffusion(folder: Path, seconds: float, scenes: int = 40_000, seed: in
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.choice(share, size, p=weights)
         captions = [training_caption(drawn[int(i)], rng) for i in chosen]
-        with autocast():
+        with autocast(device()):
             encoded, context = contexts(encoder, tokenizer, captions, rng)
         latents, cells = (known[name][torch.from_numpy(chosen)].float().to(device()) for name in ("latents", "cells"))
         latents = latents.to(memory_format=torch.channels_last)

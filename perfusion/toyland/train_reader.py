@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from perfusion.toyland.budget import BudgetedTraining, autocast, device, rank, world_size
+from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.precision import autocast
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, label_tensors
 from perfusion.toyland.reconstructions import COUNT, Pool
 from perfusion.toyland.train_autoencoder import draw_scenes
@@ -40,7 +41,7 @@ def fresh_scene(seed: int) -> Scene:
 
 def reading_loss(model: Reader, pixels: Tensor, right: dict[str, Tensor]) -> Tensor:
     """Mean over the heads of the cross-entropy over what is shown."""
-    with autocast():
+    with autocast(device()):
         logits = {name: value.float() for name, value in model(pixels).items()}
     terms = [
         F.cross_entropy(logits[name], right[name], ignore_index=NOT_SHOWN, reduction="sum")

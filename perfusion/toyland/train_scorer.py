@@ -1,7 +1,9 @@
-"""Trains the scorer, a tiny open_clip model, contrastively on renders, reconstructions and captions.
+"""Trains the scorer, a tiny open_clip model, on renders, reconstructions and captions.
 
-The other captions of a batch differ in so much that place and superclass tell them apart. So each picture also has one
-caption of its own that is wrong in one thing (hard negatives, as in NegCLIP, Yuksekgonul et al. 2023).
+The other captions of a batch differ in so much that place and superclass tell them apart. So each picture also has
+captions of its own that are wrong in one thing (hard negatives, as in NegCLIP, Yuksekgonul et al. 2023). Each of these
+is believed or not by a sigmoid, with the same threshold for all (SigLIP, Zhai et al. 2023): a softmax only asks which
+caption of a picture is best, and similarities of different captions could not be compared.
 """
 
 from __future__ import annotations
@@ -20,16 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from perfusion.toyland.budget import BudgetedTraining, autocast, device, rank, world_size
+from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.captions import caption, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
+from perfusion.toyland.precision import autocast
 from perfusion.toyland.reconstructions import COUNT, Pool
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.train_autoencoder import draw_batch, draw_scenes
 from perfusion.toyland.world import (
     COLOURS,
     DETAILS,
-    LIVING,
     PATTERNS,
     PLACED_FIELDS,
     PLACES,
@@ -45,6 +47,7 @@ from perfusion.toyland.world import (
 
 RATE = 0.02
 FIRST_SCENE = 3_000_000_000
+WRONG, TRIES = 2, 6  # wrong captions of each picture, and alterations tried for each
 BLUR = (0.1, 0.8)  # generated images are a little softer than both renders and reconstructions
 
 
@@ -53,21 +56,24 @@ def batch_size() -> int:
     return 512 if device().type == "cuda" else 96
 
 
-def contrastive_loss(model: open_clip.CLIP, pixels: Tensor, tokens: Tensor, wrong: Tensor) -> Tensor:
-    """Symmetric cross-entropy over the batch (Radford et al. 2021); each picture has one wrong caption more.
+def matching_loss(model: open_clip.CLIP, pixels: Tensor, tokens: Tensor, wrong: Tensor) -> Tensor:
+    """Symmetric cross-entropy over the batch (Radford et al. 2021), and whether each caption is believed.
 
     Args:
-        tokens, wrong: (B, N) captions, and those wrong in one thing; a row that is the same in both does not count.
+        tokens: (B, N) captions of the pictures.
+        wrong: (B * WRONG, N) the same, each wrong in one thing; a row equal to the right one does not count.
     """
-    with autocast():
-        images, texts, scale = model(pixels, tokens)
+    with autocast(device()):
+        images, texts, scale, bias = model(pixels, tokens)
         nearly = model.encode_text(wrong, normalize=True)
     images, texts, nearly = images.float(), texts.float(), nearly.float()
     logits = scale * images @ texts.T
-    nearly = (scale * (images * nearly).sum(1)).masked_fill((tokens == wrong).all(1), -torch.inf)
     labels = torch.arange(len(logits), device=logits.device)
-    of_images = F.cross_entropy(torch.cat([logits, nearly[:, None]], 1), labels)
-    return (of_images + F.cross_entropy(logits.T, labels)) / 2
+    contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    of_wrong = scale * (images.repeat_interleave(WRONG, 0) * nearly).sum(1)
+    differ = (tokens.repeat_interleave(WRONG, 0) != wrong).any(1)
+    believed = F.softplus(-(logits.diagonal() + bias)).mean() + F.softplus(of_wrong + bias)[differ].mean()
+    return contrast + believed
 
 
 def altered(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -81,11 +87,11 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
         "style": STYLES,
         "superclass": [s for s in SUPERCLASSES if s not in there],
         "body": [c for c in COLOURS if c != instance.second],
+        "pattern": PATTERNS,
+        "detail": DETAILS,
     }
     if instance.pattern != "plain":
-        options |= {"pattern": PATTERNS[1:], "second": [c for c in COLOURS if c != instance.body]}
-    if instance.superclass in LIVING:
-        options |= {"detail": DETAILS}
+        options |= {"second": [c for c in COLOURS if c != instance.body]}
     if placed.worn != "none":
         options |= {"worn": WORN[1:]}
     if placed.support != "none":
@@ -100,12 +106,19 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def captions(scenes: Sequence[Scene], seed: Sequence[int]) -> tuple[list[str], list[str]]:
-    """A caption of each scene, and the same of the scene `altered`: as far as it can be, in the same words."""
+    """A caption of each scene, and WRONG captions of scenes `altered`: as far as it can be, in the same words.
+
+    A caption seldom names everything, so alterations are tried until one is named; after TRIES the right caption stands
+    in the wrong one's place.
+    """
     right, wrong = [], []
     for i, scene in enumerate(scenes):
-        of_change = np.random.default_rng([*seed, i, 0])
         right.append(caption(scene, np.random.default_rng([*seed, i, 1])).text)
-        wrong.append(caption(altered(scene, of_change), np.random.default_rng([*seed, i, 1])).text)
+        of_change = np.random.default_rng([*seed, i, 0])
+        for _ in range(WRONG):
+            tries = (altered(scene, of_change) for _ in range(TRIES))
+            texts = (caption(other, np.random.default_rng([*seed, i, 1])).text for other in tries)
+            wrong.append(next((text for text in texts if text != right[-1]), right[-1]))
     return right, wrong
 
 
@@ -135,7 +148,7 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
     torch.manual_seed(seed)
     config = scorer_config()
     shape = config["model_cfg"]
-    model = open_clip.CLIP(shape["embed_dim"], shape["vision_cfg"], shape["text_cfg"]).to(device())
+    model = open_clip.CLIP(**shape).to(device())
     tokenizer = build_tokenizer(vocabulary(), TEXT_POSITIONS)
     pool = Pool.of(folder, pool_size)
     size = batch_size()
@@ -153,7 +166,7 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
             for part in texts
         )
         soft = gaussian_blur(pixels.to(device()), [5, 5], [float(rng.uniform(*BLUR))])
-        run.update(contrastive_loss(model, soft, tokens.to(device()), wrong.to(device())))
+        run.update(matching_loss(model, soft, tokens.to(device()), wrong.to(device())))
     run.copy_ema()
     if rank() == 0:
         settle_statistics(model, FIRST_SCENE + (seed + 1) * 100_000_000 - 1)
