@@ -42,7 +42,7 @@ toyland: setup ## Build the Toyland weights from nothing
 	$(PYTHON) -m perfusion.toyland.build $(ARGS)
 
 toyland-report: setup ## Measure the Toyland weights against their bars
-	$(PYTHON) -m perfusion.toyland.report $(ARGS)
+	$(PYTHON) -m perfusion.toyland.build.report $(ARGS)
 
 bench: setup ## Measure speed as ratios and write benchmarks/latest.json and docs/performance.md
 	$(PYTHON) -m benchmarks page=docs/performance.md $(ARGS)

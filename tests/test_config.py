@@ -42,6 +42,7 @@ def test_presets_lie_in_the_package_of_a_wheel_and_beside_it_in_a_checkout(tmp_p
     assert conf_folder(package) == package / "conf"
     included = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert included["force-include"] == {"conf": "perfusion/conf"}
+    assert included["exclude"] == ["perfusion/toyland/build"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from perfusion.cli import run_cli
-from perfusion.toyland.atlas import main, rows
+from perfusion.toyland.build.atlas import main, rows
 from perfusion.toyland.world import PATTERNS, PLACES, STYLES, SUPERCLASSES, SUPPORTS, WORN
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from perfusion.cli import run_cli
-from perfusion.toyland import build
-from perfusion.toyland.measure import autoencoder_error, reader_accuracy, retrieval
-from perfusion.toyland.shipped import Toyland
+from perfusion.toyland.build import __main__ as build
+from perfusion.toyland.build.measure import autoencoder_error, reader_accuracy, retrieval
+from perfusion.toyland.build.shipped import Toyland
 
 
 def test_stages_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

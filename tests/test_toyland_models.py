@@ -12,15 +12,15 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from perfusion.toyland import train_diffusion
-from perfusion.toyland.budget import START, BudgetedTraining, rank, run_workers, world_size
+from perfusion.toyland.build import train_diffusion
+from perfusion.toyland.build.budget import START, BudgetedTraining, rank, run_workers, world_size
+from perfusion.toyland.build.muon import Muon, orthogonalise
+from perfusion.toyland.build.train_diffusion import contexts
+from perfusion.toyland.build.train_words import token_ids
 from perfusion.toyland.captions import Caption, caption, vocabulary
 from perfusion.toyland.draw import render
 from perfusion.toyland.models import LATENT_CHANNELS, TEXT_POSITIONS, autoencoder, scheduler, text_encoder, unet
-from perfusion.toyland.muon import Muon, orthogonalise
 from perfusion.toyland.tokenizer import build_tokenizer, word_merges
-from perfusion.toyland.train_diffusion import contexts
-from perfusion.toyland.train_words import token_ids
 from perfusion.toyland.world import sample_scene
 
 
@@ -164,7 +164,7 @@ def test_training_starts_from_earlier_averages_where_they_fit(tmp_path: Path) ->
 
 
 def test_the_parts_make_a_pipeline_that_stock_diffusers_loads_and_runs(tokenizer, tmp_path: Path) -> None:
-    from perfusion.toyland.build import assemble
+    from perfusion.toyland.build.__main__ import assemble
 
     torch.manual_seed(0)
     folder = tmp_path / "build"
@@ -188,7 +188,7 @@ def test_the_parts_make_a_pipeline_that_stock_diffusers_loads_and_runs(tokenizer
 
 def test_finished_weights_can_be_trained_on(tokenizer, tmp_path: Path) -> None:
     """Words keep their embeddings where they have other ids; models that have changed keep what fits."""
-    from perfusion.toyland.build import begin_from
+    from perfusion.toyland.build.__main__ import begin_from
 
     torch.manual_seed(0)
     words = [word for word in vocabulary() if word not in ("eyed", "trimmed", "-")]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from perfusion.toyland.build.train_autoencoder import draw_batch
+from perfusion.toyland.build.train_reader import reading_loss
 from perfusion.toyland.captions import Caption, asked, caption
 from perfusion.toyland.draw import render
 from perfusion.toyland.reader import (
@@ -26,8 +28,6 @@ from perfusion.toyland.reader import (
     label_tensors,
     labels,
 )
-from perfusion.toyland.train_autoencoder import draw_batch
-from perfusion.toyland.train_reader import reading_loss
 from perfusion.toyland.world import concept_scene, sample_instance, sample_scene
 
 

@@ -16,18 +16,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from perfusion.cli import run_cli
-from perfusion.toyland import following, measure, probes, report, shipped
+from perfusion.toyland.build import following, measure, probes, report, shipped
+from perfusion.toyland.build.counting import followed, hits_by_row, identity_share, share_right
+from perfusion.toyland.build.following import Drawn, edge_gradient, sharpness, told_template
+from perfusion.toyland.build.measure import picture, pixels_of
+from perfusion.toyland.build.report import Row, at_least, at_most, table
+from perfusion.toyland.build.shipped import Toyland
+from perfusion.toyland.build.train_diffusion import denoising_loss
 from perfusion.toyland.captions import asked, described, parse, vocabulary
-from perfusion.toyland.counting import followed, hits_by_row, identity_share, share_right
-from perfusion.toyland.following import Drawn, edge_gradient, sharpness, told_template
 from perfusion.toyland.judge import Wish
-from perfusion.toyland.measure import picture, pixels_of
 from perfusion.toyland.models import TEXT_POSITIONS, scheduler, scorer_config
 from perfusion.toyland.reader import HEADS, Reader
-from perfusion.toyland.report import Row, at_least, at_most, table
-from perfusion.toyland.shipped import Toyland
 from perfusion.toyland.tokenizer import build_tokenizer
-from perfusion.toyland.train_diffusion import denoising_loss
 from perfusion.toyland.world import HELD_OUT, LIVING, Instance, concept_scene, sample_instance, sample_scene
 from tests.pipelines import toyland_folder
 

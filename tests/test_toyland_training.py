@@ -13,7 +13,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from perfusion.toyland import reconstructions, train_diffusion
+from perfusion.toyland.build import reconstructions, train_diffusion
+from perfusion.toyland.build.reconstructions import Pool, judged_scene
+from perfusion.toyland.build.train_autoencoder import draw_batch, draw_scenes, weighted_error
+from perfusion.toyland.build.train_decoder import STEPS, Denoiser, decoded, discriminator, hinge_loss, train_decoder
+from perfusion.toyland.build.train_diffusion import OBJECT_WEIGHT, denoising_loss, scene_weights
+from perfusion.toyland.build.train_reader import fresh_scene
+from perfusion.toyland.build.train_scorer import WRONG, altered, asked_labels, captions, matching_loss
+from perfusion.toyland.build.train_words import LOOKS, Saying, said, training_caption, training_scene
 from perfusion.toyland.captions import Caption, asked, caption, parse, vocabulary
 from perfusion.toyland.models import (
     LATENT_CHANNELS,
@@ -24,15 +31,8 @@ from perfusion.toyland.models import (
     text_encoder,
     unet,
 )
-from perfusion.toyland.reader import OBJECT_HEADS
-from perfusion.toyland.reconstructions import Pool, judged_scene
+from perfusion.toyland.reader import HEADS, NOT_SHOWN, OBJECT_HEADS
 from perfusion.toyland.tokenizer import build_tokenizer
-from perfusion.toyland.train_autoencoder import draw_batch, draw_scenes, weighted_error
-from perfusion.toyland.train_decoder import STEPS, Denoiser, decoded, discriminator, hinge_loss, train_decoder
-from perfusion.toyland.train_diffusion import OBJECT_WEIGHT, denoising_loss, scene_weights
-from perfusion.toyland.train_reader import fresh_scene
-from perfusion.toyland.train_scorer import WRONG, altered, captions, matching_loss
-from perfusion.toyland.train_words import LOOKS, Saying, said, training_caption, training_scene
 from perfusion.toyland.world import HELD_OUT, STYLES, is_held_out, sample_scene
 
 
@@ -185,21 +185,19 @@ def test_wrong_captions_use_the_right_one_s_words_but_for_what_is_wrong() -> Non
 
 
 def test_a_wrong_caption_costs_as_much_as_it_is_believed() -> None:
-    class Fake(nn.Module):
-        """Pictures and captions are unit vectors already; token ids are their rows."""
-
-        def forward(self, pixels: torch.Tensor, tokens: torch.Tensor):
-            return pixels, self.encode_text(tokens), torch.tensor(2.0), torch.tensor(-1.5)
-
-        def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-            return torch.eye(4)[tokens[:, 0]]
-
-    pixels, tokens = torch.eye(4)[:2], torch.tensor([[0], [1]])
-    wrong = torch.tensor([[0], [0], [2], [1]])  # of these only the third is another caption than its picture's own
-    loss = float(matching_loss(Fake(), pixels, tokens, wrong))  # type: ignore[arg-type]
+    embedded, scale, bias = torch.eye(4), torch.tensor(2.0), torch.tensor(-1.5)
+    wrong, differ = embedded[[0, 0, 2, 1]], torch.tensor([False, False, True, False])
+    loss = float(matching_loss(embedded[:2], embedded[:2], wrong, differ, scale, bias))
     contrast = -np.log(np.exp(2) / (np.exp(2) + 1))
     believed = np.log(1 + np.exp(-(2 - 1.5))) + np.log(1 + np.exp(0 - 1.5))
     assert WRONG == 2 and loss == pytest.approx(contrast + believed, rel=1e-5)
+
+
+def test_a_caption_s_labels_are_what_it_asks_for() -> None:
+    text = "a photo of a red striped blue cat and a mug on the beach"
+    found = {name: int(value[1]) for name, value in asked_labels(["a sketch of a dog", text]).items()}
+    said = {name: HEADS[name][k] for name, k in found.items() if k != NOT_SHOWN}
+    assert said == asked(parse(text)) and said["object0_second"] == "red" and "object1_body" not in said
 
 
 def test_reconstructions_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

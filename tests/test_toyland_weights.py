@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTokenizer
 
+from perfusion.toyland.build.card import FILE_NAME, card
+from perfusion.toyland.build.report import REPORT, WEIGHTS
 from perfusion.toyland.captions import vocabulary
-from perfusion.toyland.card import FILE_NAME, card
 from perfusion.toyland.models import TEXT_POSITIONS, autoencoder, text_encoder, unet
 from perfusion.toyland.reader import Reader
-from perfusion.toyland.report import REPORT, WEIGHTS
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.world import WORLD_VERSION
 

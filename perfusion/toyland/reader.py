@@ -138,7 +138,7 @@ def labels(scene: Scene) -> dict[str, int]:
     }
     for i in range(OBJECTS):
         if i < len(scene.objects):
-            shown = _shown(scene.objects[i], scene.style)
+            shown = visible(scene.objects[i], scene.style)
         else:
             shown = {}
         for name, options in OBJECT_HEADS.items():
@@ -146,7 +146,8 @@ def labels(scene: Scene) -> dict[str, int]:
     return answers
 
 
-def _shown(placed: Placed, style: str) -> dict[str, str]:
+def visible(placed: Placed, style: str) -> dict[str, str]:
+    """What can be seen of an object, by the names of OBJECT_HEADS."""
     instance = placed.instance
     shown = {
         "superclass": instance.superclass,

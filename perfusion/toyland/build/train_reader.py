@@ -5,6 +5,7 @@ It learns the HELD_OUT pairs, too, of which the pipeline's captions are silent: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.reconstructions import COUNT, Pool
+from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.precision import autocast
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, label_tensors
-from perfusion.toyland.reconstructions import COUNT, Pool
-from perfusion.toyland.train_autoencoder import draw_scenes
 from perfusion.toyland.world import Scene, sample_scene
 
 RATE = 0.02
@@ -39,12 +40,10 @@ def fresh_scene(seed: int) -> Scene:
     return sample_scene(seed, objects=1 + seed % 2, held_out=True, style=style)
 
 
-def reading_loss(model: Reader, pixels: Tensor, right: dict[str, Tensor]) -> Tensor:
-    """Mean over the heads of the cross-entropy over what is shown."""
-    with autocast(device()):
-        logits = {name: value.float() for name, value in model(pixels).items()}
+def reading_loss(logits: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the heads of the cross-entropy of logits (B, options) over what is shown."""
     terms = [
-        F.cross_entropy(logits[name], right[name], ignore_index=NOT_SHOWN, reduction="sum")
+        F.cross_entropy(logits[name].float(), right[name], ignore_index=NOT_SHOWN, reduction="sum")
         / (right[name] != NOT_SHOWN).sum().clamp_min(1)
         for name in HEADS
     ]
@@ -70,7 +69,9 @@ def train_reader(folder: Path, seconds: float, seed: int = 2, pool_size: int = C
         fresh = label_tensors(scenes)
         right = {name: torch.cat([fresh[name], pool_labels[name][chosen]]).to(device()) for name in HEADS}
         soft = gaussian_blur(pixels, [5, 5], [float(rng.uniform(*BLUR))])
-        run.update(reading_loss(model, soft, right))
+        with autocast(device()):
+            logits = model(soft)
+        run.update(reading_loss(logits, right))
     run.copy_ema()
     if rank() == 0:
         model.save(folder / "reader")

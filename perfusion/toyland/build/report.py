@@ -1,4 +1,4 @@
-"""`python -m perfusion.toyland.report`: measures Toyland's models and holds them against the bars."""
+"""`python -m perfusion.toyland.build.report`: measures Toyland's models and holds them against the bars."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
-from perfusion.toyland import card
+from perfusion.toyland.build import card
 from perfusion.toyland.captions import vocabulary
 from perfusion.toyland.world import WORLD_VERSION
 
 if TYPE_CHECKING:
-    from perfusion.toyland.shipped import Toyland
+    from perfusion.toyland.build.shipped import Toyland
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 REPORT = "report.json"
 
 USAGE = """
 Measure Toyland's models and write the table, with what is reached, to report.json beside the weights.
 
-  python -m perfusion.toyland.report
-  python -m perfusion.toyland.report weights=toyland-weights prompts=200
+  python -m perfusion.toyland.build.report
+  python -m perfusion.toyland.build.report weights=toyland-weights prompts=200
 
 It takes less than 25 minutes on two CPU cores. The model card (README.md beside the weights) is written anew, unless
 out= is given; and with sheet=<file> a picture: 64 renders, and what the model draws for their captions.
@@ -88,7 +88,7 @@ SAYS = {"one": ("", 0.99), "two": (", two toys", 0.97)}
 
 def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the table, and the numbers behind them that are no row."""
-    from perfusion.toyland import following, measure
+    from perfusion.toyland.build import following, measure
 
     rows = [*_at_the_noun(toyland), *_of_the_judges(toyland)]
     drawn = following.draw_captions(toyland, prompts)
@@ -117,7 +117,7 @@ def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], 
 
 def _at_the_noun(toyland: Toyland) -> Iterator[Row]:
     """What a noun's own token holds, and what the UNet reads there."""
-    from perfusion.toyland import probes
+    from perfusion.toyland.build import probes
 
     for count, shares in probes.noun_says(toyland.encode).items():
         which, bar = SAYS[count]
@@ -132,7 +132,7 @@ def _at_the_noun(toyland: Toyland) -> Iterator[Row]:
 
 def _of_the_judges(toyland: Toyland) -> Iterator[Row]:
     """How far reader and scorer can be trusted, and what the autoencoder leaves of a picture."""
-    from perfusion.toyland import measure
+    from perfusion.toyland.build import measure
 
     renders, back = measure.reader_accuracy(toyland)
     for name, value in renders.items():
@@ -193,7 +193,10 @@ def main(argv: Sequence[str]) -> None:
         if (value := getattr(config, name)) is not None and value < 1:
             raise ConfigError(f"{name}: found {value}, expected at least 1")
     path = Path(config.out or weights / REPORT).expanduser()
-    from perfusion.toyland import following, shipped  # with torch and its friends, which take seconds to import
+    from perfusion.toyland.build import (  # with torch and its friends, which take seconds to import
+        following,
+        shipped,
+    )
 
     toyland = shipped.Toyland(weights, config.processes or os.cpu_count() or 1)
     if config.sheet:

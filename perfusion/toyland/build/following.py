@@ -18,6 +18,9 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from perfusion.contact_sheet import image_grid
+from perfusion.toyland.build.counting import hits_by_row, identity_share, share_right
+from perfusion.toyland.build.measure import FIRST_SCENE, fresh_scenes, picture, pixels_of, read
+from perfusion.toyland.build.shipped import Scorer, Toyland
 from perfusion.toyland.captions import (
     PLACE_PHRASES,
     SUPPORT_PHRASES,
@@ -28,11 +31,8 @@ from perfusion.toyland.captions import (
     possible_nouns,
     renamed,
 )
-from perfusion.toyland.counting import hits_by_row, identity_share, share_right
 from perfusion.toyland.judge import Wish, judge
-from perfusion.toyland.measure import FIRST_SCENE, fresh_scenes, picture, pixels_of, read
 from perfusion.toyland.reader import as_pixels
-from perfusion.toyland.shipped import Scorer, Toyland
 from perfusion.toyland.world import (
     HELD_OUT,
     PLACES,

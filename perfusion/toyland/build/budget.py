@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from perfusion.files import atomic_path
-from perfusion.toyland.muon import Muon
+from perfusion.toyland.build.muon import Muon
 from perfusion.toyland.precision import bfloat16_pays
 
 WARMUP_STEPS = 100

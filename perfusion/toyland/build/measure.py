@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from perfusion.toyland.build.counting import followed, identity_share
+from perfusion.toyland.build.shipped import BATCH, GUIDANCE, Scorer, Toyland, encode, generate
+from perfusion.toyland.build.train_autoencoder import draw_batch
+from perfusion.toyland.build.train_diffusion import denoising_loss
 from perfusion.toyland.captions import caption, parse
-from perfusion.toyland.counting import followed, identity_share
 from perfusion.toyland.draw import render
 from perfusion.toyland.models import scheduler
 from perfusion.toyland.reader import Reader, accuracy, as_options, as_pixels, label_tensors
-from perfusion.toyland.shipped import BATCH, GUIDANCE, Scorer, Toyland, encode, generate
-from perfusion.toyland.train_autoencoder import draw_batch
-from perfusion.toyland.train_diffusion import denoising_loss
 from perfusion.toyland.world import PLACES, Scene, concept_scene, pick, sample_instance, sample_scene
 
 FIRST_SCENE = 400_000

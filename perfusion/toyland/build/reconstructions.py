@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from perfusion.files import atomic_path
-from perfusion.toyland.budget import device, rank, world_size
-from perfusion.toyland.train_autoencoder import autoencoder_hash, draw_scenes
+from perfusion.toyland.build.budget import device, rank, world_size
+from perfusion.toyland.build.train_autoencoder import autoencoder_hash, draw_scenes
 from perfusion.toyland.world import Scene, sample_scene
 
 FIRST_SCENE = 4_200_000_000

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.files import atomic_path
-from perfusion.toyland.budget import START, BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import START, BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.train_autoencoder import autoencoder_hash, draw_scenes
+from perfusion.toyland.build.train_words import Saying, token_ids, training_caption, training_scene
 from perfusion.toyland.captions import Caption, swap_object, vocabulary
 from perfusion.toyland.models import LATENT_SIZE, TEXT_POSITIONS, scheduler, text_encoder, unet
 from perfusion.toyland.precision import autocast
 from perfusion.toyland.tokenizer import build_tokenizer
-from perfusion.toyland.train_autoencoder import autoencoder_hash, draw_scenes
-from perfusion.toyland.train_words import Saying, token_ids, training_caption, training_scene
 from perfusion.toyland.world import Scene
 
 RATE = 0.02

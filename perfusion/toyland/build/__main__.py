@@ -21,18 +21,18 @@ from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
-from perfusion.toyland.budget import START, run_workers
+from perfusion.toyland.build.budget import START, run_workers
+from perfusion.toyland.build.reconstructions import COUNT
+from perfusion.toyland.build.report import REPORT, write, write_card
+from perfusion.toyland.build.train_autoencoder import train_autoencoder
+from perfusion.toyland.build.train_decoder import train_decoder
+from perfusion.toyland.build.train_diffusion import train_diffusion
+from perfusion.toyland.build.train_reader import train_reader
+from perfusion.toyland.build.train_scorer import train_scorer
+from perfusion.toyland.build.train_words import train_words
 from perfusion.toyland.captions import vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS
-from perfusion.toyland.reconstructions import COUNT
-from perfusion.toyland.report import REPORT, write, write_card
 from perfusion.toyland.tokenizer import build_tokenizer
-from perfusion.toyland.train_autoencoder import train_autoencoder
-from perfusion.toyland.train_decoder import train_decoder
-from perfusion.toyland.train_diffusion import train_diffusion
-from perfusion.toyland.train_reader import train_reader
-from perfusion.toyland.train_scorer import train_scorer
-from perfusion.toyland.train_words import train_words
 
 # Of the minutes.
 SHARES = {"autoencoder": 0.18, "words": 0.04, "diffusion": 0.5, "decoder": 0.08, "scorer": 0.08, "reader": 0.12}
@@ -48,7 +48,7 @@ scorer, reader, assemble.
 Interrupt it whenever you like: the same command goes on where it stopped. A GPU is used when there is one, else one
 process per core. The shipped weights are only replaced if you name their folder as out=. Afterwards
 
-  python -m perfusion.toyland.report weights=toyland-weights
+  python -m perfusion.toyland.build.report weights=toyland-weights
 
 measures what came of it.
 """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.draw import render
 from perfusion.toyland.models import autoencoder
 from perfusion.toyland.world import Scene, sample_scene

@@ -1,4 +1,4 @@
-"""`python -m perfusion.toyland.atlas`: a picture of all that exists in Toyland's world."""
+"""`python -m perfusion.toyland.build.atlas`: a picture of all that exists in Toyland's world."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from perfusion.toyland.world import (
 USAGE = """
 Draw the atlas of Toyland's world: every superclass, place, worn thing, support, pattern and style.
 
-  python -m perfusion.toyland.atlas out=world.png
+  python -m perfusion.toyland.build.atlas out=world.png
 """
 _COLUMNS = 10
 

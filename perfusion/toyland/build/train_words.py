@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
 from perfusion.toyland.captions import Caption, caption, looks_said, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, TEXT_WIDTH, text_encoder
 from perfusion.toyland.reader import OBJECT_HEADS

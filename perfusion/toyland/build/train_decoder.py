@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.train_autoencoder import batch_size, draw_scenes, weighted_error
+from perfusion.toyland.build.train_words import token_ids, training_caption, training_scene
 from perfusion.toyland.models import scheduler
 from perfusion.toyland.precision import autocast
-from perfusion.toyland.train_autoencoder import batch_size, draw_scenes, weighted_error
-from perfusion.toyland.train_words import token_ids, training_caption, training_scene
 from perfusion.toyland.world import Scene
 
 RATE = 0.01

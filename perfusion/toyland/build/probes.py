@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perfusion.toyland.build.train_autoencoder import draw_scenes
+from perfusion.toyland.build.train_words import said, training_scene
 from perfusion.toyland.captions import Caption, caption, looks_said
 from perfusion.toyland.models import LATENT_SIZE
-from perfusion.toyland.train_autoencoder import draw_scenes
-from perfusion.toyland.train_words import said, training_scene
 from perfusion.toyland.world import COLOURS, DETAILS, PATTERNS, Scene, pick, sample_scene
 
 FIRST_SCENE = 400_000  # seeds that no model was trained on

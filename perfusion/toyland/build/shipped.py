@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from perfusion.toyland.build.train_words import token_ids
 from perfusion.toyland.captions import Caption
 from perfusion.toyland.reader import Reader
-from perfusion.toyland.train_words import token_ids
 
 STEPS, GUIDANCE = 25, 4.0  # of DDIM
 BATCH = 16

@@ -3,7 +3,8 @@
 The other captions of a batch differ in so much that place and superclass tell them apart. So each picture also has
 captions of its own that are wrong in one thing (hard negatives, as in NegCLIP, Yuksekgonul et al. 2023). Each of these
 is believed or not by a sigmoid, with the same threshold for all (SigLIP, Zhai et al. 2023): a softmax only asks which
-caption of a picture is best, and similarities of different captions could not be compared.
+caption of a picture is best, and similarities of different captions could not be compared. Contrast alone teaches small
+things such as eyes slowly, so heads that are dropped afterwards read all attributes from both embeddings.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from perfusion.toyland.budget import BudgetedTraining, device, rank, world_size
-from perfusion.toyland.captions import caption, vocabulary
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.reconstructions import COUNT, Pool
+from perfusion.toyland.build.train_autoencoder import draw_batch, draw_scenes
+from perfusion.toyland.build.train_reader import reading_loss
+from perfusion.toyland.captions import asked, caption, parse, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
 from perfusion.toyland.precision import autocast
-from perfusion.toyland.reconstructions import COUNT, Pool
+from perfusion.toyland.reader import HEADS, NOT_SHOWN, label_tensors, visible
 from perfusion.toyland.tokenizer import build_tokenizer
-from perfusion.toyland.train_autoencoder import draw_batch, draw_scenes
 from perfusion.toyland.world import (
     COLOURS,
     DETAILS,
@@ -56,28 +59,45 @@ def batch_size() -> int:
     return 512 if device().type == "cuda" else 96
 
 
-def matching_loss(model: open_clip.CLIP, pixels: Tensor, tokens: Tensor, wrong: Tensor) -> Tensor:
+def matching_loss(images: Tensor, texts: Tensor, wrong: Tensor, differ: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Symmetric cross-entropy over the batch (Radford et al. 2021), and whether each caption is believed.
 
     Args:
-        tokens: (B, N) captions of the pictures.
-        wrong: (B * WRONG, N) the same, each wrong in one thing; a row equal to the right one does not count.
+        images, texts: embeddings (B, d) of pictures and their captions.
+        wrong: those of wrong captions (B * WRONG, d); only where `differ` (B * WRONG,) says so they are wrong.
+        scale, bias: from a cosine to the logit of its being believed.
     """
-    with autocast(device()):
-        images, texts, scale, bias = model(pixels, tokens)
-        nearly = model.encode_text(wrong, normalize=True)
-    images, texts, nearly = images.float(), texts.float(), nearly.float()
     logits = scale * images @ texts.T
     labels = torch.arange(len(logits), device=logits.device)
     contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    of_wrong = scale * (images.repeat_interleave(WRONG, 0) * nearly).sum(1)
-    differ = (tokens.repeat_interleave(WRONG, 0) != wrong).any(1)
+    of_wrong = scale * (images.repeat_interleave(WRONG, 0) * wrong).sum(1)
     believed = F.softplus(-(logits.diagonal() + bias)).mean() + F.softplus(of_wrong + bias)[differ].mean()
     return contrast + believed
 
 
+class Attributes(nn.Module):
+    """A linear head for each attribute, which reads it from pictures and captions alike: so both say it alike."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(options)) for name, options in HEADS.items()})
+
+    def forward(self, embedded: Tensor) -> dict[str, Tensor]:
+        """Embeddings (B, width) to logits (B, options) for each head."""
+        return {name: head(embedded) for name, head in self.heads.items()}
+
+
+def asked_labels(texts: Sequence[str]) -> dict[str, Tensor]:
+    """What n captions ask for, as `reader.label_tensors`."""
+    rows = [asked(parse(text)) for text in texts]
+    return {
+        name: torch.tensor([options.index(row[name]) if name in row else NOT_SHOWN for row in rows])
+        for name, options in HEADS.items()
+    }
+
+
 def altered(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute changed, of those that it has."""
+    """The scene with one attribute changed, of those that can be seen."""
     index = int(rng.integers(len(scene.objects)))
     placed = scene.objects[index]
     instance = placed.instance
@@ -87,16 +107,14 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
         "style": STYLES,
         "superclass": [s for s in SUPERCLASSES if s not in there],
         "body": [c for c in COLOURS if c != instance.second],
+        "second": [c for c in COLOURS if c != instance.body],
         "pattern": PATTERNS,
         "detail": DETAILS,
+        "worn": WORN[1:],
+        "support": SUPPORTS[1:],
     }
-    if instance.pattern != "plain":
-        options |= {"second": [c for c in COLOURS if c != instance.body]}
-    if placed.worn != "none":
-        options |= {"worn": WORN[1:]}
-    if placed.support != "none":
-        options |= {"support": SUPPORTS[1:]}
-    name = pick(rng, tuple(options))
+    seen = {name for name, option in visible(placed, scene.style).items() if option != "none"}
+    name = pick(rng, [name for name in options if name in seen or name in SCENE_FIELDS])
     part = scene if name in SCENE_FIELDS else placed if name in PLACED_FIELDS else instance
     change: dict[str, Any] = {name: pick(rng, [o for o in options[name] if o != getattr(part, name)])}
     if part is scene:
@@ -153,20 +171,30 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
     pool = Pool.of(folder, pool_size)
     size = batch_size()
     half = size // 2
-    run = BudgetedTraining("scorer", {"clip": model}, folder, seconds, RATE, size, ema=0.99)
+    attributes = Attributes(shape["embed_dim"]).to(device())
+    modules = {"clip": model, "attributes": attributes}
+    run = BudgetedTraining("scorer", modules, folder, seconds, RATE, size, ema=0.99)
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
         first = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * half
         chosen = rng.choice(len(pool.scenes), size - half, replace=len(pool.scenes) < size - half).tolist()
-        scenes = [sample_scene(first + i) for i in range(half)]
-        pixels = torch.cat([draw_scenes(scenes)[0], pool.take(chosen)])
-        texts = captions([*scenes, *(pool.scenes[i] for i in chosen)], [seed, step, rank()])
-        tokens, wrong = (
-            tokenizer(part, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
-            for part in texts
+        scenes = [*(sample_scene(first + i) for i in range(half)), *(pool.scenes[i] for i in chosen)]
+        pixels = torch.cat([draw_scenes(scenes[:half])[0], pool.take(chosen)]).to(device())
+        right, wrong = captions(scenes, [seed, step, rank()])
+        tokens, of_wrong = (
+            tokenizer(texts, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
+            for texts in (right, wrong)
         )
-        soft = gaussian_blur(pixels.to(device()), [5, 5], [float(rng.uniform(*BLUR))])
-        run.update(matching_loss(model, soft, tokens.to(device()), wrong.to(device())))
+        differ = (tokens.repeat_interleave(WRONG, 0) != of_wrong).any(1).to(device())
+        soft = gaussian_blur(pixels, [5, 5], [float(rng.uniform(*BLUR))])
+        with autocast(device()):
+            images, texts, scale, bias = model(soft, tokens.to(device()))
+            nearly = model.encode_text(of_wrong.to(device()), normalize=True)
+        images, texts, nearly = images.float(), texts.float(), nearly.float()
+        loss = matching_loss(images, texts, nearly, differ, scale, bias)
+        for embedded, says in ((images, label_tensors(scenes)), (texts, asked_labels(right))):
+            loss = loss + reading_loss(attributes(embedded), {k: v.to(device()) for k, v in says.items()})
+        run.update(loss)
     run.copy_ema()
     if rank() == 0:
         settle_statistics(model, FIRST_SCENE + (seed + 1) * 100_000_000 - 1)
