@@ -37,8 +37,12 @@ def atomic_path(path: PathLike, flush: bool = True) -> Iterator[Path]:
     if path.is_dir() and not path.is_symlink():
         raise IsADirectoryError(errno.EISDIR, "expected a file to write, found a folder", str(path))
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask has it; some writers (safetensors) make files for their owner alone
+    temporary.unlink()
     try:
         yield temporary
+        temporary.chmod(mode)
         if flush:
             _flush(temporary, os.O_RDWR)
         os.replace(temporary, path)

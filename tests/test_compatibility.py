@@ -6,6 +6,7 @@ before, bit by bit. docs/compatibility.md names the tests of this file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from perfusion.concept import Concept
 from perfusion.concept_format import ConceptFileError
 from perfusion.editing import EditError
 from perfusion.methods.base import Word
-from tests.concepts import tiny_backbone, untrained_concept
+from tests.concepts import tiny_backbone, tiny_sdxl_backbone, untrained_concept
 from tests.drawing import CLOSED, PLAIN, PROMPT, call
+from tests.pipelines import tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +221,91 @@ def add_style(pipe: Any) -> None:
     torch.manual_seed(0)
     settings = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
     pipe.unet.add_adapter(settings, "style")
+
+
+STYLE = "a photo of a {}, <style>"
+
+
+@pytest.mark.parametrize("make", [tiny_backbone, tiny_sdxl_backbone])
+@pytest.mark.parametrize("first", ["the concept", "the textual inversion"])
+def test_a_textual_inversion_is_visible_beside_the_concept(make: Any, first: str, tmp_path: Path) -> None:
+    """Loaded by stock diffusers, of two vectors, before or after the concept."""
+    pipe, other = make(tmp_path).pipe, make(tmp_path).pipe
+    concept = untrained_concept(make(tmp_path), Word("<cat*>", "cat"), 0)
+    suffixes = [name.removeprefix("text_encoder") for name in pipe.components if name.startswith("text_encoder")]
+
+    def load(into: Any, how: str = "load_textual_inversion") -> None:
+        for suffix in suffixes:
+            encoder, tokenizer = getattr(into, f"text_encoder{suffix}"), getattr(into, f"tokenizer{suffix}")
+            vectors = torch.randn(2, encoder.config.hidden_size, generator=torch.Generator().manual_seed(1))
+            given = {"token": "<style>"} if how.startswith("load") else {"tokens": ["<style>", "<style>_1"]}
+            arguments = (vectors,) if how.startswith("load") else ()
+            getattr(into, how)(*arguments, **given, text_encoder=encoder, tokenizer=tokenizer)
+
+    load(other)
+    plain = call(other, STYLE.format("cat"))
+    if first == "the textual inversion":
+        load(pipe)
+    with concept.attach(pipe) as attached:
+        if first == "the concept":
+            alone = call(pipe, PROMPT)
+            load(pipe)
+            assert torch.equal(call(pipe, PROMPT), alone)
+        both = call(pipe, STYLE.format("<cat*>"))
+        assert (both - plain).abs().amax() > 1e-3, "the concept"
+        assert (both - call(pipe, PROMPT)).abs().amax() > 1e-3, "the textual inversion"
+        strength, attached.beta = attached.beta, math.inf
+        assert torch.equal(call(pipe, STYLE.format("<cat*>")), plain), "the base model's, with the style"
+        attached.beta = strength
+        assert torch.equal(call(pipe, STYLE.format("<cat*>")), both)
+        if first == "the concept":
+            load(pipe, "unload_textual_inversion")
+            assert torch.equal(call(pipe, PROMPT), alone)
+            load(pipe)
+    assert torch.equal(call(pipe, STYLE.format("cat")), plain)
+    assert not {"load_textual_inversion", "save_pretrained"} & {*vars(pipe)}
+
+
+def test_textual_inversions_renumber_words_and_pipelines_of_the_same_parts_say_so(
+    backbone: Backbone, concept: Concept
+) -> None:
+    pipe = tiny_pipeline()
+    with concept.attach(pipe):
+        copy = type(pipe)(**pipe.components)
+        with pytest.raises(EditError, match="with the pipeline that the concept was attached to, or before attaching"):
+            copy.load_textual_inversion(torch.randn(1, 32), token="<style>")
+        pipe.load_textual_inversion(torch.randn(1, 32), token="<style>")
+        with pytest.raises(TokenError, match=r"found '<cat\*>'.*make this pipeline anew"):
+            call(copy, PROMPT)
+        assert torch.equal(call(type(pipe)(**pipe.components), PROMPT), call(pipe, PROMPT))
+
+
+def test_a_pipeline_with_a_concept_in_it_is_not_saved(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:
+    """Stock diffusers could not load it, or would draw noise."""
+    pipe = tiny_pipeline()
+    expected = call(pipe, PLAIN)
+    second = untrained_concept(backbone, Word("<dog*>", "dog"), 1)
+    attached = [one.attach(pipe) for one in (concept, second)]
+    for left in (2, 1):
+        for part in (pipe, pipe.unet, pipe.text_encoder):
+            with pytest.raises(EditError, match=r"save_pretrained: a concept is attached.*detach\(\) first"):
+                part.save_pretrained(tmp_path / "saved")
+        attached.pop(0).detach()
+        assert len(attached) == left - 1
+    assert not (tmp_path / "saved").exists()
+    pipe.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(call(type(pipe).from_pretrained(tmp_path / "saved"), PLAIN), expected, atol=1e-4, rtol=0)
+
+
+def test_what_can_be_trained_of_a_pipeline_can_be_trained_after_a_concept_was_there(concept: Concept) -> None:
+    pipe = tiny_pipeline()
+    pipe.unet.requires_grad_(True)
+    pipe.text_encoder.requires_grad_(False)
+    pipe.text_encoder.get_input_embeddings().requires_grad_(True)
+    before = [p.requires_grad for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()]
+    with concept.attach(pipe):
+        call(pipe, PROMPT)
+    assert [p.requires_grad for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()] == before
 
 
 def test_a_copy_of_the_pipeline_has_the_concept_too_or_says_that_it_has_not(

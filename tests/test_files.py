@@ -90,8 +90,9 @@ def test_content_reaches_the_disk_before_the_rename(tmp_path: Path, monkeypatch:
 def test_permissions_follow_the_umask(tmp_path: Path):
     """As with `open`: others can read what the umask lets them, unlike with the files of `tempfile`."""
     script = (
-        "import os, sys; os.umask(0o027); from perfusion.files import atomic_write_bytes;"
-        "atomic_write_bytes(sys.argv[1], b'')"
+        "import os, sys; os.umask(0o027)\n"
+        "from perfusion.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as there: os.close(os.open(there, os.O_CREAT, 0o600))"  # as safetensors does
     )
     target = tmp_path / "file"
     subprocess.run([sys.executable, "-c", script, str(target)], check=True, cwd=Path(__file__).parents[1])

@@ -140,6 +140,13 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
         textual_inversion(**options)
 
 
+def test_a_word_of_several_vectors_that_stock_pipelines_would_read_as_one() -> None:
+    options = {"name": "textual_inversion", "vectors": 2}
+    with pytest.raises(ConfigError, match=r"placeholder: found '<Cat\*>' and method.vectors=2.*such as '<cat\*>'"):
+        build(options, Word("<Cat*>", "cat"))
+    build({**options, "vectors": 1}, Word("<Cat*>", "cat"))
+
+
 def test_a_concept_without_a_gate_refuses_its_settings(backbone: Backbone) -> None:
     concept: Concept = random_concept(backbone, WORD, 0, name="textual_inversion")
     table = backbone.pipe.text_encoder.get_input_embeddings()

@@ -77,7 +77,7 @@ def load(config: BackboneConfig) -> StableDiffusionPipeline | StableDiffusionXLP
 
 
 def around(pipe: DiffusionPipeline, config: BackboneConfig | None = None) -> Backbone:
-    """The backbone of a pipeline that is loaded already; nothing in it is changed but `requires_grad`.
+    """The backbone of a pipeline that is loaded already; nothing in it is changed.
 
     Args:
         config: default: the one that `load` used for this pipeline, else the defaults of the backbone that fits it

@@ -59,7 +59,7 @@ class Backbone(ABC):
     @classmethod
     @abstractmethod
     def around(cls, pipe: DiffusionPipeline, config: BackboneConfig) -> Backbone:
-        """Wrap a pipeline that the user loaded; nothing in it is changed but `requires_grad`."""
+        """Wrap a pipeline that the user loaded; nothing in it is changed."""
 
     @property
     @abstractmethod

@@ -89,11 +89,31 @@ def _looks(tensors: Sequence[tuple[str, Tensor]]) -> bytes:
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same for a tokenizer: its tokens, their ids and the length at which it cuts."""
+    """The same for a tokenizer: its tokens, their ids and the length at which it cuts. Textual inversions that the
+    pipeline has loaded are no part of it."""
     total = hashlib.sha256(f"{tokenizer.model_max_length}\n".encode())
+    size = vocabulary_size(tokenizer)
     for token, i in sorted(tokenizer.get_vocab().items()):
-        total.update(f"{token} {i}\n".encode())
+        if i < size:
+            total.update(f"{token} {i}\n".encode())
     return total.hexdigest()[:DIGITS]
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of its tokens, without those that were added at the end, as textual inversions are."""
+    size, added = len(tokenizer), tokenizer.added_tokens_decoder
+    while size - 1 in added and not added[size - 1].special:
+        size -= 1
+    return size
+
+
+def encoder_parameters(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Tensor]]:
+    """`base_parameters` of a text encoder, without the rows that textual inversions added to its embedding table."""
+    table: Tensor = base_module(encoder).get_input_embeddings().weight  # type: ignore[operator]
+    size = vocabulary_size(tokenizer)
+    for name, value in base_parameters(encoder):
+        grown = size < len(tokenizer) == len(table) and value.data_ptr() == table.data_ptr()
+        yield name, value[:size] if grown else value
 
 
 def reads_as_loaded(encoder: nn.Module, ids: Sequence[int]) -> bool:

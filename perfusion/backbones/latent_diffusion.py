@@ -114,12 +114,12 @@ class LatentDiffusionBackbone(Backbone):
         pipe.scheduler = DDIMScheduler.from_config({**latent, **pipe.scheduler.config})
         backbone = cls.around(pipe.to(device), config)
         for part in backbone._frozen():
-            part.eval()
+            part.requires_grad_(False).eval()
         return backbone
 
     @classmethod
     def around(cls, pipe: DiffusionPipeline, config: BackboneConfig) -> Self:
-        """Wrap a pipeline that the user loaded; nothing in it is changed but `requires_grad`.
+        """Wrap a pipeline that the user loaded; nothing in it is changed.
 
         Raises:
             BackboneError: another kind of pipeline or one without a text encoder, a resolution that its autoencoder
@@ -145,8 +145,6 @@ class LatentDiffusionBackbone(Backbone):
                 f"the pipeline's scheduler: found prediction_type {backbone.prediction!r}, expected 'epsilon' or "
                 "'v_prediction'"
             )
-        for part in backbone._frozen():
-            part.requires_grad_(False)
         return backbone
 
     @classmethod
@@ -360,8 +358,9 @@ class LatentDiffusionBackbone(Backbone):
             self._fingerprints[dtype] = {
                 **self.kind(),
                 **{
-                    name: fingerprint.remembered_digest(encoder, "all", fingerprint.base_parameters(encoder), dtype)
+                    name: fingerprint.remembered_digest(encoder, "all", parameters, dtype)
                     for name, encoder in self.text_encoders().items()
+                    for parameters in [fingerprint.encoder_parameters(encoder, self._stock_tokenizer(name))]
                 },
                 "projections": fingerprint.remembered_digest(self.denoiser, "projections", projections, dtype),
             }

@@ -15,6 +15,8 @@ There are three reasons to read a prompt with superclasses in the place of words
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from perfusion.editing import EditError, TokenError
 from perfusion.editing.tokens import check_word, last_tokens, taught, token_ids
 
+_LOADERS = ("load_textual_inversion", "unload_textual_inversion")
 KEPT = 8  # outputs of a text encoder that are remembered: of prompts, of negative prompts, and some more
 
 
@@ -173,11 +176,33 @@ class Words(nn.Module):
             encoder.register_forward_pre_hook(self._before, with_kwargs=True),
             encoder.register_forward_hook(self._after, with_kwargs=True),
         ]
+        self.put(encoder)
+
+    def put(self, encoder: PreTrainedModel) -> None:
+        """Stand in the place of the encoder's embedding table."""
+        encoder.resize_token_embeddings = _refuse_resizing  # type: ignore[method-assign]
         _put(encoder, self)
+
+    def take_out(self, encoder: PreTrainedModel) -> None:
+        """Give the encoder its own table back."""
+        del encoder.resize_token_embeddings
+        _put(encoder, self.base)
+
+    def put_again(self, encoder: PreTrainedModel) -> None:
+        """`put`, after `take_out`, where table and tokenizer may have grown meanwhile: the words get other ids, and
+        tokenizers that know the old ones refuse them from now on."""
+        self.base = encoder.get_input_embeddings()  # type: ignore[assignment]
+        self.first = len(self.stock_tokenizer)
+        for word in self.words:
+            assert isinstance(word, WordVectors)
+            former, word.standing = word.standing, copy.copy(word.standing)
+            former.removed = True
+        self.forget()
+        self.put(encoder)
 
     def close(self, encoder: PreTrainedModel) -> None:
         """Leave the encoder as it was before."""
-        _put(encoder, self.base)
+        self.take_out(encoder)
         for hook in self._hooks:
             hook.remove()
 
@@ -366,6 +391,8 @@ class AddedWord:
             else:
                 table.close(getattr(self._pipe, encoder))
                 setattr(self._pipe, self._towers[encoder], table.stock_tokenizer)
+                for name in _LOADERS:
+                    vars(self._pipe).pop(name, None)
 
     def _add(self, encoder: str, word: WordVectors, pools: bool) -> None:
         module, tokenizer = getattr(self._pipe, encoder), self._towers[encoder]
@@ -375,6 +402,9 @@ class AddedWord:
         table.place(word)
         self._words[encoder] = table, word
         setattr(self._pipe, tokenizer, table.tokenizer())
+        for name in _LOADERS:
+            if name not in vars(self._pipe) and hasattr(self._pipe, name):
+                setattr(self._pipe, name, functools.partial(_on_stock, self._pipe, self._towers, name))
 
 
 def add_word(
@@ -427,6 +457,33 @@ def check_pipeline(pipe: DiffusionPipeline, towers: Mapping[str, str], placehold
                 "encoder; make this pipeline anew from the other's components, which have the concept, or detach it "
                 "there first"
             )
+
+
+def _on_stock(pipe: Any, towers: Mapping[str, str], name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a loader of textual inversions, which makes tables and tokenizers larger, with the stock ones in place, and
+    put the words in again below what it added."""
+    tables = {encoder: getattr(pipe, encoder).get_input_embeddings() for encoder in towers}
+    tables = {encoder: table for encoder, table in tables.items() if isinstance(table, Words)}
+    stock: dict[int, Any] = {}
+    for encoder, table in tables.items():
+        stock[id(getattr(pipe, towers[encoder]))] = table.stock_tokenizer
+        table.take_out(getattr(pipe, encoder))
+        setattr(pipe, towers[encoder], table.stock_tokenizer)
+    try:
+        return getattr(type(pipe), name)(
+            pipe, *(stock.get(id(a), a) for a in args), **{key: stock.get(id(a), a) for key, a in kwargs.items()}
+        )
+    finally:
+        for encoder, table in tables.items():
+            table.put_again(getattr(pipe, encoder))
+            setattr(pipe, towers[encoder], table.tokenizer())
+
+
+def _refuse_resizing(*args: Any, **kwargs: Any) -> Any:
+    raise EditError(
+        "this text encoder has the word of a concept below its embedding table, which cannot become larger meanwhile: "
+        "load textual inversions with the pipeline that the concept was attached to, or before attaching"
+    )
 
 
 def superclass_context(words: Sequence[Words], context: Tensor) -> Tensor:

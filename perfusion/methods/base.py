@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,8 @@ class Method(nn.Module, ABC):
         with ExitStack() as undo:
             undo.callback(self.clear)
             self._backbone = backbone
+            for part in (backbone.pipe, backbone.denoiser, *backbone.text_encoders().values()):
+                undo.callback(_hold(part, self))
             self.put(backbone, undo)
             self._undo = undo.pop_all()
 
@@ -215,6 +217,28 @@ class Method(nn.Module, ABC):
     def terms(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> dict[str, Tensor]:
         """Loss terms of an adapted batch and its prompts' encodings: here the masked denoising error, `masked_mean`."""
         return {"denoising": masked_mean(squared_error(backbone, batch, encoding), batch.masks)}
+
+
+def _hold(part: Any, method: Method) -> Callable[[], None]:
+    """Have `part.save_pretrained` refuse until the function that is returned has been called for all methods: what it
+    would write with something attached could not be loaded, or draws noise."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise EditError(
+            "save_pretrained: a concept is attached, and what would be written could not be loaded again; expected "
+            "detach() first (concepts are files of their own: Concept.save)"
+        )
+
+    holders = vars(part).setdefault("_perfusion_holders", set())
+    holders.add(id(method))
+    part.save_pretrained = refuse
+
+    def release() -> None:
+        holders.discard(id(method))
+        if not holders:
+            vars(part).pop("save_pretrained", None)
+
+    return release
 
 
 def squared_error(backbone: Backbone, batch: Batch, encoding: Encoding) -> Tensor:

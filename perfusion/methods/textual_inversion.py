@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perfusion.backbones.base import Backbone
+from perfusion.config import ConfigError
 from perfusion.files import atomic_path
 from perfusion.methods.base import Method, MethodOptions, Word, check_bounds
 
@@ -49,6 +50,13 @@ class TextualInversion(Method):
                 "vectors": (options.vectors >= 1, "at least 1"),
             },
         )
+        if options.vectors > 1 and word.placeholder != word.placeholder.lower():
+            # Stock pipelines look for each vector's token in the prompt as it is spelled, of which CLIP reads small
+            # letters: all but the first vector would be lost in them.
+            raise ConfigError(
+                f"concept.placeholder: found {word.placeholder!r} and method.vectors={options.vectors}, expected a "
+                f"word of small letters, such as {word.placeholder.lower()!r}"
+            )
 
     def put(self, backbone: Backbone, undo: ExitStack) -> None:
         """Add the word; raises as `add_word`."""

@@ -84,7 +84,7 @@ def scorer_config() -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": 96,
             "init_logit_bias": -10.0,  # SigLIP's: how similar picture and caption have to be to be believed
-            "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 12, "patch_size": None},
+            "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 24, "patch_size": None},
             "text_cfg": {
                 "context_length": TEXT_POSITIONS,
                 "vocab_size": len(build_tokenizer(vocabulary(), TEXT_POSITIONS)),

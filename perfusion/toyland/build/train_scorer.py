@@ -1,7 +1,7 @@
 """Trains the scorer, a tiny open_clip model, on renders, reconstructions and captions.
 
 The other captions of a batch differ in so much that place and superclass tell them apart. So each picture also has
-captions of its own that are wrong in one thing (hard negatives, as in NegCLIP, Yuksekgonul et al. 2023). Each of these
+a caption of its own that is wrong in one thing (hard negatives, as in NegCLIP, Yuksekgonul et al. 2023). Each of these
 is believed or not by a sigmoid, with the same threshold for all (SigLIP, Zhai et al. 2023): a softmax only asks which
 caption of a picture is best, and similarities of different captions could not be compared. Contrast alone teaches small
 things such as eyes slowly, so heads that are dropped afterwards read all attributes from both embeddings.
@@ -50,7 +50,7 @@ from perfusion.toyland.world import (
 
 RATE = 0.02
 FIRST_SCENE = 3_000_000_000
-WRONG, TRIES = 2, 6  # wrong captions of each picture, and alterations tried for each
+TRIES = 6  # alterations, for one that a caption names
 BLUR = (0.1, 0.8)  # generated images are a little softer than both renders and reconstructions
 
 
@@ -64,13 +64,13 @@ def matching_loss(images: Tensor, texts: Tensor, wrong: Tensor, differ: Tensor, 
 
     Args:
         images, texts: embeddings (B, d) of pictures and their captions.
-        wrong: those of wrong captions (B * WRONG, d); only where `differ` (B * WRONG,) says so they are wrong.
+        wrong: those of wrong captions; only where `differ` (B,) says so they are wrong.
         scale, bias: from a cosine to the logit of its being believed.
     """
     logits = scale * images @ texts.T
     labels = torch.arange(len(logits), device=logits.device)
     contrast = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    of_wrong = scale * (images.repeat_interleave(WRONG, 0) * wrong).sum(1)
+    of_wrong = scale * (images * wrong).sum(1)
     believed = F.softplus(-(logits.diagonal() + bias)).mean() + F.softplus(of_wrong + bias)[differ].mean()
     return contrast + believed
 
@@ -124,7 +124,7 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def captions(scenes: Sequence[Scene], seed: Sequence[int]) -> tuple[list[str], list[str]]:
-    """A caption of each scene, and WRONG captions of scenes `altered`: as far as it can be, in the same words.
+    """A caption of each scene, and one of the scene `altered`: as far as it can be, in the same words.
 
     A caption seldom names everything, so alterations are tried until one is named; after TRIES the right caption stands
     in the wrong one's place.
@@ -133,10 +133,9 @@ def captions(scenes: Sequence[Scene], seed: Sequence[int]) -> tuple[list[str], l
     for i, scene in enumerate(scenes):
         right.append(caption(scene, np.random.default_rng([*seed, i, 1])).text)
         of_change = np.random.default_rng([*seed, i, 0])
-        for _ in range(WRONG):
-            tries = (altered(scene, of_change) for _ in range(TRIES))
-            texts = (caption(other, np.random.default_rng([*seed, i, 1])).text for other in tries)
-            wrong.append(next((text for text in texts if text != right[-1]), right[-1]))
+        tries = (altered(scene, of_change) for _ in range(TRIES))
+        texts = (caption(other, np.random.default_rng([*seed, i, 1])).text for other in tries)
+        wrong.append(next((text for text in texts if text != right[-1]), right[-1]))
     return right, wrong
 
 
@@ -185,7 +184,7 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
             tokenizer(texts, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
             for texts in (right, wrong)
         )
-        differ = (tokens.repeat_interleave(WRONG, 0) != of_wrong).any(1).to(device())
+        differ = (tokens != of_wrong).any(1).to(device())
         soft = gaussian_blur(pixels, [5, 5], [float(rng.uniform(*BLUR))])
         with autocast(device()):
             images, texts, scale, bias = model(soft, tokens.to(device()))
