@@ -32,7 +32,8 @@ T = TypeVar("T")
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 _OURS = ("perfusion", "eval", "experiments")
 # What a user can mend.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
+_DISK |= {errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EIO}
 _ASSIGNMENT = re.compile(r"[A-Za-z_][\w.]*=")
 
 
@@ -46,6 +47,9 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     Returns:
         `main`'s status; 2 after a mistake of the user, printed on stderr as one `error: ...`; 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shall not hide what there is to say
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(sys.argv[1:] if argv is None else argv) or OK
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
@@ -63,7 +67,10 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
 
 def is_user_error(error: BaseException) -> bool:
     """Whether an exception tells the user something (see the module's docstring), rather than being a bug."""
-    if type(error).__module__.split(".")[0] in _OURS:
+    module = type(error).__module__
+    if module == "__main__" and (spec := getattr(sys.modules[module], "__spec__", None)):
+        module = spec.name  # of a command that is run by `python -m`
+    if module.split(".")[0] in _OURS:
         return True
     return isinstance(error, OSError) and error.errno in _DISK
 

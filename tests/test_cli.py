@@ -1,5 +1,8 @@
 """`key=value` command lines."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,3 +98,15 @@ def test_a_file_that_cannot_be_there_is_a_users_mistake(
     Path("there").mkdir()
     assert run_cli(lambda words: atomic_write_text(words[0], "text"), [path]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_command_answers_with_its_own_errors_on_a_terminal_without_unicode(tmp_path: Path) -> None:
+    """Of `python -m`, whose module is called `__main__`; a name that ASCII has not is spelled out."""
+    words = [f"file={tmp_path}/süß.pt", "superclass=cat", "placeholder=<cat*>", f"path={tmp_path}"]
+    command = [sys.executable, "-m", "perfusion.convert", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and r"s\xfc\xdf.pt: found no such file" in done.stderr
