@@ -7,6 +7,7 @@ before, bit by bit. docs/compatibility.md names the tests of this file.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,34 @@ def test_textual_inversions_renumber_words_and_pipelines_of_the_same_parts_say_s
         with pytest.raises(TokenError, match=r"found '<cat\*>'.*make this pipeline anew"):
             call(copy, PROMPT)
         assert torch.equal(call(type(pipe)(**pipe.components), PROMPT), call(pipe, PROMPT))
+
+
+@pytest.mark.parametrize("shared", ["pipeline", "parts"])
+def test_two_threads_at_once_are_an_error(backbone: Backbone, concept: Concept, shared: str) -> None:
+    """One would draw with what the other has set. One after the other is fine."""
+    drawing, tried, found = threading.Event(), threading.Event(), []
+    pipe = backbone.pipe
+
+    def wait(*_: Any) -> dict[str, Any]:
+        drawing.set()
+        assert tried.wait(60)
+        return {}
+
+    with concept.attach(backbone):
+        other = pipe if shared == "pipeline" else type(pipe)(**pipe.components)
+        other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # of one call at a time
+        expected = call(pipe, PROMPT)
+        thread = threading.Thread(target=lambda: found.append(call(pipe, PROMPT, callback_on_step_end=wait)))
+        thread.start()
+        assert drawing.wait(60)
+        try:
+            with pytest.raises(EditError, match="found another thread that draws with this model"):
+                call(other, PROMPT)
+        finally:
+            tried.set()
+            thread.join()
+        assert torch.equal(found[0], expected) or shared == "pipeline"
+        assert torch.equal(call(other, PROMPT), expected)
 
 
 def test_a_pipeline_with_a_concept_in_it_is_not_saved(backbone: Backbone, concept: Concept, tmp_path: Path) -> None:

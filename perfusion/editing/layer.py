@@ -18,7 +18,9 @@ order.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +126,7 @@ class _Shared:
     def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
         self.members: list[Edit] = []
         self._shown: _Prompt | None = None  # of the denoiser's latest call
+        self._latest: tuple[int, Callable[[], Tensor | None]] = 0, lambda: None  # thread and context, likewise
         self.joinable = joinable
         # What can fail comes first: nothing is changed then.
         self._position = list(inspect.signature(denoiser.forward).parameters).index("encoder_hidden_states")
@@ -193,8 +196,24 @@ class _Shared:
         # `is`, not equal: the object is held here, so no other one can have taken its place.
         shown = self._shown
         if shown is None or shown.context is not context or shown.state is None or shown.state != _state(context):
-            self._shown = None
+            shown = self._shown = None
+            self._check_thread(context)
             self._shown = self.prompt(context)
+
+    def _check_thread(self, context: Tensor) -> None:
+        """Raise EditError if another thread is in the middle of a picture: what is set is the same for both.
+
+        A pipeline holds the context of its call until it returns, and nobody does afterwards.
+        """
+        if torch.compiler.is_compiling():
+            return
+        thread, last = self._latest
+        if thread != threading.get_ident() and last() is not None:
+            raise EditError(
+                "found another thread that draws with this model and its concepts right now, expected one picture or "
+                "batch at a time: strengths are set for all of them; use a lock, or a model for each thread"
+            )
+        self._latest = threading.get_ident(), weakref.ref(context)
 
     def _after_call(self, denoiser: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Raise EditError if an attention processor computes K or V by itself.
