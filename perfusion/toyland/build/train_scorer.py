@@ -37,9 +37,6 @@ from perfusion.toyland.world import (
     DETAILS,
     PATTERNS,
     PLACED_FIELDS,
-    PLACES,
-    SCENE_FIELDS,
-    STYLES,
     SUPERCLASSES,
     SUPPORTS,
     WORN,
@@ -97,14 +94,15 @@ def asked_labels(texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def altered(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute changed, of those that can be seen."""
+    """The scene with one attribute of an object changed, of those that can be seen.
+
+    Place and style are what the other captions of a batch differ in.
+    """
     index = int(rng.integers(len(scene.objects)))
     placed = scene.objects[index]
     instance = placed.instance
     there = [p.instance.superclass for p in scene.objects]
     options: dict[str, Iterable[str]] = {
-        "place": PLACES,
-        "style": STYLES,
         "superclass": [s for s in SUPERCLASSES if s not in there],
         "body": [c for c in COLOURS if c != instance.second],
         "second": [c for c in COLOURS if c != instance.body],
@@ -114,11 +112,9 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
         "support": SUPPORTS[1:],
     }
     seen = {name for name, option in visible(placed, scene.style).items() if option != "none"}
-    name = pick(rng, [name for name in options if name in seen or name in SCENE_FIELDS])
-    part = scene if name in SCENE_FIELDS else placed if name in PLACED_FIELDS else instance
+    name = pick(rng, [name for name in options if name in seen])
+    part = placed if name in PLACED_FIELDS else instance
     change: dict[str, Any] = {name: pick(rng, [o for o in options[name] if o != getattr(part, name)])}
-    if part is scene:
-        return replace(scene, **change)
     changed = replace(placed, **(change if part is placed else {"instance": replace(instance, **change)}))
     return replace(scene, objects=tuple(changed if i == index else p for i, p in enumerate(scene.objects)))
 
