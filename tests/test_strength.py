@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import strength
-from eval.strength import GRID, Strength, best, main, measure, reference_pictures, table
+from eval.strength import main
+from perfusion import strength
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept, save_concept
 from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, ToylandConcept, TrainConfig
@@ -24,6 +24,7 @@ from perfusion.methods.base import Word
 from perfusion.sampling import sample
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.scoring.metrics import clip_scores
+from perfusion.strength import GRID, Strength, best, measure, reference_pictures, table
 from perfusion.training.run_folder import RunFolder
 from perfusion.training.samples import sample_templates
 from tests.concepts import tiny_backbone, toyland_backbone, untrained_concept
