@@ -3,12 +3,9 @@ much passes through words."""
 
 from __future__ import annotations
 
-from experiments.comparison import SLACK, front
-from experiments.curves import lead
-from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, DESCRIBED, LORA, PERFUSION, by_beta, by_scale
-from experiments.verdict import Check
+from experiments.evidence import SLACK, Check, Evidence, front, lead
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
+from experiments.settings import DESCRIBED, LORA, PERFUSION, by_beta, by_scale
 
 ALL = by_scale(LORA)
 TEXT = by_scale(LORA.changed("lora, K and V of the text", "method.targets=[attn2.to_k,attn2.to_v]"))
@@ -45,7 +42,7 @@ EXPERIMENT = Experiment(
         Series("lora, K and V of the text", TEXT),
         Series("perfusion", OWN),
         Series(DESCRIBED.label, (DESCRIBED,)),
-        Series("base", (BASE_MODEL,)),
+        BASE_SERIES,
     ),
     judge=judge,
     caveats="The rate was chosen with all layers.",
