@@ -20,6 +20,7 @@ import numpy as np
 from scipy.special import stdtrit  # the quantiles of Student's t
 
 from eval.aggregate import Bootstrap, Interval, Summary, harmonic_mean, summary
+from experiments.protocol import Toy
 from experiments.runner import Runner, Together, Wanted
 from experiments.settings import BASE_MODEL, Setting, Training
 from perfusion.training.run_folder import RunFolder
@@ -95,10 +96,14 @@ class Evidence:
         lines = [self.line(settings, score, score) for settings in (a, b)]
         return self.number(lambda p, q: float(np.mean(p[:, 0] - q[:, 0])), *lines)
 
+    @property
+    def toys(self) -> list[Toy]:
+        """All toys, each once."""
+        return list(dict.fromkeys(toy for group in self.groups for toy in group))
+
     def runs(self, training: Training) -> list[RunFolder]:
         """The folders of a training, one for each toy."""
-        toys = dict.fromkeys(toy for group in self.groups for toy in group)
-        return [self.runner.run_folder(training, toy) for toy in toys]
+        return [self.runner.run_folder(training, toy) for toy in self.toys]
 
     def training_seconds(self, training: Training) -> list[float]:
         """How long each training took, without loading and samples."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from experiments.evidence import Check, Evidence, Verdict, X, Y, combined, gained, signed
-from experiments.protocol import Protocol
+from experiments.protocol import Alternatives, Protocol
 from experiments.runner import Together, Wanted
 from experiments.settings import BASE_MODEL, Setting, Training
 
@@ -93,9 +93,19 @@ class Experiment:
     notes: str = ""
     of_paper: bool = True
 
+    @property
+    def trained(self) -> list[Training]:
+        """All that it trains."""
+        drawn = [s.training for one in self.series for s in one.settings if s.training is not None]
+        return list(dict.fromkeys((*drawn, *self.trainings)))
+
     def groups(self, protocol: Protocol) -> tuple[Together, ...]:
         """The toys that its pictures show together."""
         return protocol.pairs if self.pairs else tuple((toy,) for toy in protocol.toys)
+
+    def prompts(self, protocol: Protocol) -> tuple[Alternatives, ...]:
+        """What is drawn of each of them."""
+        return protocol.pair_prompts if self.pairs else protocol.prompts
 
     def wanted(self, protocol: Protocol) -> list[Wanted]:
         """All that has to be drawn."""

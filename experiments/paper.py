@@ -18,7 +18,6 @@ from experiments import results
 from experiments.evidence import Evidence
 from experiments.exclusive import alone
 from experiments.experiment import Experiment, experiments
-from experiments.page import IMAGES, page
 from experiments.pool import Outcome, Pool, seconds_of
 from experiments.protocol import Protocol
 from experiments.runner import Runner, Wanted
@@ -150,7 +149,7 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
 def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
     """The tasks that an experiment waits for."""
     mine = {*wanted}
-    named = {runner.training_name(t, toy) for t in results.trainings_of(one) for toy in runner.protocol.toys}
+    named = {runner.training_name(t, toy) for t in one.trained for toy in runner.protocol.toys}
     return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
 
 
@@ -165,11 +164,9 @@ def _judge(one: Experiment, evidence: Evidence, out: Path) -> list[str]:
     content = results.document(one, finding, evidence)
     results.write(out / "results", content)
     if one.series:
-        from experiments.figures import draw
-
-        draw(one, evidence, runner.root / "figures", out / "docs" / IMAGES)
+        results.draw(one, evidence, runner.root / "figures", out / "docs" / results.IMAGES)
     (out / "docs").mkdir(parents=True, exist_ok=True)
-    atomic_write_text(out / "docs" / "results.md", page(results.read_all(out / "results")))
+    atomic_write_text(out / "docs" / "results.md", results.page(results.read_all(out / "results")))
     tqdm.write(f"{one.id}: {finding.verdict.value} ({finding.key})")
     return []
 
