@@ -20,7 +20,7 @@ from experiments.exclusive import alone
 from experiments.experiment import Experiment, experiments
 from experiments.pool import Outcome, Pool, seconds_of
 from experiments.protocol import Protocol
-from experiments.runner import Runner, Wanted
+from experiments.runner import Runner, Wanted, task_name
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
@@ -149,7 +149,7 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
 def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
     """The tasks that an experiment waits for."""
     mine = {*wanted}
-    named = {runner.training_name(t, toy) for t in one.trained for toy in runner.protocol.toys}
+    named = {task_name(t, toy) for t in one.trained for toy in runner.protocol.toys}
     return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
 
 

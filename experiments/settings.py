@@ -118,6 +118,17 @@ def preset_value(training: Training, key: str) -> Any:
     return OmegaConf.select(OmegaConf.load(CONF / "method" / f"{training.preset}.yaml"), key)
 
 
+def step_of(share: float, steps: int) -> int:
+    """The step that a share of a training ends with."""
+    return max(1, round(share * steps))
+
+
+def snapshot_file(run: Path, step: int) -> Path:
+    """The concept in a run's folder as it was after `step`; `experiments.snapshots` keeps it there."""
+    return run / "snapshots" / f"step-{step:05d}.safetensors"
+
+
+@functools.cache
 def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainConfig:
     """The config of a run, which `python -m perfusion.train from=<its folder>` trains as well.
 
