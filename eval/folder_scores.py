@@ -15,18 +15,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.attributes import toy
-from eval.drift import Base, drift
-from eval.folders import ImageFolder, parts, plain_prompt, same_prompt, setting_of, shows_concept
-from eval.record import Picture, Point
-from eval.references import References, Target
+from eval.folders import (
+    Base,
+    ImageFolder,
+    References,
+    Target,
+    parts,
+    plain_prompt,
+    same_prompt,
+    setting_of,
+    shows_concept,
+)
+from eval.record import Picture, Point, ScoreError
 from eval.scorers import Embedder, Scorers
 from perfusion.data.images import read_image
 from perfusion.files import atomic_write_text
 from perfusion.manifest import ImageRecord
+from perfusion.scoring.clip import ScorerError
 from perfusion.scoring.metrics import TEXT_SCALE
 from perfusion.toyland.captions import CaptionError, parse
 from perfusion.toyland.judge import Wish, judge
+from perfusion.toyland.world import SUPERCLASSES, Instance, sample_instance
 
 VERSION = 1  # changes when the scores of the same picture do
 _AT_ONCE = 64  # pictures in memory
@@ -174,6 +183,36 @@ class _Cosines:
         if key not in self._means:
             self._means[key] = _numpy(scorer.image_embeddings(target.images)).mean(0)
         return self._means[key]
+
+
+def drift(
+    before: Sequence[Image.Image], after: Sequence[Image.Image], scorer: Embedder
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much n pictures changed: 1 − cosine of their embeddings, and the mean squared difference of their pixels on
+    [0, 1]; both float64 (n,).
+
+    Raises:
+        ScoreError: a picture changed its size.
+    """
+    assert len(before) == len(after) > 0
+    squares = []
+    for old, new in zip(before, after, strict=True):
+        if old.size != new.size:
+            raise ScoreError(f"drift: found pictures of {old.size} and {new.size} pixels, expected the same size")
+        a, b = (np.asarray(image.convert("RGB"), np.float64) / 255 for image in (old, new))
+        squares.append(float(np.square(a - b).mean()))
+    first, second = (scorer.image_embeddings(list(images)).double().cpu().numpy() for images in (before, after))
+    return 1 - (first * second).sum(1), np.array(squares)
+
+
+def toy(instance: int, superclass: str) -> Instance:
+    """The toy of a seed, as `concept.toyland.instance` draws it. Raises ScorerError if there is no such superclass."""
+    if superclass not in SUPERCLASSES:
+        raise ScorerError(
+            f"instance={instance}: found the superclass {superclass!r}, expected one of Toyland's: "
+            f"{', '.join(SUPERCLASSES)}"
+        )
+    return sample_instance(np.random.default_rng(instance), superclass)
 
 
 def _wish(record: ImageRecord, targets: Sequence[Target]) -> Wish | None:

@@ -20,7 +20,7 @@ from eval.aggregate import (
     prompt_scores,
     summarize,
 )
-from eval.folders import ImageFolder, Said, find_folders, read_folder, shows_concept
+from eval.folders import Base, ImageFolder, References, Said, find_folders, read_folder, shows_concept
 from eval.record import Point, ScoreError, merged, setting_labels, write_scores
 from eval.score_kinds import ordered
 from perfusion.cli import parse_key_values, run_cli
@@ -117,9 +117,7 @@ def _points(
 ) -> tuple[list[Point], dict[str, dict[str, Any]]]:
     """All points of the folders; and of the record: the models' names and hashes, and references to look at."""
     # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
-    from eval.drift import Base
     from eval.folder_scores import points_of, score_folder
-    from eval.references import References
     from eval.scorers import Scorers, attribute_reader, clip_scorer, dino_scorer
     from eval.sheets import data_uri
 

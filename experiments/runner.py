@@ -313,8 +313,7 @@ def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> l
 
 def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
     from eval.folder_scores import points_of, score_folder
-    from eval.folders import Said, read_folder
-    from eval.references import References
+    from eval.folders import References, Said, read_folder
     from eval.sheets import data_uri
 
     scorers = _scorers()
@@ -337,8 +336,7 @@ def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
 
 @functools.cache
 def _scorers() -> Any:
-    from eval.attributes import load_reader
-    from eval.scorers import Scorers
+    from eval.scorers import Scorers, load_reader
     from perfusion.scoring.clip import ClipScorer
 
     return Scorers(ClipScorer("toyland"), None, load_reader())
