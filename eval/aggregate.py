@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from eval.record import Picture, Point, ScoreError, setting_key
+from perfusion.scoring import harmonic_mean
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -82,7 +83,7 @@ def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
     order = sorted(range(len(points)), key=lambda i: concepts[i])
     chosen, inner = _outer([concepts[i] for i in order], bootstrap)
     scores, draws = {}, {}
-    varied = len(points) > 1 or _units(points[0]) > 1
+    varied = len(points) > 1 or len({*_unit_of(points[0])}) > 1
     for name in names:
         empty = np.full(bootstrap.resamples, np.nan)
         table = np.stack([drawn[i].get(name, empty) for i in order])  # (C, B)
@@ -116,11 +117,6 @@ def concept_draws(point: Point, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
     return _weighted(point, np.stack([counts[unit] for unit in units], axis=1).astype(float))
 
 
-def interval_of(point: Point, bootstrap: Bootstrap) -> dict[str, Interval]:
-    """The scores of one concept, with intervals over trainings and seeds alone."""
-    return dict(summary([point], bootstrap).scores)
-
-
 def prompt_scores(point: Point) -> list[dict[str, Any]]:
     """For each prompt of a point: `prompt`, the number of `images`, and `scores`, their means."""
     rows = []
@@ -133,12 +129,6 @@ def prompt_scores(point: Point) -> list[dict[str, Any]]:
             scores["diversity"] = float(np.mean(distances))
         rows.append({"prompt": prompt, "images": len(members), "scores": scores})
     return rows
-
-
-def harmonic_mean(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
-    """2ab / (a + b); 0 where either is not above 0, for then one of two goals is missed altogether; NaN of NaN."""
-    product, total = np.maximum(a, 0) * np.maximum(b, 0), np.add(a, b)
-    return 2 * product / np.where(product == 0, 1, total)
 
 
 def as_json(scores: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
@@ -199,10 +189,6 @@ def _unit_of(point: Point) -> list[tuple[int, int]]:
     seeds = {t: sorted({seed for training, seed in named if training == t}) for t in trainings}
     number = {(t, seed): k for t, found in seeds.items() for k, seed in enumerate(found)}
     return [(trainings.index(training), number[training, seed]) for training, seed in named]
-
-
-def _units(point: Point) -> int:
-    return len(set(_unit_of(point)))
 
 
 def _outer(concepts: Sequence[str], bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:

@@ -16,9 +16,9 @@ from eval.aggregate import (
     Interval,
     Summary,
     as_json,
-    interval_of,
     prompt_scores,
     summarize,
+    summary,
 )
 from eval.folders import Base, ImageFolder, References, Said, find_folders, read_folder, shows_concept
 from eval.record import Point, ScoreError, merged, setting_labels, write_scores
@@ -148,7 +148,7 @@ def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
         {**row, "scores": {name: round(value, 6) for name, value in row["scores"].items()}}
         for row in prompt_scores(point)
     ]
-    return {"images": len(point.pictures), "scores": as_json(interval_of(point, bootstrap)), "prompts": prompts}
+    return {"images": len(point.pictures), "scores": as_json(summary([point], bootstrap).scores), "prompts": prompts}
 
 
 def table(summaries: Sequence[Summary]) -> str:

@@ -19,10 +19,11 @@ from enum import StrEnum
 import numpy as np
 from scipy.special import stdtrit  # the quantiles of Student's t
 
-from eval.aggregate import Bootstrap, Interval, Summary, harmonic_mean, summary
+from eval.aggregate import Bootstrap, Interval, Summary, summary
 from experiments.protocol import Toy
 from experiments.runner import Runner, Together, Wanted
 from experiments.settings import BASE_MODEL, Setting, Training
+from perfusion.scoring import harmonic_mean
 from perfusion.training.run_folder import RunFolder
 
 X, Y = "prompt", "identity"

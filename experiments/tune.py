@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from eval.aggregate import concept_scores, harmonic_mean
+from eval.aggregate import concept_scores
 from experiments.exclusive import alone
 from experiments.pool import Pool
 from experiments.protocol import TUNING
@@ -38,6 +38,7 @@ from experiments.study import Study, read_space
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import CONF, ConfigError
 from perfusion.files import atomic_write_text
+from perfusion.scoring import harmonic_mean
 
 USAGE = """
 Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna, the

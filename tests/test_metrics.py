@@ -4,10 +4,12 @@ import math
 from functools import partial
 
 import numpy as np
+import numpy as np
 import pytest
 import torch
 
-from perfusion.scoring.metrics import ClipImageScore, ClipTextScore, harmonic_mean
+from perfusion.scoring import harmonic_mean
+from perfusion.scoring.metrics import ClipImageScore, ClipTextScore
 
 D = 12
 
@@ -78,3 +80,5 @@ def test_harmonic_mean():
     assert harmonic_mean(0.5, 0.25) == pytest.approx(2 / (1 / 0.5 + 1 / 0.25))
     assert harmonic_mean(0.3, 0.3) == pytest.approx(0.3)
     assert harmonic_mean(0.9, 0.0) == harmonic_mean(-0.1, 0.9) == harmonic_mean(-0.2, -0.1) == 0.0
+    several = harmonic_mean(np.array([0.5, -0.1, np.nan]), np.array([0.25, 0.9, 0.5]))
+    assert several == pytest.approx([1 / 3, 0, np.nan], nan_ok=True)
