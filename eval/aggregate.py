@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.record import Picture, Point, ScoreError, setting_key
+from eval.record import Picture, Point, ScoreError, setting_key, setting_labels
 from perfusion.scoring import harmonic_mean
 
 LEVEL = 0.95
@@ -91,6 +91,15 @@ def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
         scores[name] = _interval([s[name] for s in exact if name in s], draws[name], bootstrap.level, varied)
     images = sum(len(point.pictures) for point in points)
     return Summary(points[0].method, points[0].setting, concepts, images, scores, draws)
+
+
+def labels_of(summaries: Sequence[Summary]) -> list[str]:
+    """What to call each summary's setting among those of its method."""
+    labels: dict[int, str] = {}
+    for method in dict.fromkeys(s.method for s in summaries):
+        mine = [i for i, s in enumerate(summaries) if s.method == method]
+        labels |= zip(mine, setting_labels([summaries[i].setting for i in mine]), strict=True)
+    return [labels[i] for i in range(len(summaries))]
 
 
 def concept_scores(point: Point) -> dict[str, float]:

@@ -57,7 +57,7 @@ class ImageFolder:
         return next((config for config in configs if config.is_file()), None)
 
 
-def find_folders(spec: Any, key: str = "images") -> list[Path]:
+def find_folders(spec: Any) -> list[Path]:
     """The folders that hold a manifest: those named, and all below them.
 
     Raises:
@@ -65,16 +65,16 @@ def find_folders(spec: Any, key: str = "images") -> list[Path]:
     """
     named = spec if isinstance(spec, list) else [spec]
     if not named or not all(isinstance(name, str) and name.strip() for name in named):
-        raise ScoreError(f"{key}: found {spec!r}, expected a folder or a list of folders")
+        raise ScoreError(f"images: found {spec!r}, expected a folder or a list of folders")
     found: dict[Path, None] = {}
     for name in named:
         folder = Path(name).expanduser()
         if not folder.is_dir():
-            raise ScoreError(f"{key}={name}: no such folder")
+            raise ScoreError(f"images={name}: no such folder")
         below = sorted(manifest.parent for manifest in folder.rglob(FILE_NAME))
         if not below:
             raise ScoreError(
-                f"{key}={name}: no {FILE_NAME} there; expected a list of its pictures (file, prompt, seed, concept, "
+                f"images={name}: no {FILE_NAME} there; expected a list of its pictures (file, prompt, seed, concept, "
                 "...), as `python -m perfusion.generate` and `python -m eval.convert` write it"
             )
         found |= dict.fromkeys(below)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.aggregate import Interval, Summary
-from eval.record import Value
+from eval.aggregate import Interval, Summary, labels_of
+from eval.record import ScoreError, Value
 from eval.score_kinds import ScoreKind
-from eval.tables import labels_of
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
@@ -109,6 +108,18 @@ def fronts(
         has_interval = any(point.x.low is not None for point in points)
         found.append(Front(method, points, volume if has_interval else Interval(volume.mean)))
     return found
+
+
+def asked_fronts(
+    summaries: Sequence[Summary], x: ScoreKind, y: ScoreKind, reference: Sequence[float], level: float
+) -> list[Front]:
+    """`fronts` as a command line asks for them. Raises ScoreError: no such reference point, no such scores."""
+    if len(reference) != 2:
+        raise ScoreError(f"reference: found {reference}, expected two numbers, as in reference=[0,0]")
+    if found := fronts(summaries, x, y, reference, level):
+        return found
+    known = ", ".join(sorted({name for s in summaries for name in s.scores}))
+    raise ScoreError(f"x={x.name}, y={y.name}: nothing has both scores; there are {known}")
 
 
 def _volume(means: np.ndarray, drawn: np.ndarray, start: np.ndarray, level: float) -> Interval:

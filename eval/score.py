@@ -16,12 +16,13 @@ from eval.aggregate import (
     Interval,
     Summary,
     as_json,
+    labels_of,
     prompt_scores,
     summarize,
     summary,
 )
 from eval.folders import Base, ImageFolder, References, Said, find_folders, read_folder, shows_concept
-from eval.record import Point, ScoreError, merged, setting_labels, write_scores
+from eval.record import Point, ScoreError, merged, write_scores
 from eval.score_kinds import ordered
 from perfusion.cli import parse_key_values, run_cli
 
@@ -154,7 +155,8 @@ def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
 def table(summaries: Sequence[Summary]) -> str:
     """The scores as aligned text, one line for each method and setting."""
     kinds = ordered({name for s in summaries for name in s.scores})
-    names = [row_name(s, summaries) for s in summaries]
+    labels = labels_of(summaries)
+    names = [f"{s.method}, {label}" if label else s.method for s, label in zip(summaries, labels, strict=True)]
     width = max(map(len, [*names, "method"]))
     cells = [[_cell(s.scores.get(m.name)) for m in kinds] for s in summaries]
     widths = [max(len(m.title), *(len(row[k]) for row in cells)) for k, m in enumerate(kinds)]
@@ -163,13 +165,6 @@ def table(summaries: Sequence[Summary]) -> str:
         f"{name:<{width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
         for name, row in zip(["method", *names], lines, strict=True)
     )
-
-
-def row_name(one: Summary, among: Sequence[Summary]) -> str:
-    """A method's name, with what its settings differ in if it has several."""
-    settings = [s.setting for s in among if s.method == one.method]
-    label = dict(zip(map(str, settings), setting_labels(settings), strict=True))[str(one.setting)]
-    return f"{one.method}, {label}" if label else one.method
 
 
 def _cell(interval: Interval | None) -> str:

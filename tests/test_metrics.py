@@ -4,7 +4,6 @@ import math
 from functools import partial
 
 import numpy as np
-import numpy as np
 import pytest
 import torch
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from eval import folder_scores
 from eval.record import ScoreError, read_scores
-from eval.score import main, row_name, table
+from eval.score import main, table
 from perfusion.cli import run_cli
 from perfusion.manifest import ImageRecord, write_manifest
 from perfusion.scoring.clip import ClipScorer, ScorerError
@@ -233,5 +233,5 @@ def test_the_table_says_what_is_not_there(run) -> None:
     from eval.aggregate import Bootstrap, summarize
 
     found = summarize(points, Bootstrap(10))
-    assert row_name(found[0], found) == "perfusion"
+    assert table(found).splitlines()[1].startswith("perfusion  ")
     assert "±" not in table(found), "one picture has no interval"
