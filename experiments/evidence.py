@@ -141,7 +141,7 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
     return [
         Check(
             f"identity of Perfusion's front above all settings of {name}",
-            evidence.number(lambda a, b: min(lead(a, one, SLACK) for one in b), line, all_of_them),
+            evidence.number(least_lead, line, all_of_them),
         ),
         Check(
             f"the same above {at} alone, its best trade-off",
@@ -204,6 +204,11 @@ def lead(points: np.ndarray, point: np.ndarray, slack: float) -> float:
     right end it has none."""
     on = non_dominated(points)
     return float(np.interp(point[0] - slack, on[:, 0], on[:, 1], right=0.0) - point[1])
+
+
+def least_lead(points: np.ndarray, others: np.ndarray) -> float:
+    """A front's lead over the one of some settings (k, 2) for which it is least."""
+    return min(lead(points, other, SLACK) for other in others)
 
 
 def margin(points: np.ndarray, point: np.ndarray) -> float:

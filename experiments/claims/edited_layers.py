@@ -3,7 +3,7 @@ much passes through words."""
 
 from __future__ import annotations
 
-from experiments.evidence import SLACK, Check, Evidence, front, lead
+from experiments.evidence import SLACK, Check, Evidence, front, lead, least_lead
 from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
 from experiments.settings import DESCRIBED, LORA, PERFUSION, by_beta, by_scale
 
@@ -15,8 +15,8 @@ OWN = by_beta(PERFUSION)
 def judge(evidence: Evidence) -> Finding:
     """LoRA on all of the attention over LoRA on what Perfusion edits; and Perfusion over the latter."""
     text = evidence.line(TEXT)
-    beyond = evidence.number(lambda a, b: min(lead(a, one, SLACK) for one in b), front(evidence, ALL), text)
-    own = evidence.number(lambda a, b: min(lead(a, one, SLACK) for one in b), front(evidence, OWN), text)
+    beyond = evidence.number(least_lead, front(evidence, ALL), text)
+    own = evidence.number(least_lead, front(evidence, OWN), text)
     most = evidence.number(lambda a, b: float(a[:, 1].max() - b[:, 1].max()), evidence.line(ALL), text)
     told = evidence.number(lambda a, b: lead(a, b[0], SLACK), front(evidence, OWN), evidence.line([DESCRIBED]))
     checks = (
