@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -95,11 +95,11 @@ def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
 
 def labels_of(summaries: Sequence[Summary]) -> list[str]:
     """What to call each summary's setting among those of its method."""
-    labels: dict[int, str] = {}
-    for method in dict.fromkeys(s.method for s in summaries):
-        mine = [i for i, s in enumerate(summaries) if s.method == method]
-        labels |= zip(mine, setting_labels([summaries[i].setting for i in mine]), strict=True)
-    return [labels[i] for i in range(len(summaries))]
+    methods: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for one in summaries:
+        methods[one.method].append(one.setting)
+    labels = {method: iter(setting_labels(settings)) for method, settings in methods.items()}
+    return [next(labels[one.method]) for one in summaries]
 
 
 def concept_scores(point: Point) -> dict[str, float]:
@@ -109,21 +109,16 @@ def concept_scores(point: Point) -> dict[str, float]:
 
 def concept_draws(point: Point, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
     """The scores of one concept in each resample of trainings and seeds: (resamples,) for each kind."""
-    rng = _rng(bootstrap, "seeds", point.concept)
+    rng, draws = _rng(bootstrap, "seeds", point.concept), bootstrap.resamples
     units = _unit_of(point)
-    counts: dict[tuple[int, int], np.ndarray] = {}
-    seeds: dict[int, int] = defaultdict(int)
-    for training, unit in sorted(set(units)):
-        seeds[training] = max(seeds[training], unit + 1)
-    draws = bootstrap.resamples
+    seeds = Counter(training for training, _ in {*units})
+    counts = {training: np.zeros((draws, number)) for training, number in seeds.items()}
     for _ in seeds:  # as many trainings as there are, drawn one after the other
         chosen = rng.integers(len(seeds), size=draws)
         for training, number in sorted(seeds.items()):
-            rows = chosen == training
-            seen = rng.multinomial(number, np.full(number, 1 / number), size=draws) * rows[:, None]
-            for unit in range(number):
-                counts[training, unit] = counts.get((training, unit), 0) + seen[:, unit]
-    return _weighted(point, np.stack([counts[unit] for unit in units], axis=1).astype(float))
+            seen = rng.multinomial(number, np.full(number, 1 / number), size=draws)
+            counts[training] += seen * (chosen == training)[:, None]
+    return _weighted(point, np.stack([counts[training][:, unit] for training, unit in units], axis=1))
 
 
 def prompt_scores(point: Point) -> list[dict[str, Any]]:
@@ -196,8 +191,7 @@ def _unit_of(point: Point) -> list[tuple[int, int]]:
         known = picture.seed is not None
         named.append((training, (known, picture.seed if known else place[training, picture.prompt])))  # type: ignore[arg-type]
     seeds = {t: sorted({seed for training, seed in named if training == t}) for t in trainings}
-    number = {(t, seed): k for t, found in seeds.items() for k, seed in enumerate(found)}
-    return [(trainings.index(training), number[training, seed]) for training, seed in named]
+    return [(trainings.index(training), seeds[training].index(seed)) for training, seed in named]
 
 
 def _outer(concepts: Sequence[str], bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:
