@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +158,7 @@ def _sheet(point: Point, sheet: Sheet, scores: Summary, number: Mapping[str, int
     return {
         "concept": point.concept,
         "said": " · ".join([_count(len(point.pictures), "picture"), *shown]),
-        "source": sheet.source,
-        "columns": sheet.columns,
-        "rows": sheet.rows,
-        "width": sheet.width,
-        "height": sheet.height,
+        **asdict(sheet),
         "measures": names,
         "prompts": [{"prompt": number[prompt], "cells": cells} for prompt, cells in together.items()],
     }

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from eval.strength import main
@@ -160,14 +159,6 @@ def test_auto_draws_with_the_best_and_says_which(
 def test_auto_is_for_one_concept(file: Path) -> None:
     with pytest.raises(ConfigError, match="beta=auto: found several concepts"):
         generate(GenerateConfig(concept=[str(file), str(file)], prompt="<cat*>", dials={"beta": "auto"}))
-
-
-def test_scores_of_known_embeddings() -> None:
-    images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    references, texts = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    assert clip_scores(images, references, texts) == pytest.approx(
-        {"clip_i": 0.7, "clip_t": 0.8, "harmonic": 2 * 0.7 * 0.8 / 1.5}
-    )
 
 
 def test_pictures_that_are_not_there_are_missed_by_their_own_key(attached: Attached, tmp_path: Path) -> None:
