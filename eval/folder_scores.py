@@ -28,9 +28,11 @@ from eval.folders import (
 )
 from eval.record import Picture, Point, ScoreError
 from eval.scorers import Embedder, Scorers
+from eval.sheets import data_uri
 from perfusion.data.images import read_image
 from perfusion.files import atomic_write_text
 from perfusion.manifest import ImageRecord
+from perfusion.provenance import provenance
 from perfusion.scoring.clip import ScorerError
 from perfusion.scoring.metrics import TEXT_SCALE
 from perfusion.toyland.captions import CaptionError, parse
@@ -78,6 +80,12 @@ def score_folder(
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, json.dumps({"scores": found.scores, "pairs": found.pairs}))
     return found, False
+
+
+def scored_with(scorers: Scorers, references: References, count: int) -> dict[str, Any]:
+    """What a record says of a scoring: the models, what made it, and the first `count` references of each concept."""
+    shown = {name: [data_uri(image) for image in images[:count]] for name, images in references.shown.items()}
+    return {"made_with": {**scorers.names, **provenance()}, "scorer": scorers.identity, "references": shown}
 
 
 def points_of(folder: ImageFolder, found: FolderScores) -> Iterator[Point]:

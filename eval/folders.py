@@ -8,6 +8,7 @@ the base model's.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,7 +190,7 @@ class References:
             raise ScoreError(f"references: found {references!r}, expected pictures, or pictures for each concept")
         self._references, self._instance = references, instance
         self._read: dict[str, tuple[tuple[Image.Image, ...], str]] = {}
-        self._runs: dict[Path, TrainConfig] = {}
+        self._config = functools.cache(read_config)  # of runs, each read once
         self._shared_by: str | None = None
         self.shown: dict[str, tuple[Image.Image, ...]] = {}  # the references of each concept that was asked for
 
@@ -252,13 +253,8 @@ class References:
 
     def _run(self, folder: ImageFolder, alone: bool, concept: str) -> TrainConfig | None:
         """The training run that the folder lies in, if it is one of this concept."""
-        path = folder.run_config
-        if path is None:
-            return None
-        if path not in self._runs:
-            self._runs[path] = read_config(path)
-        run = self._runs[path]
-        return run if alone or run.concept.name == concept else None
+        run = None if folder.run_config is None else self._config(folder.run_config)
+        return run if run is not None and (alone or run.concept.name == concept) else None
 
     def _once(self, name: str, make: Callable[[], tuple[Image.Image, ...]]) -> tuple[tuple[Image.Image, ...], str]:
         if name not in self._read:

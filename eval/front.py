@@ -25,24 +25,14 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
-    """The volume that n points (n, d) dominate above `reference` (d,): of the union of the boxes between them.
+    """The area that n points (n, 2) dominate above `reference` (2,): of the union of the boxes between them.
 
-    Points that are not above the reference in every coordinate add nothing. By slices along the last coordinate, in
-    the manner of HSO (While et al., IEEE Trans. Evol. Comput. 10(1), 2006); exact, and meant for few coordinates.
+    Points that are not above the reference in both coordinates add nothing.
     """
-    reference = np.asarray(reference, float)
-    points = np.asarray(points, float).reshape(-1, len(reference))
-    points = points[(points > reference).all(-1)]
-    if not len(points):
-        return 0.0
-    if len(reference) == 1:
-        return float(points.max() - reference[0])
-    heights = np.unique(points[:, -1])
-    volume, below = 0.0, reference[-1]
-    for height in heights:
-        volume += (height - below) * hypervolume(points[points[:, -1] >= height, :-1], reference[:-1])
-        below = height
-    return float(volume)
+    points = points[(points > reference).all(1)]
+    x, y = points[np.argsort(-points[:, 0])].T  # from right to left: each adds what it is higher
+    rises = np.diff(np.maximum.accumulate(y), prepend=reference[1])
+    return float(((x - reference[0]) * rises).sum())
 
 
 @dataclass(frozen=True)

@@ -85,17 +85,12 @@ def score(config: ScoreConfig) -> list[Summary]:
     said = Said(config.method, config.concept, config.superclass, config.placeholder, config.setting)
     folders = [read_folder(path, said) for path in find_folders(config.images)]
     base = None if config.base is None else read_folder(Path(config.base).expanduser(), Said(concept="none"))
-    points, models = _points(config, folders, base)
+    points, document = _points(config, folders, base)
     if not points:
         raise ScoreError(f"images={config.images}: no prompt names a concept, and base= is not given: nothing to score")
     summaries = summarize(points, bootstrap)
-    from perfusion.provenance import provenance
-
-    document = {
-        "made_with": {**models["names"], **provenance()},
-        "scorer": models["identity"],
+    document |= {
         "bootstrap": asdict(bootstrap),
-        "references": models["references"],
         "summary": [
             {
                 "method": s.method,
@@ -115,12 +110,11 @@ def score(config: ScoreConfig) -> list[Summary]:
 
 def _points(
     config: ScoreConfig, folders: Sequence[ImageFolder], base: ImageFolder | None
-) -> tuple[list[Point], dict[str, dict[str, Any]]]:
-    """All points of the folders; and of the record: the models' names and hashes, and references to look at."""
+) -> tuple[list[Point], dict[str, Any]]:
+    """All points of the folders, and what the record says of how they were scored."""
     # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
-    from eval.folder_scores import points_of, score_folder
+    from eval.folder_scores import points_of, score_folder, scored_with
     from eval.scorers import Scorers, attribute_reader, clip_scorer, dino_scorer
-    from eval.sheets import data_uri
 
     references = References(config.references, config.instance)
     before = None if base is None else Base(base)
@@ -139,8 +133,7 @@ def _points(
     print(f"folders: {len(folders)}, of which {kept} had been measured before")
     if left:
         print(f"not scored: {left} pictures whose prompt does not name the concept; base=<folder> gives their drift")
-    shown = {concept: [data_uri(image) for image in images[:_SHOWN]] for concept, images in references.shown.items()}
-    return merged(found), {"names": scorers.names, "identity": scorers.identity, "references": shown}
+    return merged(found), scored_with(scorers, references, _SHOWN)
 
 
 def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:

@@ -312,9 +312,8 @@ def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> l
 
 
 def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
-    from eval.folder_scores import points_of, score_folder
+    from eval.folder_scores import points_of, score_folder, scored_with
     from eval.folders import References, Said, read_folder
-    from eval.sheets import data_uri
 
     scorers = _scorers()
     references = References(instance={toy.name: toy.instance for toy in job.toys})
@@ -326,12 +325,7 @@ def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
         folder = replace(folder, records=records)
         scores, _ = score_folder(folder, scorers, references, None, job.measured, progress=False)
         points += points_of(folder, scores)
-    shown = {name: [data_uri(image) for image in images[:1]] for name, images in references.shown.items()}
-    return points, {
-        "made_with": {**scorers.names, **provenance()},
-        "scorer": scorers.identity,
-        "references": shown,
-    }
+    return points, scored_with(scorers, references, 1)
 
 
 @functools.cache

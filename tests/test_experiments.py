@@ -259,8 +259,10 @@ def test_tuning_goes_on_and_prints_a_preset(
     best = (folder / "tune" / "best.yaml").read_text()
     assert best in said and "the best of 2 trials" in best and "\nvalue_rate: " in best and "at beta-" in best
     assert run_cli(tune.main, [*words, "trials=2", f"out={folder}/tune", "steps=2"]) == 2
-    found = "sampler is 1 steps, guidance 4 there and 2 steps, guidance 4 here"
-    assert f"perfusion.db holds another search ({found})" in capsys.readouterr().err
+    assert (
+        "perfusion.db holds another search (sampler is 1 steps, guidance 4 there and 2 steps, guidance 4 here)"
+        in capsys.readouterr().err
+    )
     assert run_cli(tune.main, ["methods=no"]) == 2
 
 

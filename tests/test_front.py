@@ -16,20 +16,18 @@ def test_what_is_not_above_the_reference_adds_nothing():
     assert hypervolume(both, reference) == pytest.approx(0.3 * 0.2)
 
 
-@pytest.mark.parametrize("dimension", [1, 2, 3, 4])
-def test_against_counting_cells(dimension: int):
-    rng = np.random.default_rng(dimension)
-    for _ in range(20):
-        points = rng.integers(-1, 6, size=(int(rng.integers(1, 7)), dimension)).astype(float)
-        cells = np.array(list(itertools.product(range(6), repeat=dimension))) + 0.5
-        covered = (cells[:, None] < points[None]).all(-1).any(1).sum()
-        assert hypervolume(points, np.zeros(dimension)) == pytest.approx(float(covered))
-
-
-@pytest.mark.parametrize("dimension", [2, 3])
-def test_against_inclusion_and_exclusion(dimension: int):
+def test_against_counting_cells():
     rng = np.random.default_rng(0)
-    points, reference = rng.random((6, dimension)), np.full(dimension, 0.1)
+    cells = np.array(list(itertools.product(range(6), repeat=2))) + 0.5
+    for _ in range(50):
+        points = rng.integers(-1, 6, size=(int(rng.integers(1, 7)), 2)).astype(float)
+        covered = (cells[:, None] < points[None]).all(-1).any(1).sum()
+        assert hypervolume(points, np.zeros(2)) == pytest.approx(float(covered))
+
+
+def test_against_inclusion_and_exclusion():
+    rng = np.random.default_rng(0)
+    points, reference = rng.random((6, 2)), np.full(2, 0.1)
     expected = 0.0
     for size in range(1, len(points) + 1):
         for chosen in itertools.combinations(range(len(points)), size):
