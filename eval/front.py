@@ -30,7 +30,8 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
     Points that are not above the reference in both coordinates add nothing.
     """
     points = points[(points > reference).all(1)]
-    x, y = points[np.argsort(-points[:, 0])].T  # from right to left: each adds what it is higher
+    x, y = points[np.argsort(-points[:, 0])].T  # from right to left
+    # Each point adds a strip from the reference to itself, as high as it rises above all before.
     rises = np.diff(np.maximum.accumulate(y), prepend=reference[1])
     return float(((x - reference[0]) * rises).sum())
 
