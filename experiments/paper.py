@@ -23,7 +23,6 @@ from experiments.protocol import Protocol
 from experiments.runner import Runner, Wanted, task_name
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
-from perfusion.files import atomic_write_text
 
 USAGE = """
 Try every claim of the paper on Toyland: train and draw what is missing, judge, and write
@@ -162,11 +161,9 @@ def _judge(one: Experiment, evidence: Evidence, out: Path) -> list[str]:
         return [f"{one.id}: not judged, {len(missing)} of {len(wanted)} sets of pictures are missing"]
     finding = one.judge(evidence)
     content = results.document(one, finding, evidence)
-    results.write(out / "results", content)
     if one.series:
         results.draw(one, evidence, runner.root / "figures", out / "docs" / results.IMAGES)
-    (out / "docs").mkdir(parents=True, exist_ok=True)
-    atomic_write_text(out / "docs" / "results.md", results.page(results.read_all(out / "results")))
+    results.write(out, content)
     tqdm.write(f"{one.id}: {finding.verdict.value} ({finding.key})")
     return []
 

@@ -102,12 +102,14 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
     }
 
 
-def write(folder: Path, content: Mapping[str, Any]) -> Path:
-    """Write one experiment's file, atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{content['id']}.json"
-    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    return path
+def write(out: Path, content: Mapping[str, Any]) -> None:
+    """Write one experiment's file below `out`, and the page anew, each atomically."""
+    for folder in (out / "results", out / "docs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(
+        out / "results" / f"{content['id']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    )
+    atomic_write_text(out / "docs" / "results.md", page(read_all(out / "results")))
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
