@@ -134,7 +134,7 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
     The ε-indicator does not decide: it moves a setting in both scores alike, so one that follows every prompt, as most
     methods have one, can never lie far within any front.
     """
-    best = best_of(evidence, others)
+    best = max(others, key=lambda setting: float(harmonic_mean(*evidence.line([setting]).means[0])))
     at = f"{name} ({best.name})"
     line, point, all_of_them = front(evidence, own), evidence.line([best]), evidence.line(others)
     by_clip = front(evidence, own, "clip_t", "clip_i")
@@ -160,11 +160,6 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
         ),
         Check(f"area below the front, above {name}'s", area_gained(evidence, own, others), decides=False),
     ]
-
-
-def best_of(evidence: Evidence, settings: Sequence[Setting]) -> Setting:
-    """The setting with the best harmonic mean of identity and prompt accuracy."""
-    return max(settings, key=lambda setting: float(harmonic_mean(*evidence.line([setting]).means[0])))
 
 
 def gained(
