@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from eval.record import Picture, Point, ScoreError, setting_key
+from eval.record import Picture, Point, ScoreError, setting_key, setting_labels
+from perfusion.scoring import harmonic_mean
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -82,7 +83,7 @@ def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
     order = sorted(range(len(points)), key=lambda i: concepts[i])
     chosen, inner = _outer([concepts[i] for i in order], bootstrap)
     scores, draws = {}, {}
-    varied = len(points) > 1 or _units(points[0]) > 1
+    varied = len(points) > 1 or len({*_unit_of(points[0])}) > 1
     for name in names:
         empty = np.full(bootstrap.resamples, np.nan)
         table = np.stack([drawn[i].get(name, empty) for i in order])  # (C, B)
@@ -92,6 +93,15 @@ def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
     return Summary(points[0].method, points[0].setting, concepts, images, scores, draws)
 
 
+def labels_of(summaries: Sequence[Summary]) -> list[str]:
+    """What to call each summary's setting among those of its method."""
+    methods: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for one in summaries:
+        methods[one.method].append(one.setting)
+    labels = {method: iter(setting_labels(settings)) for method, settings in methods.items()}
+    return [next(labels[one.method]) for one in summaries]
+
+
 def concept_scores(point: Point) -> dict[str, float]:
     """The scores of one concept: the means over its prompts of the means over their pictures."""
     return {name: float(value[0]) for name, value in _weighted(point, np.ones((1, len(point.pictures)))).items()}
@@ -99,26 +109,16 @@ def concept_scores(point: Point) -> dict[str, float]:
 
 def concept_draws(point: Point, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
     """The scores of one concept in each resample of trainings and seeds: (resamples,) for each kind."""
-    rng = _rng(bootstrap, "seeds", point.concept)
+    rng, draws = _rng(bootstrap, "seeds", point.concept), bootstrap.resamples
     units = _unit_of(point)
-    counts: dict[tuple[int, int], np.ndarray] = {}
-    seeds: dict[int, int] = defaultdict(int)
-    for training, unit in sorted(set(units)):
-        seeds[training] = max(seeds[training], unit + 1)
-    draws = bootstrap.resamples
+    seeds = Counter(training for training, _ in {*units})
+    counts = {training: np.zeros((draws, number)) for training, number in seeds.items()}
     for _ in seeds:  # as many trainings as there are, drawn one after the other
         chosen = rng.integers(len(seeds), size=draws)
         for training, number in sorted(seeds.items()):
-            rows = chosen == training
-            seen = rng.multinomial(number, np.full(number, 1 / number), size=draws) * rows[:, None]
-            for unit in range(number):
-                counts[training, unit] = counts.get((training, unit), 0) + seen[:, unit]
-    return _weighted(point, np.stack([counts[unit] for unit in units], axis=1).astype(float))
-
-
-def interval_of(point: Point, bootstrap: Bootstrap) -> dict[str, Interval]:
-    """The scores of one concept, with intervals over trainings and seeds alone."""
-    return dict(summary([point], bootstrap).scores)
+            seen = rng.multinomial(number, np.full(number, 1 / number), size=draws)
+            counts[training] += seen * (chosen == training)[:, None]
+    return _weighted(point, np.stack([counts[training][:, unit] for training, unit in units], axis=1))
 
 
 def prompt_scores(point: Point) -> list[dict[str, Any]]:
@@ -133,12 +133,6 @@ def prompt_scores(point: Point) -> list[dict[str, Any]]:
             scores["diversity"] = float(np.mean(distances))
         rows.append({"prompt": prompt, "images": len(members), "scores": scores})
     return rows
-
-
-def harmonic_mean(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
-    """2ab / (a + b); 0 where either is not above 0, for then one of two goals is missed altogether; NaN of NaN."""
-    product, total = np.maximum(a, 0) * np.maximum(b, 0), np.add(a, b)
-    return 2 * product / np.where(product == 0, 1, total)
 
 
 def as_json(scores: Mapping[str, Interval]) -> dict[str, dict[str, float | None]]:
@@ -197,12 +191,7 @@ def _unit_of(point: Point) -> list[tuple[int, int]]:
         known = picture.seed is not None
         named.append((training, (known, picture.seed if known else place[training, picture.prompt])))  # type: ignore[arg-type]
     seeds = {t: sorted({seed for training, seed in named if training == t}) for t in trainings}
-    number = {(t, seed): k for t, found in seeds.items() for k, seed in enumerate(found)}
-    return [(trainings.index(training), number[training, seed]) for training, seed in named]
-
-
-def _units(point: Point) -> int:
-    return len(set(_unit_of(point)))
+    return [(trainings.index(training), seeds[training].index(seed)) for training, seed in named]
 
 
 def _outer(concepts: Sequence[str], bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:

@@ -15,18 +15,29 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.attributes import toy
-from eval.drift import Base, drift
-from eval.folders import ImageFolder, parts, plain_prompt, same_prompt, setting_of, shows_concept
-from eval.record import Picture, Point
-from eval.references import References, Target
+from eval.folders import (
+    Base,
+    ImageFolder,
+    References,
+    Target,
+    parts,
+    plain_prompt,
+    same_prompt,
+    setting_of,
+    shows_concept,
+)
+from eval.record import Picture, Point, ScoreError
 from eval.scorers import Embedder, Scorers
+from eval.sheets import data_uri
 from perfusion.data.images import read_image
 from perfusion.files import atomic_write_text
 from perfusion.manifest import ImageRecord
+from perfusion.provenance import provenance
+from perfusion.scoring.clip import ScorerError
 from perfusion.scoring.metrics import TEXT_SCALE
 from perfusion.toyland.captions import CaptionError, parse
 from perfusion.toyland.judge import Wish, judge
+from perfusion.toyland.world import SUPERCLASSES, Instance, sample_instance
 
 VERSION = 1  # changes when the scores of the same picture do
 _AT_ONCE = 64  # pictures in memory
@@ -60,16 +71,21 @@ def score_folder(
         ScoreError: no references for a concept, no picture of the base model for a prompt.
         ConceptImageError: a picture cannot be read.
     """
-    targets = [references.targets(folder, r) if shows_concept(r) else [] for r in folder.records]
-    bases = [None if base is None or shows_concept(r) else base.file(r) for r in folder.records]
-    file = None if cache is None else cache / f"{_key(folder, scorers, targets, bases)}.json"
-    if file is not None and file.is_file() and (kept := _read(file, len(folder.records))) is not None:
+    subjects = [_subject(folder, record, references, base) for record in folder.records]
+    file = None if cache is None else cache / f"{_key(subjects, scorers)}.json"
+    if file is not None and file.is_file() and (kept := _read(file, len(subjects))) is not None:
         return kept, True
-    found = _scored(folder, scorers, targets, bases, progress)
+    found = _scored(folder, subjects, scorers, progress)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, json.dumps({"scores": found.scores, "pairs": found.pairs}))
     return found, False
+
+
+def scored_with(scorers: Scorers, references: References, count: int) -> dict[str, Any]:
+    """What a record says of a scoring: the models, what made it, and the first `count` references of each concept."""
+    shown = {name: [data_uri(image) for image in images[:count]] for name, images in references.shown.items()}
+    return {"made_with": {**scorers.names, **provenance()}, "scorer": scorers.identity, "references": shown}
 
 
 def points_of(folder: ImageFolder, found: FolderScores) -> Iterator[Point]:
@@ -92,26 +108,37 @@ def points_of(folder: ImageFolder, found: FolderScores) -> Iterator[Point]:
         yield Point(first.method, first.concept, setting_of(first), pictures, pairs)
 
 
-def _scored(
-    folder: ImageFolder,
-    scorers: Scorers,
-    targets: Sequence[Sequence[Target]],
-    bases: Sequence[Path | None],
-    progress: bool,
-) -> FolderScores:
-    seen = [i for i in range(len(folder.records)) if targets[i] or bases[i]]
+@dataclass(frozen=True)
+class _Subject:
+    """A picture and what it is held against: targets, or the base model's picture; with neither it is not scored."""
+
+    record: ImageRecord
+    file: Path
+    targets: Sequence[Target]
+    base: Path | None
+
+
+def _subject(folder: ImageFolder, record: ImageRecord, references: References, base: Base | None) -> _Subject:
+    if shows_concept(record):
+        return _Subject(record, folder.file(record), references.targets(folder, record), None)
+    return _Subject(record, folder.file(record), (), None if base is None else base.file(record))
+
+
+def _scored(folder: ImageFolder, subjects: Sequence[_Subject], scorers: Scorers, progress: bool) -> FolderScores:
+    seen = [i for i, one in enumerate(subjects) if one.targets or one.base]
     embedded: dict[int, np.ndarray] = {}
-    scores: list[dict[str, float]] = [{} for _ in folder.records]
-    wanted = _Cosines()
+    scores: list[dict[str, float]] = [{} for _ in subjects]
+    cosines = _Cosines()
     with tqdm(total=len(seen), desc=f"Scoring {folder.path.name}", unit="picture", disable=not progress) as bar:
         for start in range(0, len(seen), _AT_ONCE):
             part = seen[start : start + _AT_ONCE]
-            images = [read_image(folder.file(folder.records[i])) for i in part]
+            batch = [subjects[i] for i in part]
+            images = [read_image(one.file) for one in batch]
             vectors = _numpy(scorers.clip.image_embeddings(images))
-            for name, values in _parts(part, images, vectors, folder, scorers, targets, bases, wanted):
-                for i, value in values.items():
-                    scores[i][name] = value
-            embedded |= {i: vectors[k] for k, i in enumerate(part) if targets[i]}
+            for i, vector, found in zip(part, vectors, _scores(batch, images, vectors, scorers, cosines), strict=True):
+                scores[i] = found
+                if subjects[i].targets:
+                    embedded[i] = vector
             bar.update(len(part))
     pairs = [
         (i, j, float(1 - embedded[i] @ embedded[j]))
@@ -121,42 +148,40 @@ def _scored(
     return FolderScores(tuple(scores), tuple(pairs))
 
 
-def _parts(
-    part: Sequence[int],
+def _scores(
+    batch: Sequence[_Subject],
     images: Sequence[Image.Image],
     vectors: np.ndarray,
-    folder: ImageFolder,
     scorers: Scorers,
-    targets: Sequence[Sequence[Target]],
-    bases: Sequence[Path | None],
-    wanted: _Cosines,
-) -> Iterator[tuple[str, dict[int, float]]]:
-    """Each kind of score of some pictures: picture -> score."""
-    shown = [k for k, i in enumerate(part) if targets[i]]
+    cosines: _Cosines,
+) -> list[dict[str, float]]:
+    """The scores of each picture; `vectors` are their CLIP embeddings (n, d)."""
+    found: list[dict[str, float]] = [{} for _ in batch]
+    shown = [k for k, one in enumerate(batch) if one.targets]
     if shown:
-        texts = list(dict.fromkeys(plain_prompt(folder.records[part[k]]) for k in shown))
+        prompts = {k: plain_prompt(batch[k].record) for k in shown}
+        texts = list(dict.fromkeys(prompts.values()))
         rows = dict(zip(texts, _numpy(scorers.clip.text_embeddings(texts)), strict=True))
-        cosines = {part[k]: float(vectors[k] @ rows[plain_prompt(folder.records[part[k]])]) for k in shown}
-        yield "clip_i", {part[k]: wanted.mean("clip", scorers.clip, vectors[k], targets[part[k]]) for k in shown}
-        yield "clip_t", cosines
-        yield "clip_t_scaled", {i: TEXT_SCALE * max(cosine, 0.0) for i, cosine in cosines.items()}
+        for k, prompt in prompts.items():
+            cosine = float(vectors[k] @ rows[prompt])
+            found[k]["clip_i"] = cosines.mean("clip", scorers.clip, vectors[k], batch[k].targets)
+            found[k] |= {"clip_t": cosine, "clip_t_scaled": TEXT_SCALE * max(cosine, 0.0)}
         if (dino := scorers.dino) is not None:
             seen = _numpy(dino.image_embeddings([images[k] for k in shown]))
-            yield (
-                "dino",
-                {part[k]: wanted.mean("dino", dino, v, targets[part[k]]) for k, v in zip(shown, seen, strict=True)},
-            )
+            for k, vector in zip(shown, seen, strict=True):
+                found[k]["dino"] = cosines.mean("dino", dino, vector, batch[k].targets)
     if scorers.reader is not None:
-        wishes = {k: wish for k in shown if (wish := _wish(folder.records[part[k]], targets[part[k]])) is not None}
+        wishes = {k: wish for k in shown if (wish := _wish(batch[k])) is not None}
         if wishes:
             judged = judge(scorers.reader, [images[k] for k in wishes], list(wishes.values()))
-            for name in ("identity", "prompt", "superclass"):
-                yield name, {part[k]: found[name] for k, found in zip(wishes, judged, strict=True) if name in found}
-    if held := [k for k, i in enumerate(part) if bases[i] is not None]:
-        before = [read_image(bases[part[k]]) for k in held]  # type: ignore[arg-type]
-        cosine, square = drift(before, [images[k] for k in held], scorers.clip)
-        yield "drift", {part[k]: float(value) for k, value in zip(held, cosine, strict=True)}
-        yield "drift_mse", {part[k]: float(value) for k, value in zip(held, square, strict=True)}
+            for k, read in zip(wishes, judged, strict=True):
+                found[k] |= read
+    if held := {k: one.base for k, one in enumerate(batch) if one.base is not None}:
+        before = [read_image(file) for file in held.values()]
+        changes = zip(*drift(before, [images[k] for k in held], scorers.clip), strict=True)
+        for k, (cosine, square) in zip(held, changes, strict=True):
+            found[k] |= {"drift": float(cosine), "drift_mse": float(square)}
+    return found
 
 
 class _Cosines:
@@ -176,14 +201,44 @@ class _Cosines:
         return self._means[key]
 
 
-def _wish(record: ImageRecord, targets: Sequence[Target]) -> Wish | None:
+def drift(
+    before: Sequence[Image.Image], after: Sequence[Image.Image], scorer: Embedder
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much n pictures changed: 1 − cosine of their embeddings, and the mean squared difference of their pixels on
+    [0, 1]; both float64 (n,).
+
+    Raises:
+        ScoreError: a picture changed its size.
+    """
+    assert len(before) == len(after) > 0
+    squares = []
+    for old, new in zip(before, after, strict=True):
+        if old.size != new.size:
+            raise ScoreError(f"drift: found pictures of {old.size} and {new.size} pixels, expected the same size")
+        a, b = (np.asarray(image.convert("RGB"), np.float64) / 255 for image in (old, new))
+        squares.append(float(np.square(a - b).mean()))
+    first, second = (scorer.image_embeddings(list(images)).double().cpu().numpy() for images in (before, after))
+    return 1 - (first * second).sum(1), np.array(squares)
+
+
+def toy(instance: int, superclass: str) -> Instance:
+    """The toy of a seed, as `concept.toyland.instance` draws it. Raises ScorerError if there is no such superclass."""
+    if superclass not in SUPERCLASSES:
+        raise ScorerError(
+            f"instance={instance}: found the superclass {superclass!r}, expected one of Toyland's: "
+            f"{', '.join(SUPERCLASSES)}"
+        )
+    return sample_instance(np.random.default_rng(instance), superclass)
+
+
+def _wish(one: _Subject) -> Wish | None:
     """What the attribute reader shall look for; None: the picture is not of Toyland."""
-    kinds = parts(record.superclass) if record.superclass else []
-    known = [(target.instance, kind) for target, kind in zip(targets, kinds, strict=False)]  # none without superclass
-    toys = {kind: toy(instance, kind) for instance, kind in known if instance is not None}
-    if not toys and record.backbone != "toyland":
+    kinds = parts(one.record.superclass) if one.record.superclass else []
+    known = zip(one.targets, kinds, strict=False)  # none without superclass
+    toys = {kind: toy(target.instance, kind) for target, kind in known if target.instance is not None}
+    if not toys and one.record.backbone != "toyland":
         return None
-    text = plain_prompt(record)
+    text = plain_prompt(one.record)
     try:
         parse(text)
     except CaptionError:
@@ -193,14 +248,12 @@ def _wish(record: ImageRecord, targets: Sequence[Target]) -> Wish | None:
     return Wish(text, toys)
 
 
-def _key(
-    folder: ImageFolder, scorers: Scorers, targets: Sequence[Sequence[Target]], bases: Sequence[Path | None]
-) -> str:
+def _key(subjects: Sequence[_Subject], scorers: Scorers) -> str:
     """A hash over pictures, manifest, references and models."""
     content: list[Any] = [VERSION, scorers.identity]
-    for record, wanted, base in zip(folder.records, targets, bases, strict=True):
-        files = [_digest(file) for file in (folder.file(record), base) if file is not None]
-        content.append([asdict(record), files, [[target.digest, target.instance] for target in wanted]])
+    for one in subjects:
+        files = [_digest(file) for file in (one.file, one.base) if file is not None]
+        content.append([asdict(one.record), files, [[target.digest, target.instance] for target in one.targets]])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.aggregate import Interval, Summary
-from eval.record import Value
+from eval.aggregate import Interval, Summary, labels_of
+from eval.record import ScoreError, Value
 from eval.score_kinds import ScoreKind
-from eval.tables import labels_of
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
@@ -26,24 +25,15 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
-    """The volume that n points (n, d) dominate above `reference` (d,): of the union of the boxes between them.
+    """The area that n points (n, 2) dominate above `reference` (2,): of the union of the boxes between them.
 
-    Points that are not above the reference in every coordinate add nothing. By slices along the last coordinate, in
-    the manner of HSO (While et al., IEEE Trans. Evol. Comput. 10(1), 2006); exact, and meant for few coordinates.
+    Points that are not above the reference in both coordinates add nothing.
     """
-    reference = np.asarray(reference, float)
-    points = np.asarray(points, float).reshape(-1, len(reference))
-    points = points[(points > reference).all(-1)]
-    if not len(points):
-        return 0.0
-    if len(reference) == 1:
-        return float(points.max() - reference[0])
-    heights = np.unique(points[:, -1])
-    volume, below = 0.0, reference[-1]
-    for height in heights:
-        volume += (height - below) * hypervolume(points[points[:, -1] >= height, :-1], reference[:-1])
-        below = height
-    return float(volume)
+    points = points[(points > reference).all(1)]
+    x, y = points[np.argsort(-points[:, 0])].T  # from right to left
+    # Each point adds a strip from the reference to itself, as high as it rises above all before.
+    rises = np.diff(np.maximum.accumulate(y), prepend=reference[1])
+    return float(((x - reference[0]) * rises).sum())
 
 
 @dataclass(frozen=True)
@@ -109,6 +99,18 @@ def fronts(
         has_interval = any(point.x.low is not None for point in points)
         found.append(Front(method, points, volume if has_interval else Interval(volume.mean)))
     return found
+
+
+def asked_fronts(
+    summaries: Sequence[Summary], x: ScoreKind, y: ScoreKind, reference: Sequence[float], level: float
+) -> list[Front]:
+    """`fronts` as a command line asks for them. Raises ScoreError: no such reference point, no such scores."""
+    if len(reference) != 2:
+        raise ScoreError(f"reference: found {reference}, expected two numbers, as in reference=[0,0]")
+    if found := fronts(summaries, x, y, reference, level):
+        return found
+    known = ", ".join(sorted({name for s in summaries for name in s.scores}))
+    raise ScoreError(f"x={x.name}, y={y.name}: nothing has both scores; there are {known}")
 
 
 def _volume(means: np.ndarray, drawn: np.ndarray, start: np.ndarray, level: float) -> Interval:

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from eval.aggregate import RESAMPLES, Bootstrap, summarize
-from eval.front import Front, fronts
+from eval.front import Front, asked_fronts
 from eval.record import Point, ScoreError, read_all
 from eval.score_kinds import ScoreKind, score_kind
 from perfusion.cli import parse_key_values, run_cli
@@ -59,15 +59,10 @@ def main(argv: Sequence[str]) -> None:
     """Command line entry point."""
     config = parse_key_values(argv, ParetoConfig, USAGE)
     x, y = score_kind(config.x, "x"), score_kind(config.y, "y")
-    if len(config.reference) != 2:
-        raise ScoreError(f"reference: found {config.reference}, expected two numbers, as in reference=[0,0]")
     bootstrap = Bootstrap(config.resamples, config.seed)
     document, points = read_all(config.scores)
     summaries = summarize(chosen(points, config.concept), bootstrap)
-    found = fronts(summaries, x, y, config.reference, bootstrap.level)
-    if not found:
-        known = ", ".join(sorted({name for s in summaries for name in s.scores}))
-        raise ScoreError(f"x={x.name}, y={y.name}: nothing has both scores; there are {known}")
+    found = asked_fronts(summaries, x, y, config.reference, bootstrap.level)
     from eval.figures import draw_fronts, save_figure
 
     out = Path(config.out).expanduser()

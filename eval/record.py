@@ -159,7 +159,7 @@ def read_scores(path: PathLike) -> tuple[dict[str, Any], list[Point]]:
     return content, points
 
 
-def read_all(files: Any, key: str = "scores") -> tuple[dict[str, Any], list[Point]]:
+def read_all(files: Any) -> tuple[dict[str, Any], list[Point]]:
     """Several records as one, with what the first says of itself and the references of all.
 
     Raises:
@@ -167,7 +167,7 @@ def read_all(files: Any, key: str = "scores") -> tuple[dict[str, Any], list[Poin
     """
     listed = files if isinstance(files, list) else [files]
     if not listed or not all(isinstance(file, str) and file.strip() for file in listed):
-        raise ScoreError(f"{key}: found {files!r}, expected a score file or a list of them")
+        raise ScoreError(f"scores: found {files!r}, expected a score file or a list of them")
     read = [read_scores(Path(file).expanduser()) for file in listed]
     scorers = [document.get("scorer") for document, _ in read]
     for file, scorer in zip(listed, scorers, strict=True):
@@ -178,7 +178,7 @@ def read_all(files: Any, key: str = "scores") -> tuple[dict[str, Any], list[Poin
     for document, _ in read:
         shown |= document.get("references", {})
     if not points:
-        raise ScoreError(f"{key}: found no scored picture in {', '.join(listed)}")
+        raise ScoreError(f"scores: found no scored picture in {', '.join(listed)}")
     return {**read[0][0], "references": shown}, points
 
 
@@ -186,7 +186,7 @@ def _entry(point: Point, said: Mapping[str, Any], base: Path) -> dict[str, Any]:
     pictures = []
     for picture in point.pictures:
         entry = {
-            "file": _relative(picture.file, base),
+            "file": Path(os.path.relpath(picture.file, base)).as_posix(),
             "prompt": picture.prompt,
             "seed": picture.seed,
             "training": picture.training,
@@ -201,13 +201,6 @@ def _entry(point: Point, said: Mapping[str, Any], base: Path) -> dict[str, Any]:
         "pictures": pictures,
         "pairs": [[i, j, round(distance, 6)] for i, j, distance in point.pairs],
     }
-
-
-def _relative(file: Path, base: Path) -> str:
-    try:
-        return Path(os.path.relpath(file, base)).as_posix()
-    except ValueError:  # another drive
-        return file.as_posix()
 
 
 def _point(entry: Mapping[str, Any], base: Path) -> Point:

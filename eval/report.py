@@ -7,21 +7,21 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 from tqdm import tqdm
 
-from eval.aggregate import RESAMPLES, Bootstrap, Summary, summarize, summary
-from eval.front import Front, fronts
+from eval.aggregate import RESAMPLES, Bootstrap, Summary, labels_of, summarize, summary
+from eval.front import Front, asked_fronts
 from eval.looks import looks
 from eval.pareto import as_csv
 from eval.record import Point, ScoreError, read_all, setting_key
 from eval.score_kinds import ScoreKind, ordered, score_kind
 from eval.sheets import SIDE, SUFFIX, Sheet, make_sheet
-from eval.tables import labels_of, latex, markdown, table_of
+from eval.tables import latex, markdown
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.files import atomic_write_text
 
@@ -66,8 +66,6 @@ def report(config: ReportConfig) -> Path:
         ConfigError: no such score.
     """
     x, y = score_kind(config.x, "x"), score_kind(config.y, "y")
-    if len(config.reference) != 2:
-        raise ScoreError(f"reference: found {config.reference}, expected two numbers, as in reference=[0,0]")
     if config.side < 8:
         raise ScoreError(f"side: found {config.side}, expected at least 8 pixels")
     plotly = _plotly()
@@ -77,10 +75,7 @@ def report(config: ReportConfig) -> Path:
     axes = [(x, y, config.reference)]
     if any({"prompt", "identity"} <= s.scores.keys() for s in summaries) and (x.name, y.name) != ("prompt", "identity"):
         axes.append((score_kind("prompt", "x"), score_kind("identity", "y"), [0.0, 0.0]))
-    drawn = [fronts(summaries, *pair, bootstrap.level) for pair in axes]
-    if not drawn[0]:
-        known = ", ".join(sorted({name for s in summaries for name in s.scores}))
-        raise ScoreError(f"x={x.name}, y={y.name}: nothing has both scores; there are {known}")
+    drawn = [asked_fronts(summaries, *pair, bootstrap.level) for pair in axes]
     out = Path(config.out).expanduser()
     (out / SHEETS).mkdir(parents=True, exist_ok=True)
     sheets = [
@@ -163,11 +158,7 @@ def _sheet(point: Point, sheet: Sheet, scores: Summary, number: Mapping[str, int
     return {
         "concept": point.concept,
         "said": " · ".join([_count(len(point.pictures), "picture"), *shown]),
-        "source": sheet.source,
-        "columns": sheet.columns,
-        "rows": sheet.rows,
-        "width": sheet.width,
-        "height": sheet.height,
+        **asdict(sheet),
         "measures": names,
         "prompts": [{"prompt": number[prompt], "cells": cells} for prompt, cells in together.items()],
     }
@@ -184,10 +175,9 @@ def _write_tables_and_figures(
     """Write what a paper takes; returns the files' names."""
     from eval.figures import draw_fronts, save_figure
 
-    table = table_of(summaries)
     files = {
-        "table.md": markdown(table),
-        "table.tex": latex(table, "Mean over concepts, and half the width of its 95 % interval."),
+        "table.md": markdown(summaries),
+        "table.tex": latex(summaries, "Mean over concepts, and half the width of its 95 % interval."),
         "front.csv": as_csv(drawn[0], *axes[0][:2]),
     }
     for name, text in files.items():

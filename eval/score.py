@@ -16,12 +16,13 @@ from eval.aggregate import (
     Interval,
     Summary,
     as_json,
-    interval_of,
+    labels_of,
     prompt_scores,
     summarize,
+    summary,
 )
-from eval.folders import ImageFolder, Said, find_folders, read_folder, shows_concept
-from eval.record import Point, ScoreError, merged, setting_labels, write_scores
+from eval.folders import Base, ImageFolder, References, Said, find_folders, read_folder, shows_concept
+from eval.record import Point, ScoreError, merged, write_scores
 from eval.score_kinds import ordered
 from perfusion.cli import parse_key_values, run_cli
 
@@ -84,17 +85,12 @@ def score(config: ScoreConfig) -> list[Summary]:
     said = Said(config.method, config.concept, config.superclass, config.placeholder, config.setting)
     folders = [read_folder(path, said) for path in find_folders(config.images)]
     base = None if config.base is None else read_folder(Path(config.base).expanduser(), Said(concept="none"))
-    points, models = _points(config, folders, base)
+    points, document = _points(config, folders, base)
     if not points:
         raise ScoreError(f"images={config.images}: no prompt names a concept, and base= is not given: nothing to score")
     summaries = summarize(points, bootstrap)
-    from perfusion.provenance import provenance
-
-    document = {
-        "made_with": {**models["names"], **provenance()},
-        "scorer": models["identity"],
+    document |= {
         "bootstrap": asdict(bootstrap),
-        "references": models["references"],
         "summary": [
             {
                 "method": s.method,
@@ -114,14 +110,11 @@ def score(config: ScoreConfig) -> list[Summary]:
 
 def _points(
     config: ScoreConfig, folders: Sequence[ImageFolder], base: ImageFolder | None
-) -> tuple[list[Point], dict[str, dict[str, Any]]]:
-    """All points of the folders; and of the record: the models' names and hashes, and references to look at."""
+) -> tuple[list[Point], dict[str, Any]]:
+    """All points of the folders, and what the record says of how they were scored."""
     # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
-    from eval.drift import Base
-    from eval.folder_scores import points_of, score_folder
-    from eval.references import References
+    from eval.folder_scores import points_of, score_folder, scored_with
     from eval.scorers import Scorers, attribute_reader, clip_scorer, dino_scorer
-    from eval.sheets import data_uri
 
     references = References(config.references, config.instance)
     before = None if base is None else Base(base)
@@ -140,8 +133,7 @@ def _points(
     print(f"folders: {len(folders)}, of which {kept} had been measured before")
     if left:
         print(f"not scored: {left} pictures whose prompt does not name the concept; base=<folder> gives their drift")
-    shown = {concept: [data_uri(image) for image in images[:_SHOWN]] for concept, images in references.shown.items()}
-    return merged(found), {"names": scorers.names, "identity": scorers.identity, "references": shown}
+    return merged(found), scored_with(scorers, references, _SHOWN)
 
 
 def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
@@ -150,13 +142,14 @@ def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
         {**row, "scores": {name: round(value, 6) for name, value in row["scores"].items()}}
         for row in prompt_scores(point)
     ]
-    return {"images": len(point.pictures), "scores": as_json(interval_of(point, bootstrap)), "prompts": prompts}
+    return {"images": len(point.pictures), "scores": as_json(summary([point], bootstrap).scores), "prompts": prompts}
 
 
 def table(summaries: Sequence[Summary]) -> str:
     """The scores as aligned text, one line for each method and setting."""
     kinds = ordered({name for s in summaries for name in s.scores})
-    names = [row_name(s, summaries) for s in summaries]
+    labels = labels_of(summaries)
+    names = [f"{s.method}, {label}" if label else s.method for s, label in zip(summaries, labels, strict=True)]
     width = max(map(len, [*names, "method"]))
     cells = [[_cell(s.scores.get(m.name)) for m in kinds] for s in summaries]
     widths = [max(len(m.title), *(len(row[k]) for row in cells)) for k, m in enumerate(kinds)]
@@ -165,13 +158,6 @@ def table(summaries: Sequence[Summary]) -> str:
         f"{name:<{width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
         for name, row in zip(["method", *names], lines, strict=True)
     )
-
-
-def row_name(one: Summary, among: Sequence[Summary]) -> str:
-    """A method's name, with what its settings differ in if it has several."""
-    settings = [s.setting for s in among if s.method == one.method]
-    label = dict(zip(map(str, settings), setting_labels(settings), strict=True))[str(one.setting)]
-    return f"{one.method}, {label}" if label else one.method
 
 
 def _cell(interval: Interval | None) -> str:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
-from eval.attributes import load_reader
 from eval.dino import DinoScorer
 from eval.folders import ImageFolder
+from perfusion import toyland
 from perfusion.backbones.loading import resolve_device
+from perfusion.manifest import ImageRecord
 from perfusion.scoring.clip import ClipScorer, ScorerError, fingerprint, named_scorer
 from perfusion.toyland.reader import Reader
 
 AUTO, NONE = "auto", "none"
+READER = Path(toyland.__file__).with_name("weights") / "reader"
 
 
 class Embedder(Protocol):
@@ -66,7 +70,8 @@ def clip_scorer(name: str | None, pretrained: str | None, device: str, folders: 
         ScorerError: there is none by that name, or none was named for pictures of other models.
         BackboneError: no such device.
     """
-    foreign = None if all(_of_toyland(folder) for folder in folders) else "not all pictures are Toyland's"
+    of_toyland = all(_of_toyland(record) for folder in folders for record in folder.records)
+    foreign = None if of_toyland else "not all pictures are Toyland's"
     return named_scorer(name, pretrained, resolve_device(device), foreign)
 
 
@@ -92,10 +97,25 @@ def attribute_reader(choice: str, folders: Sequence[ImageFolder], instances: boo
         return None
     if choice != AUTO:
         return load_reader(choice)
-    records = [record for folder in folders for record in folder.records]
-    there = instances or any(r.backbone == "toyland" or r.instance is not None for r in records)
+    there = instances or any(_of_toyland(record) for folder in folders for record in folder.records)
     return load_reader() if there else None
 
 
-def _of_toyland(folder: ImageFolder) -> bool:
-    return all(record.backbone == "toyland" or record.instance is not None for record in folder.records)
+def _of_toyland(record: ImageRecord) -> bool:
+    return record.backbone == "toyland" or record.instance is not None
+
+
+def load_reader(folder: str | Path | None = None) -> Reader:
+    """The reader in `folder`; default: the one that ships with the project.
+
+    Raises:
+        ScorerError: it is not there, damaged, or of another version of the world.
+    """
+    path = READER if folder is None else Path(folder).expanduser()
+    if not path.is_dir():
+        how = "run `make toyland`, or leave it out with reader=none" if folder is None else "expected a reader's folder"
+        raise ScorerError(f"{path}: the attribute reader is not there; {how}")
+    try:
+        return Reader.load(path)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ScorerError(f"{path}: the attribute reader cannot be loaded: {error}") from error

@@ -3,84 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from eval.aggregate import Interval, Summary
+from eval.aggregate import Interval, Summary, labels_of
 from eval.looks import title
-from eval.record import setting_labels
 from eval.score_kinds import ScoreKind, ordered
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "β": r"$\beta$", "τ": r"$\tau$", "−": "$-$", "±": r"$\pm$", "·": r"$\cdot$", "×": r"$\times$",
+    "↓": r"$\downarrow$", "–": "--",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table."""
-
-    method: str  # for people
-    setting: str  # "" where the method has one setting only
-    concepts: int
-    images: int
-    scores: tuple[Interval | None, ...]
+def markdown(summaries: Sequence[Summary]) -> str:
+    """A table in GitHub's Markdown: mean and half the width of its interval, the best mean of a column in bold."""
+    heads, rows = _table(summaries, "**{}**".format, _bare)
+    lines = [_line(["method", "setting", "concepts", "images", *heads])]
+    lines.append(_line(["---", "---", *["---:"] * (2 + len(heads))]))
+    return "\n".join([*lines, *map(_line, rows)]) + "\n"
 
 
-@dataclass(frozen=True)
-class Table:
-    """Kinds of scores, one a column, and rows; the best mean of a column is set in bold."""
-
-    kinds: tuple[ScoreKind, ...]
-    rows: tuple[Row, ...]
-
-    def is_best(self, row: Row, column: int) -> bool:
-        """Whether the row's score is the best of its column, as far as the table's three decimals show."""
-        means = [round(s.mean, 3) for r in self.rows if (s := r.scores[column]) is not None and s.mean == s.mean]
-        score = row.scores[column]
-        if score is None or len(means) < 2:
-            return False
-        return round(score.mean, 3) == (max if self.kinds[column].higher else min)(means)
-
-
-def table_of(summaries: Sequence[Summary]) -> Table:
-    """One row for each summary, in its order, and a column for every kind of score that one of them has."""
-    kinds = ordered({name for summary in summaries for name in summary.scores})
-    labels = labels_of(summaries)
-    rows = [
-        Row(title(s.method), label, len(s.concepts), s.images, tuple(s.scores.get(m.name) for m in kinds))
-        for s, label in zip(summaries, labels, strict=True)
-    ]
-    return Table(tuple(kinds), tuple(rows))
-
-
-def labels_of(summaries: Sequence[Summary]) -> list[str]:
-    """What to call each summary's setting among those of its method."""
-    labels: dict[int, str] = {}
-    for method in dict.fromkeys(s.method for s in summaries):
-        mine = [i for i, s in enumerate(summaries) if s.method == method]
-        labels |= zip(mine, setting_labels([summaries[i].setting for i in mine]), strict=True)
-    return [labels[i] for i in range(len(summaries))]
-
-
-def markdown(table: Table) -> str:
-    """A table in GitHub's Markdown: mean and half the width of its interval."""
-    heads = ["method", "setting", "concepts", "images", *(_titled(m) for m in table.kinds)]
-    lines = [_line(heads), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
-    for row in table.rows:
-        cells = []
-        for k, score in enumerate(row.scores):
-            text = _mean_and_half(score)
-            cells.append(f"**{text}**" if table.is_best(row, k) else text)
-        lines.append(_line([_bare(row.method), _bare(row.setting) or "–", str(row.concepts), str(row.images), *cells]))
-    return "\n".join(lines) + "\n"
-
-
-def latex(table: Table, caption: str, label: str = "tab:scores") -> str:
-    """A table in LaTeX, which needs the package booktabs there."""
-    heads = ["Method", "Setting", "Concepts", "Images", *(_titled(m) for m in table.kinds)]
+def latex(summaries: Sequence[Summary], caption: str, label: str = "tab:scores") -> str:
+    """The same in LaTeX, which needs the package booktabs there."""
+    heads, rows = _table(summaries, "\\textbf{{{}}}".format, escape)
+    heads = ["Method", "Setting", "Concepts", "Images", *heads]
     lines = [
         r"\begin{table}",
         r"  \centering",
@@ -88,31 +36,43 @@ def latex(table: Table, caption: str, label: str = "tab:scores") -> str:
         f"  \\label{{{label}}}",
         f"  \\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
         r"    \toprule",
-        "    " + " & ".join(map(_arrows, map(escape, heads))) + r" \\",
+        "    " + " & ".join(map(escape, heads)) + r" \\",
         r"    \midrule",
+        *("    " + " & ".join(row) + r" \\" for row in rows),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
     ]
-    for row in table.rows:
-        cells = []
-        for k, score in enumerate(row.scores):
-            text = _arrows(escape(_mean_and_half(score)))
-            cells.append(f"\\textbf{{{text}}}" if table.is_best(row, k) else text)
-        words = [escape(row.method), escape(row.setting) or "--", str(row.concepts), str(row.images)]
-        lines.append("    " + " & ".join([*words, *cells]) + r" \\")
-    lines += [r"    \bottomrule", r"  \end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
+
+
+def _table(
+    summaries: Sequence[Summary], bold: Callable[[str], str], escaped: Callable[[str], str]
+) -> tuple[list[str], list[list[str]]]:
+    """The heads of the columns of scores, one for every kind that some summary has; and a row for each summary."""
+    kinds = ordered({name for summary in summaries for name in summary.scores})
+    rows = []
+    for s, label in zip(summaries, labels_of(summaries), strict=True):
+        cells = []
+        for kind in kinds:
+            text = escaped(_mean_and_half(s.scores.get(kind.name)))
+            cells.append(bold(text) if _is_best(s, kind, summaries) else text)
+        rows.append([escaped(title(s.method)), escaped(label or "–"), str(len(s.concepts)), str(s.images), *cells])
+    return [kind.title if kind.higher else f"{kind.title} ↓" for kind in kinds], rows
+
+
+def _is_best(one: Summary, kind: ScoreKind, summaries: Sequence[Summary]) -> bool:
+    """Whether a score is the best of several, as far as the table's three decimals show."""
+    found = [s.scores[kind.name].mean for s in summaries if kind.name in s.scores]
+    means = [round(mean, 3) for mean in found if mean == mean]
+    if kind.name not in one.scores or len(means) < 2:
+        return False
+    return round(one.scores[kind.name].mean, 3) == (max if kind.higher else min)(means)
 
 
 def escape(text: str) -> str:
     """Text that means itself in LaTeX."""
     return "".join(_LATEX.get(letter, letter) for letter in text)
-
-
-def _arrows(text: str) -> str:
-    return text.replace("↓", r"$\downarrow$").replace("–", "--")
-
-
-def _titled(kind: ScoreKind) -> str:
-    return kind.title if kind.higher else f"{kind.title} ↓"
 
 
 def _mean_and_half(score: Interval | None) -> str:

@@ -1,4 +1,8 @@
-"""Scores as experiments ask for them: a setting's scores, a front, and numbers made of fronts with intervals.
+"""From scores to the numbers that claims rest on, their intervals, and verdicts.
+
+A claim compares fronts: the scores of some settings, prompt accuracy to the right and identity up. Between two
+neighbouring settings of a front any mixture can be had, by drawing some pictures with one and some with the other, so a
+front is the line through its points, and what it attains is all below and to the left of that line.
 
 All intervals come from one bootstrap over toys and seeds (`eval.aggregate`), which draws the same toys and seeds for
 every setting: differences are paired. Those of numbers that verdicts rest on are widened for the few toys there are.
@@ -8,21 +12,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from enum import StrEnum
 
 import numpy as np
 from scipy.special import stdtrit  # the quantiles of Student's t
 
 from eval.aggregate import Bootstrap, Interval, Summary, summary
-from eval.record import Point
+from experiments.protocol import Toy
 from experiments.runner import Runner, Together, Wanted
-from experiments.settings import Setting, Training
+from experiments.settings import BASE_MODEL, Setting, Training
+from perfusion.scoring import harmonic_mean
 from perfusion.training.run_folder import RunFolder
 
 X, Y = "prompt", "identity"
+SLACK = 0.02  # of prompt accuracy: one asked-for thing of fifty, within which two settings follow the text alike
+_HALVINGS = 40
+_LEVELS = 5
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,11 @@ class Evidence:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     _known: dict[Setting, Summary] = field(default_factory=dict)
 
-    def points(self, setting: Setting) -> list[Point]:
-        return [self.runner.points[Wanted(setting, toys)] for toys in self.groups]
-
     def summary(self, setting: Setting, label: str | None = None) -> Summary:
         """A setting's scores over all toys, under the name that it has in this experiment."""
         if setting not in self._known:
-            self._known[setting] = summary(self.points(setting), self.bootstrap)
+            points = [self.runner.points[Wanted(setting, toys)] for toys in self.groups]
+            self._known[setting] = summary(points, self.bootstrap)
         found = self._known[setting]
         return found if label is None else replace(found, method=label)
 
@@ -92,17 +97,193 @@ class Evidence:
         lines = [self.line(settings, score, score) for settings in (a, b)]
         return self.number(lambda p, q: float(np.mean(p[:, 0] - q[:, 0])), *lines)
 
+    @property
+    def toys(self) -> list[Toy]:
+        """All toys, each once."""
+        return list(dict.fromkeys(toy for group in self.groups for toy in group))
+
     def runs(self, training: Training) -> list[RunFolder]:
         """The folders of a training, one for each toy."""
-        toys = dict.fromkeys(toy for group in self.groups for toy in group)
-        return [self.runner.run_folder(training, toy) for toy in toys]
+        return [self.runner.run_folder(training, toy) for toy in self.toys]
 
     def training_seconds(self, training: Training) -> list[float]:
         """How long each training took, without loading and samples."""
-        found: list[Mapping[str, Any]] = [json.loads(run.metrics.read_text()) for run in self.runs(training)]
-        return [float(metrics["seconds"]["training"]) for metrics in found]
+        return [json.loads(run.metrics.read_text())["seconds"]["training"] for run in self.runs(training)]
 
 
-def folder_bytes(folder: Path) -> int:
-    """The size of all files in a folder; 0 if there is none."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def front(evidence: Evidence, settings: Sequence[Setting], x: str = X, y: str = Y) -> Line:
+    """The front of some settings, which ends in the base model's own pictures of the superclass: Perfusion gives
+    them to the bit at β = ∞, and any other method where it is left off."""
+    return evidence.line((*settings, BASE_MODEL), x, y)
+
+
+def same_identity(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
+    """How much more prompt accuracy front `a` has than `b`, the mean over identities that both have."""
+    return evidence.number(lambda p, q: gain(p, q, levels(p, q)), front(evidence, a), front(evidence, b))
+
+
+def area_gained(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
+    """How much larger the area below front `a` is than that below `b`."""
+    return evidence.number(lambda p, q: area(p) - area(q), front(evidence, a), front(evidence, b))
+
+
+def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting], name: str) -> list[Check]:
+    """How far front `own` lies beyond a method's settings, which decides: the least of its leads over them. Beside it,
+    its lead over the setting with the best harmonic mean of identity and prompt accuracy, the ε-indicator, and areas.
+
+    The ε-indicator does not decide: it moves a setting in both scores alike, so one that follows every prompt, as most
+    methods have one, can never lie far within any front.
+    """
+    best = max(others, key=lambda setting: float(harmonic_mean(*evidence.line([setting]).means[0])))
+    at = f"{name} ({best.name})"
+    line, point, all_of_them = front(evidence, own), evidence.line([best]), evidence.line(others)
+    by_clip = front(evidence, own, "clip_t", "clip_i")
+    return [
+        Check(
+            f"identity of Perfusion's front above all settings of {name}",
+            evidence.number(least_lead, line, all_of_them),
+        ),
+        Check(
+            f"the same above {at} alone, its best trade-off",
+            evidence.number(lambda a, b: lead(a, b[0], SLACK), line, point),
+            decides=False,
+        ),
+        Check(
+            f"margin in both scores over all settings of {name}",
+            evidence.number(lambda a, b: min(margin(a, one) for one in b), line, all_of_them),
+            decides=False,
+        ),
+        Check(
+            f"the margin over {at} in CLIP-T and CLIP-I",
+            evidence.number(lambda a, b: margin(a, b[0]), by_clip, evidence.line([best], "clip_t", "clip_i")),
+            decides=False,
+        ),
+        Check(f"area below the front, above {name}'s", area_gained(evidence, own, others), decides=False),
+    ]
+
+
+def gained(
+    evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting], by: str, decides: bool = True
+) -> list[Check]:
+    """What front `a` has more than `b`: prompt accuracy at the same identity, which decides if anything does; prompt
+    accuracy and identity at the same β; area."""
+    return [
+        Check(f"prompt accuracy gained by {by}, at the same identity", same_identity(evidence, a, b), decides=decides),
+        Check(
+            f"prompt accuracy gained by {by}, at the same β", evidence.mean_difference(a, b, "prompt"), decides=False
+        ),
+        Check(f"identity gained by {by}, at the same β", evidence.mean_difference(a, b, "identity"), decides=False),
+        Check(f"area gained by {by}", area_gained(evidence, a, b), decides=False),
+    ]
+
+
+# --- fronts as lines, from arrays (k, 2) ------------------------------------------------------------------------------
+
+
+def non_dominated(points: np.ndarray) -> np.ndarray:
+    """The points (k, 2) than which no other is better in one score and as good in the other, from left to right, each
+    once."""
+    points = np.unique(points, axis=0)  # from left to right, of one x from below
+    highest = np.maximum.accumulate(points[::-1, 1])[::-1]  # here or further right
+    return points[points[:, 1] > np.append(highest[1:], -np.inf)]
+
+
+def area(points: np.ndarray) -> float:
+    """What a front attains above (0, 0): the area below its line, and to the left of it."""
+    x, y = non_dominated(np.maximum(points, 0)).T
+    return float(x[0] * y[0] + np.sum((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2))
+
+
+def lead(points: np.ndarray, point: np.ndarray, slack: float) -> float:
+    """How much more identity a front has than a point, at the point's prompt accuracy less `slack`; beyond the front's
+    right end it has none."""
+    on = non_dominated(points)
+    return float(np.interp(point[0] - slack, on[:, 0], on[:, 1], right=0.0) - point[1])
+
+
+def least_lead(points: np.ndarray, others: np.ndarray) -> float:
+    """A front's lead over the one of some settings (k, 2) for which it is least."""
+    return min(lead(points, other, SLACK) for other in others)
+
+
+def margin(points: np.ndarray, point: np.ndarray) -> float:
+    """By how much a point could be better in both scores and still be attained by a front: the negative of the additive
+    ε-indicator (Zitzler et al., IEEE Trans. Evol. Comput. 7(2), 2003). Below 0: it lies beyond the front."""
+    on = non_dominated(points)
+    low, high = -2.0, 2.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        attained = np.interp(point[0] + middle, on[:, 0], on[:, 1], right=-np.inf) >= point[1] + middle
+        low, high = (middle, high) if attained else (low, middle)
+    return low
+
+
+def levels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Identities that two fronts both attain, evenly spread from the lower of their lower ends to the lower of their
+    upper ends. The lower end itself is none of them: there both are the base model, which differs from itself in
+    nothing."""
+    ends = [(on[-1, 1], on[0, 1]) for on in (non_dominated(a), non_dominated(b))]
+    return np.linspace(min(low for low, _ in ends), min(high for _, high in ends), _LEVELS + 1)[1:]
+
+
+def gain(a: np.ndarray, b: np.ndarray, at: np.ndarray) -> float:
+    """How much more prompt accuracy front `a` has than `b`, the mean over some identities, at most those of their upper
+    ends. Below its lower end a front attains what it has there."""
+    found = [np.interp(at, on[::-1, 1], on[::-1, 0]) for on in (non_dominated(a), non_dominated(b))]
+    return float(np.mean(found[0] - found[1]))
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+class Verdict(StrEnum):
+    HOLDS = "holds"
+    FAILS = "fails"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number that a claim says something about.
+
+    Attributes:
+        what: the number, in words.
+        threshold: what the claim sets it against.
+        above: whether the claim says that it is above the threshold, or below.
+        decides: whether the verdict depends on it; else it is there to be read.
+    """
+
+    what: str
+    value: Interval
+    threshold: float = 0.0
+    above: bool = True
+    decides: bool = True
+
+    @property
+    def verdict(self) -> Verdict:
+        """Holds or fails where the whole interval lies on one side of the threshold."""
+        low, high = self.value.low, self.value.high
+        if low is None or high is None or low != low or high != high:
+            return Verdict.UNDECIDED
+        if low > self.threshold:
+            return Verdict.HOLDS if self.above else Verdict.FAILS
+        if high < self.threshold:
+            return Verdict.FAILS if self.above else Verdict.HOLDS
+        return Verdict.UNDECIDED
+
+
+def signed(number: float, digits: int = 3) -> str:
+    """A difference in words, also one that there is not."""
+    return f"{number:+.{digits}f}" if number == number else "not comparable"
+
+
+def combined(checks: Iterable[Check]) -> Verdict:
+    """Of a claim that needs all of its checks: it fails with one of them, and holds with all.
+
+    That all intervals lie on the right side by chance is no likelier than that one does, so their number needs no
+    correction (intersection–union test).
+    """
+    found = [check.verdict for check in checks if check.decides]
+    if Verdict.FAILS in found:
+        return Verdict.FAILS
+    return Verdict.HOLDS if found and all(verdict is Verdict.HOLDS for verdict in found) else Verdict.UNDECIDED

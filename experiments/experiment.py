@@ -10,11 +10,10 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experiments.evidence import Evidence, X, Y
-from experiments.protocol import Protocol
+from experiments.evidence import Check, Evidence, Verdict, X, Y, combined, gained, signed
+from experiments.protocol import Alternatives, Protocol
 from experiments.runner import Together, Wanted
-from experiments.settings import Setting, Training
-from experiments.verdict import Check, Verdict, combined
+from experiments.settings import BASE_MODEL, Setting, Training
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,9 @@ class Series:
 
     label: str
     settings: tuple[Setting, ...]
+
+
+BASE_SERIES = Series("base", (BASE_MODEL,))
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,19 @@ class Finding:
         tables: to be shown beside the scores.
     """
 
-    checks: tuple[Check, ...]
+    checks: Sequence[Check]
     key: str
     tables: tuple[Table, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         return combined(self.checks)
+
+
+def compared(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting], by: str) -> Finding:
+    """What front `a` has more than `b`, where the claim is that it has more prompt accuracy at the same identity."""
+    checks = gained(evidence, a, b, by)
+    return Finding(checks, f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,19 @@ class Experiment:
     notes: str = ""
     of_paper: bool = True
 
+    @property
+    def trained(self) -> list[Training]:
+        """All that it trains."""
+        drawn = [s.training for one in self.series for s in one.settings if s.training is not None]
+        return list(dict.fromkeys((*drawn, *self.trainings)))
+
     def groups(self, protocol: Protocol) -> tuple[Together, ...]:
         """The toys that its pictures show together."""
         return protocol.pairs if self.pairs else tuple((toy,) for toy in protocol.toys)
+
+    def prompts(self, protocol: Protocol) -> tuple[Alternatives, ...]:
+        """What is drawn of each of them."""
+        return protocol.pair_prompts if self.pairs else protocol.prompts
 
     def wanted(self, protocol: Protocol) -> list[Wanted]:
         """All that has to be drawn."""

@@ -18,13 +18,11 @@ from experiments import results
 from experiments.evidence import Evidence
 from experiments.exclusive import alone
 from experiments.experiment import Experiment, experiments
-from experiments.page import IMAGES, page
 from experiments.pool import Outcome, Pool, seconds_of
 from experiments.protocol import Protocol
-from experiments.runner import Runner, Wanted
+from experiments.runner import Runner, Wanted, task_name
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
-from perfusion.files import atomic_write_text
 
 USAGE = """
 Try every claim of the paper on Toyland: train and draw what is missing, judge, and write
@@ -150,7 +148,7 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
 def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
     """The tasks that an experiment waits for."""
     mine = {*wanted}
-    named = {runner.training_name(t, toy) for t in results.trainings_of(one) for toy in runner.protocol.toys}
+    named = {task_name(t, toy) for t in one.trained for toy in runner.protocol.toys}
     return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
 
 
@@ -163,13 +161,9 @@ def _judge(one: Experiment, evidence: Evidence, out: Path) -> list[str]:
         return [f"{one.id}: not judged, {len(missing)} of {len(wanted)} sets of pictures are missing"]
     finding = one.judge(evidence)
     content = results.document(one, finding, evidence)
-    results.write(out / "results", content)
     if one.series:
-        from experiments.figures import draw
-
-        draw(one, evidence, runner.root / "figures", out / "docs" / IMAGES)
-    (out / "docs").mkdir(parents=True, exist_ok=True)
-    atomic_write_text(out / "docs" / "results.md", page(results.read_all(out / "results")))
+        results.draw(one, evidence, runner.root / "figures", out / "docs" / results.IMAGES)
+    results.write(out, content)
     tqdm.write(f"{one.id}: {finding.verdict.value} ({finding.key})")
     return []
 

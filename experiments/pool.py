@@ -64,32 +64,6 @@ class Outcome:
     seconds: float = 0.0
 
 
-class _Worker:
-    """One process, started anew after it was killed."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._start()
-
-    def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.executor = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(self._log,))
-
-    def submit(self, task: Task) -> Future[Any]:
-        try:
-            return self.executor.submit(_call, task.call, task.arguments)
-        except BrokenProcessPool:  # killed while it had nothing to do
-            self._start()
-            return self.executor.submit(_call, task.call, task.arguments)
-
-    def outcome(self, task: Task, future: Future[Any]) -> Outcome:
-        error = future.exception()
-        if isinstance(error, BrokenProcessPool):
-            self._start()
-            return Outcome(task, error="its worker was killed")
-        return Outcome(task, error=str(error)) if error else Outcome(task, *future.result())
-
-
 @dataclass
 class Pool:
     """Workers for tasks: `with Pool(2, logs) as pool: failed = pool.run(tasks)`.
@@ -101,16 +75,16 @@ class Pool:
 
     size: int
     logs: Path
-    _idle: list[_Worker] = field(default_factory=list)
+    _idle: dict[int, ProcessPoolExecutor] = field(default_factory=dict)  # by their number
 
     def __enter__(self) -> Pool:
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._idle = [_Worker(self.logs / f"worker-{k}.log") for k in range(self.size)]
+        self._idle = {number: self._worker(number) for number in range(self.size)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for worker in self._idle:
-            worker.executor.shutdown()
+        for worker in self._idle.values():
+            worker.shutdown()
         if kind is not None:
             for process in multiprocessing.active_children():  # nobody waits for their tasks any more
                 process.terminate()
@@ -122,7 +96,7 @@ class Pool:
             done: called with each outcome, in this process, as soon as it is known.
         """
         errors: dict[str, str | None] = {}  # of tasks that are over
-        waiting, busy = list(tasks), dict[Future[Any], tuple[Task, _Worker]]()
+        waiting, busy = list(tasks), dict[Future[Any], tuple[Task, int, ProcessPoolExecutor]]()
         bar = _bar(tasks)
 
         def settle(outcome: Outcome) -> None:
@@ -141,13 +115,28 @@ class Pool:
                         settle(Outcome(task, error=f"not tried, for {lost[0]} failed"))
                     elif self._idle and errors.keys() >= {*task.needs}:
                         waiting.remove(task)
-                        worker = self._idle.pop()
-                        busy[worker.submit(task)] = task, worker
+                        number, worker = self._idle.popitem()
+                        try:
+                            future = worker.submit(_call, task.call, task.arguments)
+                        except BrokenProcessPool:  # killed while it had nothing to do
+                            worker = self._worker(number)
+                            future = worker.submit(_call, task.call, task.arguments)
+                        busy[future] = task, number, worker
                 for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                    task, worker = busy.pop(future)
-                    self._idle.append(worker)
-                    settle(worker.outcome(task, future))
+                    task, number, worker = busy.pop(future)
+                    error = future.exception()
+                    killed = isinstance(error, BrokenProcessPool)
+                    self._idle[number] = self._worker(number) if killed else worker
+                    if error is not None:
+                        settle(Outcome(task, error="its worker was killed" if killed else str(error)))
+                    else:
+                        settle(Outcome(task, *future.result()))
         return [f"{name}: {error}" for name, error in errors.items() if error is not None]
+
+    def _worker(self, number: int) -> ProcessPoolExecutor:
+        """A process, which begins with its first task."""
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(self.logs / f"worker-{number}.log",))
 
 
 def seconds_of(tasks: Sequence[Task]) -> float:

@@ -1,36 +1,42 @@
-"""Plans what is missing of some settings, and takes in what workers have found.
+"""What is missing of some settings: planned here, trained, drawn and scored in workers, and taken in again.
 
 Below the root lie `trained/`, ordinary run folders; `pictures/`, a folder with a manifest for each setting and toy;
-`measured/`, their scores. The root's last part is a hash of Toyland's weights: with others nothing of it
-would be true.
+`measured/`, their scores. The root's last part is a hash of Toyland's weights: with others nothing of it would be true.
+A picture that is there is not drawn again, so a folder can grow by prompts and seeds.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.record import Point
 from experiments.pool import Outcome, Task
-from experiments.protocol import Protocol, Toy
-from experiments.settings import Setting, Training, config_of
-from experiments.snapshot_files import snapshot_file, step_of
-from experiments.tasks import Job, Look, draw, train
+from experiments.protocol import Protocol, Toy, filled
+from experiments.settings import Setting, Training, config_of, snapshot_file, step_of
 from perfusion import toyland
-from perfusion.config import ConfigError, TrainConfig
+from perfusion.config import BackboneConfig, ConfigError, TrainConfig, checked
 from perfusion.files import atomic_write_text
-from perfusion.manifest import FILE_NAME
+from perfusion.manifest import FILE_NAME, JOINED, ImageRecord
 from perfusion.provenance import provenance
 from perfusion.training.run_folder import RunFolder
+
+# Torch and its friends take seconds to import: the process that only plans does without them.
+if TYPE_CHECKING:
+    from perfusion.backbones.base import Backbone
+    from perfusion.concept import Attached
 
 WEIGHTS = Path(toyland.__file__).with_name("weights")
 SECONDS = "seconds.json"  # how long the pictures of each folder took
 _PICTURES = 192  # of one task, at most: small enough that all cores end at about the same time
+_AT_ONCE = 16  # pictures in one batch
 
 Together = tuple[Toy, ...]  # toys in one picture
 
@@ -47,6 +53,56 @@ class Wanted:
         return f"{self.setting.label} {self.setting.name}, {' and '.join(toy.name for toy in self.toys)}"
 
 
+@dataclass(frozen=True)
+class Look:
+    """Pictures of one setting of the dials.
+
+    Attributes:
+        folder: where they lie, with their manifest.
+        said: what else sets them apart, for the manifest.
+    """
+
+    wanted: Wanted
+    folder: Path
+    said: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures to draw and to score, of the same toys and of one training or the base model.
+
+    Attributes:
+        concepts: files of the toys' concepts, in their order; none: the base model draws.
+        measured: folder of scores that are kept.
+    """
+
+    protocol: Protocol
+    backbone: BackboneConfig
+    concepts: tuple[Path, ...]
+    looks: tuple[Look, ...]
+    measured: Path
+
+    @property
+    def setting(self) -> Setting:
+        return self.looks[0].wanted.setting
+
+    @property
+    def toys(self) -> Together:
+        return self.looks[0].wanted.toys
+
+    @property
+    def words(self) -> list[str]:
+        """What stands for each toy in prompts."""
+        if self.setting.training is not None:
+            return [toy.placeholder for toy in self.toys]
+        return [toy.description if self.setting.described else toy.superclass for toy in self.toys]
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Each template and the prompt that it becomes."""
+        return {template: filled(template, *self.words) for template in self.protocol.templates(*self.toys)}
+
+
 class Runner:
     """Knows what is there and what is missing below a folder."""
 
@@ -57,11 +113,12 @@ class Runner:
         self.made_with = provenance()  # now: results that are written later would count as changes of the checkout
         self.points: dict[Wanted, Point] = {}
         self.document: Mapping[str, Any] = {}
-        self._seconds = _read_seconds(self.root / SECONDS)
+        file = self.root / SECONDS
+        self._seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def config(self, training: Training, toy: Toy) -> TrainConfig:
         """The config of one run. Raises ConfigError for a setting that cannot be."""
-        return _config(replace(training, changes=(*training.changes, *self.changes)), toy, self.root)
+        return config_of(replace(training, changes=(*training.changes, *self.changes)), toy, self.root)
 
     def run_folder(self, training: Training, toy: Toy) -> RunFolder:
         return RunFolder.of(self.config(training, toy))
@@ -81,18 +138,15 @@ class Runner:
             key = (one.setting.training, one.setting.share, one.setting.described, one.toys)
             groups.setdefault(key, []).append(one)
         for (training, _, _, toys), members in groups.items():
-            needs = []
-            for task in () if training is None else self._trainings(training, toys):
-                tasks.setdefault(task.name, task)
-                needs.append(task.name)
+            needed = {} if training is None else {task.name: task for task in self._trainings(training, toys)}
+            tasks |= needed
             each = len(self.protocol.templates(*toys)) * len(self.protocol.seeds)
             at_once = max(1, _PICTURES // each)
             for start in range(0, len(members), at_once):
-                task = self._drawing(members[start : start + at_once], tuple(needs))
+                task = self._drawing(members[start : start + at_once], tuple(needed))
                 tasks[task.name] = task
         for training in trainings:
-            for task in self._trainings(training, self.protocol.toys):
-                tasks.setdefault(task.name, task)
+            tasks |= {task.name: task for task in self._trainings(training, self.protocol.toys)}
         return list(tasks.values())
 
     def keep(self, outcome: Outcome) -> None:
@@ -101,10 +155,12 @@ class Runner:
             return
         wanted: tuple[Wanted, ...] = outcome.task.about
         if outcome.task.size > 1:
-            self._spend({one: outcome.seconds / len(wanted) for one in wanted})
-        self.points |= zip(wanted, outcome.value.points, strict=True)
-        shown = {**self.document.get("references", {}), **outcome.value.document["references"]}
-        self.document = {**outcome.value.document, "references": shown}
+            for one in wanted:
+                self._seconds[self._place(one)] = round(self.seconds(one) + outcome.seconds / len(wanted), 1)
+            atomic_write_text(self.root / SECONDS, json.dumps(self._seconds, indent=1) + "\n")
+        points, document = outcome.value
+        self.points |= zip(wanted, points, strict=True)
+        self.document = {**document, "references": {**self.document.get("references", {}), **document["references"]}}
 
     def trained(self, trainings: Iterable[Training]) -> bool:
         """Whether all toys have been learned by all of them."""
@@ -113,50 +169,6 @@ class Runner:
     def seconds(self, wanted: Wanted) -> float:
         """How long the pictures of a setting took to draw, when they were drawn."""
         return self._seconds.get(self._place(wanted), 0.0)
-
-    def _spend(self, spent: Mapping[Wanted, float]) -> None:
-        for one, seconds in spent.items():
-            self._seconds[self._place(one)] = round(self.seconds(one) + seconds, 1)
-        atomic_write_text(self.root / SECONDS, json.dumps(self._seconds, indent=1) + "\n")
-
-    def _place(self, wanted: Wanted) -> str:
-        return self.folder(wanted).relative_to(self.root).as_posix()
-
-    def training_name(self, training: Training, toy: Toy) -> str:
-        """The name of the task that trains a toy."""
-        return f"train {training.label}, {toy.name}"
-
-    def _trainings(self, training: Training, toys: Together) -> Iterator[Task]:
-        """The tasks for what is not trained yet."""
-        for toy in toys:
-            config = self.config(training, toy)
-            if not RunFolder.of(config).finished:
-                # Pictures of the superclass are as many again as those of the concept.
-                pictures = config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
-                size = config.method["steps"] * pictures
-                yield Task(self.training_name(training, toy), train, (config,), "train", size)
-
-    def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
-        setting, toys, protocol = members[0].setting, members[0].toys, self.protocol
-        looks = tuple(Look(self.folder(one), dict(one.setting.dials), self._said(one)) for one in members)
-        templates = protocol.templates(*toys)
-        missing = sum(len(templates) * len(protocol.seeds) for look in looks if not (look.folder / FILE_NAME).exists())
-        job = Job(
-            backbone=self.config(setting.training or _ANY, toys[0]).backbone,
-            method=setting.label,
-            toys=toys,
-            words=tuple(_word(setting, toy) for toy in toys),
-            concepts=tuple(self._file(setting, toy) for toy in toys if setting.training is not None),
-            looks=looks,
-            templates=templates,
-            seeds=protocol.seeds,
-            steps=protocol.steps,
-            guidance=protocol.guidance,
-            measured=self.root / "measured",
-        )
-        names = ", ".join(one.setting.name for one in members)
-        name = f"draw {setting.label} {names}, {' and '.join(toy.name for toy in toys)}"
-        return Task(name, draw, (job,), "draw", max(missing, 1), needs, about=tuple(members))
 
     def folder(self, wanted: Wanted) -> Path:
         """Where the pictures of a setting are."""
@@ -168,7 +180,31 @@ class Runner:
         drawn = f"{self.protocol.steps}-steps-of-dpm-guidance-{self.protocol.guidance:g}"
         return self.root / "pictures" / name / f"{wanted.setting.name}-{drawn}"
 
-    def _file(self, setting: Setting, toy: Toy) -> Path:
+    def _place(self, wanted: Wanted) -> str:
+        return self.folder(wanted).relative_to(self.root).as_posix()
+
+    def _trainings(self, training: Training, toys: Together) -> Iterator[Task]:
+        """The tasks for what is not trained yet."""
+        for toy in toys:
+            config = self.config(training, toy)
+            if not RunFolder.of(config).finished:
+                # Pictures of the superclass are as many again as those of the concept.
+                pictures = config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
+                yield Task(task_name(training, toy), train, (config,), "train", config.method["steps"] * pictures)
+
+    def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
+        setting, toys = members[0].setting, members[0].toys
+        looks = tuple(Look(one, self.folder(one), self._said(one)) for one in members)
+        concepts = () if setting.training is None else tuple(self._concept(setting, toy) for toy in toys)
+        backbone = self.config(setting.training or _ANY, toys[0]).backbone
+        job = Job(self.protocol, backbone, concepts, looks, self.root / "measured")
+        new = sum(not (look.folder / FILE_NAME).exists() for look in looks)
+        size = new * len(job.prompts) * len(self.protocol.seeds)
+        names = ", ".join(one.setting.name for one in members)
+        name = f"draw {setting.label} {names}, {' and '.join(toy.name for toy in toys)}"
+        return Task(name, draw, (job,), "draw", max(size, 1), needs, about=tuple(members))
+
+    def _concept(self, setting: Setting, toy: Toy) -> Path:
         assert setting.training is not None
         folder = self.run_folder(setting.training, toy)
         return folder.concept if setting.share == 1 else snapshot_file(folder.path, self._step(setting, toy))
@@ -183,27 +219,16 @@ class Runner:
         training = wanted.setting.training
         said = [f"{len(wanted.toys)} concepts"] if len(wanted.toys) > 1 else []
         if training is not None and training.shares:
-            said.append(f"trained {self._step(wanted.setting, next(iter(wanted.toys)))} steps")
+            said.append(f"trained {self._step(wanted.setting, wanted.toys[0])} steps")
         return ", ".join(said) or None
-
-
-def _word(setting: Setting, toy: Toy) -> str:
-    """What stands for a toy in prompts."""
-    if setting.training is not None:
-        return toy.placeholder
-    return toy.description if setting.described else toy.superclass
 
 
 _ANY = Training("base", "perfusion_toyland")  # whose backbone is the base model
 
 
-def _read_seconds(file: Path) -> dict[str, float]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-@functools.cache
-def _config(training: Training, toy: Toy, root: Path) -> TrainConfig:
-    return config_of(training, toy, root)
+def task_name(training: Training, toy: Toy) -> str:
+    """The name of the task that trains a toy."""
+    return f"train {training.label}, {toy.name}"
 
 
 @functools.cache
@@ -221,3 +246,111 @@ def weights_digest() -> str:
         with open(file, "rb") as opened:
             total.update(file.relative_to(WEIGHTS).as_posix().encode() + hashlib.file_digest(opened, "sha256").digest())
     return total.hexdigest()[:12]
+
+
+# --- what workers do; models are loaded once in a process and kept ----------------------------------------------------
+
+
+def train(config: TrainConfig) -> None:
+    """Train a concept, unless it is there. Raises what `perfusion.train` raises."""
+    _one_thread()
+    from perfusion.train import train as run
+
+    try:
+        run(config)
+    finally:
+        gc.collect()
+
+
+def draw(job: Job) -> tuple[list[Point], dict[str, Any]]:
+    """Draw what is missing and score all: the point of each look, and what a record of scores says of itself.
+
+    Raises what `perfusion.generate` and `eval.score` raise.
+    """
+    _one_thread()
+    from perfusion.concept import Concept
+    from perfusion.drawing import Shot, draw
+    from perfusion.toyland.precision import autocast
+
+    backbone = _backbone(json.dumps(asdict(job.backbone), sort_keys=True))
+    with ExitStack() as stack:
+        attached = [stack.enter_context(Concept.load(file).attach(backbone)) for file in job.concepts]
+        shots = [
+            Shot(record, look.folder, [dict(look.wanted.setting.dials)] * len(attached))
+            for look in job.looks
+            for record in _records(job, look, backbone.pipe, attached)
+        ]
+        shots.sort(key=lambda shot: shot.record.prompt)  # a batch shares what is computed of a prompt
+        stack.enter_context(autocast(backbone.pipe.device))
+        draw(backbone.pipe, attached, shots, _AT_ONCE, size=job.backbone.resolution, exact=False, again=False)
+    return _scored(job)
+
+
+def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> list[ImageRecord]:
+    from perfusion.drawing import described, recorded
+    from perfusion.generate import slug
+
+    superclasses = [toy.superclass for toy in job.toys]
+    common: dict[str, Any] = {
+        **described(pipe, [one.concept for one in attached], [toy.name for toy in job.toys]),
+        # Scores read prompts with the superclass in its place, so that looks which are told are no wish of the prompt.
+        "placeholder": None if job.words == superclasses else JOINED.join(job.words),
+        "superclass": JOINED.join(superclasses),
+        "method": job.setting.label,
+        "backbone": "toyland",
+        "instance": job.toys[0].instance if len(job.toys) == 1 else None,
+        "dials": recorded(attached, [dict(look.wanted.setting.dials)] * len(attached)),
+        "steps": job.protocol.steps,
+        "guidance": job.protocol.guidance,
+        "setting": look.said,
+    }
+    return [
+        ImageRecord(file=f"{slug(template)}-{seed}.png", prompt=prompt, seed=seed, **common)
+        for template, prompt in job.prompts.items()
+        for seed in job.protocol.seeds
+    ]
+
+
+def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
+    from eval.folder_scores import points_of, score_folder, scored_with
+    from eval.folders import References, Said, read_folder
+
+    scorers = _scorers()
+    references = References(instance={toy.name: toy.instance for toy in job.toys})
+    asked = {*job.prompts.values()}
+    points: list[Point] = []
+    for look in job.looks:
+        folder = read_folder(look.folder, Said())
+        records = tuple(r for r in folder.records if r.prompt in asked and r.seed in job.protocol.seeds)
+        folder = replace(folder, records=records)
+        scores, _ = score_folder(folder, scorers, references, None, job.measured, progress=False)
+        points += points_of(folder, scores)
+    return points, scored_with(scorers, references, 1)
+
+
+@functools.cache
+def _scorers() -> Any:
+    from eval.scorers import Scorers, load_reader
+    from perfusion.scoring.clip import ClipScorer
+
+    return Scorers(ClipScorer("toyland"), None, load_reader())
+
+
+@functools.lru_cache(maxsize=1)
+def _backbone(config: str) -> Backbone:
+    from diffusers import DPMSolverMultistepScheduler
+
+    from perfusion.backbones import backbone_class
+    from perfusion.training.trainer import quieten
+
+    quieten()
+    chosen = checked(BackboneConfig, json.loads(config))
+    backbone = backbone_class(chosen.name).load(chosen)
+    backbone.pipe.scheduler = DPMSolverMultistepScheduler.from_config(backbone.pipe.scheduler.config)
+    return backbone
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

@@ -101,7 +101,7 @@ def _try(
         study.tell(trial, sum(values) / len(values))
     else:
         error = errors[0] if errors else f"{settings.objective} is {values}"
-        study.fail(trial, error)
+        study.tell(trial, None, error)
         print(f"trial {number} failed: {error}", flush=True)
     print(f"best so far {study.best.value:.4g}" if study.best else "none has succeeded yet", flush=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,14 @@ BASE_MODEL = Setting(None)
 DESCRIBED = Setting(None, described=True)
 
 
-def by_dial(training: Training, name: str, values: Sequence[Any], **others: Any) -> tuple[Setting, ...]:
-    """A front of one training: one of its method's dials swept, others set."""
-    return tuple(Setting(training, ((name, value), *others.items())) for value in values)
-
-
 def by_beta(training: Training, betas: Sequence[float] = BETAS, **others: Any) -> tuple[Setting, ...]:
-    """A front of Perfusion."""
-    return by_dial(training, "beta", betas, **others)
+    """A front of Perfusion: β swept, other dials set."""
+    return tuple(Setting(training, (("beta", beta), *others.items())) for beta in betas)
+
+
+def by_scale(training: Training) -> tuple[Setting, ...]:
+    """A front of LoRA."""
+    return tuple(Setting(training, (("scale", scale),)) for scale in SCALES)
 
 
 def by_steps(training: Training) -> tuple[Setting, ...]:
@@ -108,16 +108,22 @@ def by_steps(training: Training) -> tuple[Setting, ...]:
     return tuple(Setting(training, share=share) for share in (*training.shares, 1.0))
 
 
-def by_scale(training: Training, scales: Sequence[float] = SCALES) -> tuple[Setting, ...]:
-    """A front of LoRA."""
-    return by_dial(training, "scale", scales)
-
-
 def preset_value(training: Training, key: str) -> Any:
     """What a training's preset says of one of the method's options."""
     return OmegaConf.select(OmegaConf.load(CONF / "method" / f"{training.preset}.yaml"), key)
 
 
+def step_of(share: float, steps: int) -> int:
+    """The step that a share of a training ends with."""
+    return max(1, round(share * steps))
+
+
+def snapshot_file(run: Path, step: int) -> Path:
+    """The concept in a run's folder as it was after `step`; `experiments.snapshots` keeps it there."""
+    return run / "snapshots" / f"step-{step:05d}.safetensors"
+
+
+@functools.cache
 def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainConfig:
     """The config of a run, which `python -m perfusion.train from=<its folder>` trains as well.
 
@@ -125,11 +131,11 @@ def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainC
         ConfigError: a preset, key or value that cannot be.
     """
     config = copy.deepcopy(_composed((f"method={training.preset}", "callbacks=none", *training.changes)))
-    callbacks: Mapping[str, Any] = {**config.callbacks}
+    callbacks = {**config.callbacks}
     callbacks["checkpoint"]["every"] = _NEVER
     if training.shares:
         kept = {"_target_": "experiments.snapshots.KeepSteps", "shares": [*training.shares], "seed": seed}
-        callbacks = {**callbacks, "snapshots": kept}
+        callbacks["snapshots"] = kept
     drawn = ToylandConcept(toy.instance, config.concept.toyland.count)
     return replace(
         config,
@@ -140,7 +146,7 @@ def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainC
             config.concept, name=toy.name, superclass=toy.superclass, placeholder=toy.placeholder, toyland=drawn
         ),
         trainer={**config.trainer, "enable_progress_bar": False},
-        callbacks=dict(callbacks),
+        callbacks=callbacks,
         run=RunConfig(root=str(root)),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from experiments.snapshot_files import snapshot_file, step_of
+from experiments.settings import snapshot_file, step_of
 from perfusion.concept import Concept, save_concept
 
 

@@ -5,12 +5,10 @@ A trial whose process was stopped is asked for again, with the same settings, so
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -111,19 +109,23 @@ class Study:
         Raises:
             ConfigError: Optuna is missing; or the file holds a search for something else.
         """
-        self._optuna = optuna_module()
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigError(f"a search needs Optuna, the extra `search` of this project: {error}") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna: Any = optuna
         self._space, self._startup = space, startup
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._study = self._optuna.create_study(
+        self._study = optuna.create_study(
             storage=f"sqlite:///{file}", study_name="search", direction=direction, load_if_exists=True
         )
         asked = {**asked, "space": {key: repr(dimension) for key, dimension in space.items()}}
         asked = json.loads(json.dumps(asked))  # as it will be found there
         found = self._study.user_attrs.get(_ASKED, asked)
-        if other := [key for key in asked if not isinstance(found, dict) or found.get(key) != asked[key]]:
-            there = found.get(other[0]) if isinstance(found, dict) else found
+        if other := next((key for key in asked if found.get(key) != asked[key]), None):
             raise ConfigError(
-                f"{file} holds another search ({other[0]} is {there} there and {asked[other[0]]} here): "
+                f"{file} holds another search ({other} is {found.get(other)} there and {asked[other]} here): "
                 f"choose another {instead}"
             )
         self._study.set_user_attr(_ASKED, asked)
@@ -131,8 +133,8 @@ class Study:
         if first is not None and not trials:
             self._study.enqueue_trial(dict(first))
         for trial in trials:
-            if trial.state == self._optuna.trial.TrialState.RUNNING:  # and its process is gone
-                self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
+            if trial.state == optuna.trial.TrialState.RUNNING:  # and its process is gone
+                self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 self._study.enqueue_trial(trial.params)
 
     @property
@@ -155,27 +157,15 @@ class Study:
         trial = self._study.ask()
         return trial, words_of({key: dimension.suggest(trial, key) for key, dimension in self._space.items()})
 
-    def tell(self, trial: Any, value: float) -> None:
-        """A trial's score."""
-        self._study.tell(trial, value)
-
-    def fail(self, trial: Any, error: str) -> None:
-        """A trial that has no score, and why."""
-        trial.set_user_attr(_ERROR, error)
-        self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+    def tell(self, trial: Any, value: float | None, error: str = "") -> None:
+        """A trial's score; or None, and why it has none."""
+        if value is not None:
+            self._study.tell(trial, value)
+        else:
+            trial.set_user_attr(_ERROR, error)
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
 
 
 def error_of(trial: Any) -> str:
     """Why a trial failed; empty if it did not."""
     return trial.user_attrs.get(_ERROR, "")
-
-
-@functools.cache
-def optuna_module() -> ModuleType:
-    """Optuna, quiet. Raises ConfigError if it is not installed."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError(f"a search needs Optuna, the extra `search` of this project: {error}") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from eval.aggregate import concept_scores, harmonic_mean
+from eval.aggregate import concept_scores
 from experiments.exclusive import alone
 from experiments.pool import Pool
 from experiments.protocol import TUNING
@@ -33,11 +32,13 @@ from experiments.settings import (
     by_beta,
     by_scale,
     by_steps,
+    preset_value,
 )
 from experiments.study import Study, read_space
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.config import CONF, ConfigError
+from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
+from perfusion.scoring import harmonic_mean
 
 USAGE = """
 Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna, the
@@ -75,14 +76,6 @@ class TuneConfig:
     seed: int = 0  # of the search
 
 
-@dataclass
-class Search:
-    """The trials of one method."""
-
-    training: Training
-    study: Study
-
-
 def dial(training: Training) -> tuple[Setting, ...]:
     """What a trial of this method is looked at with: four strengths, or three lengths of the training, as in tables."""
     if training.preset == PERFUSION.preset:
@@ -109,10 +102,10 @@ def main(argv: Sequence[str]) -> int:
     out = Path(config.out).expanduser()
     with alone(out, "out="):
         runner = Runner(out, protocol, tuple(config.changes))
-        searches = [_opened(name, runner) for name in methods]
+        studies = {METHODS[name]: _opened(METHODS[name], runner) for name in methods}
         with Pool(config.workers, out / "log") as pool:
-            rounds = [_round(number, searches, runner, pool, config) for number in range(config.trials)]
-        text = "\n".join(map(_best, searches))
+            rounds = [_round(number, studies, runner, pool, config) for number in range(config.trials)]
+        text = "\n".join(_best(*one) for one in studies.items())
         atomic_write_text(out / "best.yaml", text)
     print(text + f"written to {out / 'best.yaml'}")
     failures = [line for failed in rounds for line in failed]
@@ -121,11 +114,9 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def _opened(name: str, runner: Runner) -> Search:
+def _opened(training: Training, runner: Runner) -> Study:
     """The search of a method, new or with the trials of former processes; its preset comes first."""
-    training, protocol = METHODS[name], runner.protocol
-    space = read_space(training.preset)
-    preset = OmegaConf.load(CONF / "method" / f"{training.preset}.yaml")
+    space, protocol = read_space(training.preset), runner.protocol
     asked = {
         "toys": [toy.name for toy in protocol.toys],
         "prompts": protocol.prompts,
@@ -134,26 +125,20 @@ def _opened(name: str, runner: Runner) -> Search:
         "changes": runner.changes,
         "dial": [setting.name for setting in dial(training)],
     }
-    study = Study(
-        runner.root / "studies" / f"{name}.db",
-        space,
-        asked,
-        startup=_STARTUP,
-        first={key: OmegaConf.select(preset, key.removeprefix("method.")) for key in space},
-        instead="out=",
-    )
-    return Search(training, study)
+    file = runner.root / "studies" / f"{training.label}.db"
+    first = {key: preset_value(training, key.removeprefix("method.")) for key in space}
+    return Study(file, space, asked, startup=_STARTUP, first=first, instead="out=")
 
 
-def _round(number: int, searches: Sequence[Search], runner: Runner, pool: Pool, config: TuneConfig) -> list[str]:
+def _round(number: int, studies: Mapping[Training, Study], runner: Runner, pool: Pool, config: TuneConfig) -> list[str]:
     """One trial of every method that has had no more than `number`; what failed."""
     asked: list[tuple[Study, Any, Training, list[Wanted]]] = []
-    for search in searches:
-        if len(search.study.over) <= number:
-            trial, words = search.study.ask(config.seed)
-            training = dataclasses.replace(search.training, changes=tuple(words))
+    for training, study in studies.items():
+        if len(study.over) <= number:
+            trial, words = study.ask(config.seed)
+            training = dataclasses.replace(training, changes=tuple(words))
             wanted = [Wanted(setting, (toy,)) for setting in dial(training) for toy in runner.protocol.toys]
-            asked.append((search.study, trial, training, wanted))
+            asked.append((study, trial, training, wanted))
     if not asked:
         return []
     print(f"trial {number + 1} of {config.trials}", flush=True)
@@ -166,7 +151,7 @@ def _round(number: int, searches: Sequence[Search], runner: Runner, pool: Pool, 
             study.tell(trial, value)
             print(f"  {value:.4f}  {name}  ({said})", flush=True)
         else:
-            study.fail(trial, "; ".join(failures))
+            study.tell(trial, None, "; ".join(failures))
             print(f"  failed  {name}", flush=True)
     return failures
 
@@ -177,26 +162,22 @@ def objective(runner: Runner, settings: Sequence[Setting]) -> tuple[float, str]:
     for setting in settings:
         scores = [concept_scores(runner.points[Wanted(setting, (toy,))]) for toy in runner.protocol.toys]
         identity, prompt = (float(np.mean([s[name] for s in scores])) for name in ("identity", "prompt"))
-        found.append(
-            (float(harmonic_mean(identity, prompt)), f"identity {identity:.3f}, prompt {prompt:.3f} at {setting.name}")
-        )
+        said = f"identity {identity:.3f}, prompt {prompt:.3f} at {setting.name}"
+        found.append((float(harmonic_mean(identity, prompt)), said))
     return max(found)
 
 
-def _best(search: Search) -> str:
+def _best(training: Training, study: Study) -> str:
     """The best trial of a method as keys of its preset."""
-    over, best = search.study.over, search.study.best
-    head = f"# conf/method/{search.training.preset}.yaml: "
+    over, best = study.over, study.best
+    head = f"# conf/method/{training.preset}.yaml: "
     if best is None:
         return f"{head}no trial of {len(over)} succeeded\n"
     first = next(trial.value for trial in over if trial.value is not None)
     head += f"{best.value:.4f}, the best of {len(over)} trials; the preset as it stood has {first:.4f}\n"
     head += f"# {best.user_attrs[_AT]}\n"
-    return head + "".join(f"{key.removeprefix('method.')}: {_spelled(v)}\n" for key, v in best.params.items())
-
-
-def _spelled(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    values = {key: f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in best.params.items()}
+    return head + "".join(f"{key.removeprefix('method.')}: {value}\n" for key, value in values.items())
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ The base model beside them, its superclass in the concept's place:  beta=0.5,0.7
 
 GRID = "grid.png"
 AUTO = "auto"
-CHOOSER = "eval.strength.choose"  # what beta=auto asks; by its name, like a callback, since eval stands above perfusion
 _SLUG = 48  # characters of a prompt in the name of a file
 
 
@@ -295,9 +294,9 @@ def _name(file: str, concept: Concept) -> str:
 
 def _best(config: GenerateConfig, attached: Attached) -> float:
     """The strength that the scores speak for, said aloud."""
-    from hydra.utils import get_method
+    from perfusion.strength import choose
 
-    beta = get_method(CHOOSER)(attached, config.references, config.scorer, config.pretrained)
+    beta = choose(attached, config.references, config.scorer, config.pretrained)
     print(f"beta=auto: {beta:g} has the best harmonic mean of CLIP-I and CLIP-T")
     return beta
 

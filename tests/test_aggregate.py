@@ -16,7 +16,6 @@ from eval.aggregate import (
     as_json,
     concept_draws,
     concept_scores,
-    interval_of,
     prompt_scores,
     summarize,
     summary,
@@ -77,7 +76,7 @@ def test_an_interval_over_seeds_is_that_of_the_mean():
     drawn = concept_draws(grid(values), MANY)["clip_i"]
     assert drawn.mean() == pytest.approx(values.mean(), abs=3e-3)
     assert drawn.std() == pytest.approx(values.std() / 5, rel=0.05)
-    found = interval_of(grid(values), MANY)["clip_i"]
+    found = summary([grid(values)], MANY).scores["clip_i"]
     assert found.mean == pytest.approx(values.mean())
     assert found.low == pytest.approx(np.quantile(drawn, 0.025)) and found.high == pytest.approx(
         np.quantile(drawn, 0.975)
@@ -122,7 +121,7 @@ def test_pictures_without_seeds_are_drawn_one_by_one():
 
 
 def test_without_anything_to_draw_there_is_no_interval():
-    assert interval_of(grid(np.array([[0.2], [0.4]])), MANY)["clip_i"] == Interval(pytest.approx(0.3), None, None)
+    assert summary([grid(np.array([[0.2], [0.4]]))], MANY).scores["clip_i"] == Interval(pytest.approx(0.3), None, None)
     assert as_json({"x": Interval(0.12345678)}) == {"x": {"mean": 0.123457, "low": None, "high": None}}
 
 

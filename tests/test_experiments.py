@@ -14,9 +14,9 @@ from PIL import Image
 from eval.record import read_scores
 from experiments import paper, tune
 from experiments.experiment import experiments
-from experiments.page import page
 from experiments.pool import Outcome, Task
 from experiments.protocol import TABLE_TOYS, Protocol
+from experiments.results import page
 from experiments.runner import Runner, Wanted
 from experiments.settings import (
     DESCRIBED,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.attributes import toy as known_toy
+from eval.folder_scores import toy as known_toy
 from experiments.protocol import (
     PAIR_PROMPTS,
     TABLE_PROMPTS,

@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from eval.folders import Said, find_folders, plain_prompt, read_folder, same_prompt, setting_of, shows_concept
+from eval.folders import (
+    DRAWN,
+    Base,
+    References,
+    Said,
+    find_folders,
+    plain_prompt,
+    read_folder,
+    same_prompt,
+    setting_of,
+    shows_concept,
+)
 from eval.record import ScoreError
-from eval.references import DRAWN, References
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import ConceptImageError
 from perfusion.manifest import ImageRecord
@@ -154,3 +164,14 @@ def test_what_is_missing_is_asked_for(tmp_path: Path, photos: Path):
     bare = read_folder(folder(tmp_path / "b", [ImageRecord("0.png", "x", concept="cat")]), NOTHING)
     with pytest.raises(ScoreError, match=r"instance=3 of which superclass\? Give superclass"):
         References(instance=3).targets(bare, bare.records[0])
+
+
+def test_the_base_models_pictures_are_found_by_prompt_and_seed(tmp_path: Path):
+    made = [record("0.png", "a dog", 3), record("1.png", "a dog", 4)]
+    base = Base(read_folder(folder(tmp_path / "base", made), NOTHING))
+    assert base.file(record("x.png", "a dog", 4)) == tmp_path / "base" / "1.png"
+    with pytest.raises(ScoreError, match=r"base=.*base: has no picture of 'a cat' with seed 3"):
+        base.file(record("x.png", "a cat", 3))
+    twice = folder(tmp_path / "twice", [record("0.png", "a dog", 3), record("1.png", "a dog", 3)])
+    with pytest.raises(ScoreError, match=r"base=.*twice: has two pictures of 'a dog' with seed 3"):
+        Base(read_folder(twice, NOTHING))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from perfusion.scoring.metrics import ClipImageScore, ClipTextScore, harmonic_mean
+from perfusion.scoring import harmonic_mean
+from perfusion.scoring.metrics import ClipImageScore, ClipTextScore, clip_scores
 
 D = 12
 
@@ -78,3 +79,13 @@ def test_harmonic_mean():
     assert harmonic_mean(0.5, 0.25) == pytest.approx(2 / (1 / 0.5 + 1 / 0.25))
     assert harmonic_mean(0.3, 0.3) == pytest.approx(0.3)
     assert harmonic_mean(0.9, 0.0) == harmonic_mean(-0.1, 0.9) == harmonic_mean(-0.2, -0.1) == 0.0
+    several = harmonic_mean(np.array([0.5, -0.1, np.nan]), np.array([0.25, 0.9, 0.5]))
+    assert several == pytest.approx([1 / 3, 0, np.nan], nan_ok=True)
+
+
+def test_scores_of_known_embeddings():
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    references, texts = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    assert clip_scores(images, references, texts) == pytest.approx(
+        {"clip_i": 0.7, "clip_t": 0.8, "harmonic": 2 * 0.7 * 0.8 / 1.5}
+    )

@@ -89,11 +89,8 @@ def test_sheets_of_former_reports_go(scores: Path, tmp_path: Path):
 
 def test_mistakes_are_named(scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
     for words, message in (
-        (["x=nothing"], "x: found 'nothing', expected one of"),
         (["y=identity"], "nothing has both scores; there are"),
         (["side=2"], "side: found 2, expected at least 8 pixels"),
-        (["reference=[1,2,3]"], "expected two numbers"),
-        (["scores=none.json"], "none.json: found no such file"),
     ):
         assert run_cli(main, [f"scores={scores}", f"out={tmp_path / 'r'}", *words]) == 2
         assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ from PIL import Image
 
 from eval import folder_scores
 from eval.record import ScoreError, read_scores
-from eval.score import main, row_name, table
+from eval.score import main, table
 from perfusion.cli import run_cli
 from perfusion.manifest import ImageRecord, write_manifest
 from perfusion.scoring.clip import ClipScorer, ScorerError
@@ -163,9 +163,6 @@ def test_drift_of_prompts_without_the_concept(run, scorer: str, capsys: pytest.C
     a, b = (np.stack([np.asarray(i, float) / 255 for i in images]) for images in (after, before))
     assert point["scores"]["drift_mse"]["mean"] == pytest.approx(float(((a - b) ** 2).mean()), abs=1e-6)
     assert set(point["pictures"][1]["scores"]) == {"drift", "drift_mse"}
-    with pytest.raises(ScoreError, match="base=base: has no picture of 'a dog' with seed 7"):
-        write_manifest("images", [record("1.png", "a dog", 7)])
-        run(base="base")
 
 
 def test_toyland_pictures_are_read_by_the_attribute_reader(run, tmp_path: Path) -> None:
@@ -236,5 +233,5 @@ def test_the_table_says_what_is_not_there(run) -> None:
     from eval.aggregate import Bootstrap, summarize
 
     found = summarize(points, Bootstrap(10))
-    assert row_name(found[0], found) == "perfusion"
+    assert table(found).splitlines()[1].startswith("perfusion  ")
     assert "±" not in table(found), "one picture has no interval"

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hydra.utils import get_class
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from PIL import Image
@@ -245,10 +244,6 @@ def test_a_mistake_is_found_before_the_first_step(method, backbone, scorer, tmp_
         SelectBestStep(every=0)
     with pytest.raises(ConfigError, match="prompts: found none"):
         SelectBestStep(prompts=[])
-
-
-def test_configs_of_earlier_runs_find_the_callback() -> None:
-    assert get_class("eval.selection.SelectBestStep") is SelectBestStep
 
 
 def test_pictures() -> None:

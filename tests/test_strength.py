@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from eval import strength
-from eval.strength import GRID, Strength, best, main, measure, reference_pictures, table
+from eval.strength import main
+from perfusion import strength
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept, save_concept
 from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, ToylandConcept, TrainConfig
@@ -24,6 +23,7 @@ from perfusion.methods.base import Word
 from perfusion.sampling import sample
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.scoring.metrics import clip_scores
+from perfusion.strength import GRID, Strength, best, measure, reference_pictures, table
 from perfusion.training.run_folder import RunFolder
 from perfusion.training.samples import sample_templates
 from tests.concepts import tiny_backbone, toyland_backbone, untrained_concept
@@ -159,14 +159,6 @@ def test_auto_draws_with_the_best_and_says_which(
 def test_auto_is_for_one_concept(file: Path) -> None:
     with pytest.raises(ConfigError, match="beta=auto: found several concepts"):
         generate(GenerateConfig(concept=[str(file), str(file)], prompt="<cat*>", dials={"beta": "auto"}))
-
-
-def test_scores_of_known_embeddings() -> None:
-    images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    references, texts = torch.tensor([[0.6, 0.8]]), torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    assert clip_scores(images, references, texts) == pytest.approx(
-        {"clip_i": 0.7, "clip_t": 0.8, "harmonic": 2 * 0.7 * 0.8 / 1.5}
-    )
 
 
 def test_pictures_that_are_not_there_are_missed_by_their_own_key(attached: Attached, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from eval.aggregate import Interval, Summary
 from eval.looks import looks
-from eval.tables import escape, latex, markdown, table_of
+from eval.tables import escape, latex, markdown
 
 
 def summary(method: str, beta: float | None = None, **scores: Interval) -> Summary:
@@ -12,17 +12,15 @@ def summary(method: str, beta: float | None = None, **scores: Interval) -> Summa
     return Summary(method, setting, ("cat", "dog"), 8, scores, {name: np.zeros(1) for name in scores})
 
 
-TABLE = table_of(
-    [
-        summary("perfusion", 0.4, clip_i=Interval(0.7, 0.65, 0.75), drift=Interval(0.01)),
-        summary("perfusion", 0.6, clip_i=Interval(0.5, 0.45, 0.55), drift=Interval(0.02)),
-        summary("my_lora|x", None, clip_i=Interval(0.7000001), clip_t=Interval(float("nan"))),
-    ]
-)
+SUMMARIES = [
+    summary("perfusion", 0.4, clip_i=Interval(0.7, 0.65, 0.75), drift=Interval(0.01)),
+    summary("perfusion", 0.6, clip_i=Interval(0.5, 0.45, 0.55), drift=Interval(0.02)),
+    summary("my_lora|x", None, clip_i=Interval(0.7000001), clip_t=Interval(float("nan"))),
+]
 
 
 def test_markdown():
-    assert markdown(TABLE).splitlines() == [
+    assert markdown(SUMMARIES).splitlines() == [
         "| method | setting | concepts | images | CLIP-I | CLIP-T | drift ↓ |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
         "| Perfusion | β 0.4 | 2 | 8 | **0.700 ± 0.050** | – | **0.010** |",
@@ -32,7 +30,7 @@ def test_markdown():
 
 
 def test_latex():
-    text = latex(TABLE, "Scores & more, 50 %", "tab:x")
+    text = latex(SUMMARIES, "Scores & more, 50 %", "tab:x")
     assert r"\caption{Scores \& more, 50 \%}" in text and r"\label{tab:x}" in text
     assert r"\begin{tabular}{llrrrrr}" in text
     assert r"Perfusion & $\beta$ 0.4 & 2 & 8 & \textbf{0.700 $\pm$ 0.050} & -- & \textbf{0.010} \\" in text

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.comparison import gained
-from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, FEW_BETAS, PERFUSION, by_beta
-from experiments.verdict import signed
+from experiments.evidence import Evidence, gained, signed
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
+from experiments.settings import FEW_BETAS, PERFUSION, by_beta
 
 CHOICES = {
     "words alone": "backbone.covariance.positions=words",
@@ -39,7 +37,7 @@ EXPERIMENT = Experiment(
     test="How much more prompt accuracy the front with the default C (all positions, ridge 0.01) has than that with C "
     "over the words alone, at the same identity (mean over five identities that both have). The claim holds if the "
     "95 % interval lies above 0. Other ridges stand beside it.",
-    series=(Series("default", OWN), *OTHERS, Series("base", (BASE_MODEL,))),
+    series=(Series("default", OWN), *OTHERS, BASE_SERIES),
     judge=judge,
     caveats="The other settings were chosen with the default C.",
     of_paper=False,

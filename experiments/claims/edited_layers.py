@@ -3,12 +3,9 @@ much passes through words."""
 
 from __future__ import annotations
 
-from experiments.comparison import SLACK, front
-from experiments.curves import lead
-from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, DESCRIBED, LORA, PERFUSION, by_beta, by_scale
-from experiments.verdict import Check
+from experiments.evidence import SLACK, Check, Evidence, front, lead, least_lead
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
+from experiments.settings import DESCRIBED, LORA, PERFUSION, by_beta, by_scale
 
 ALL = by_scale(LORA)
 TEXT = by_scale(LORA.changed("lora, K and V of the text", "method.targets=[attn2.to_k,attn2.to_v]"))
@@ -18,8 +15,8 @@ OWN = by_beta(PERFUSION)
 def judge(evidence: Evidence) -> Finding:
     """LoRA on all of the attention over LoRA on what Perfusion edits; and Perfusion over the latter."""
     text = evidence.line(TEXT)
-    beyond = evidence.number(lambda a, b: min(lead(a, one, SLACK) for one in b), front(evidence, ALL), text)
-    own = evidence.number(lambda a, b: min(lead(a, one, SLACK) for one in b), front(evidence, OWN), text)
+    beyond = evidence.number(least_lead, front(evidence, ALL), text)
+    own = evidence.number(least_lead, front(evidence, OWN), text)
     most = evidence.number(lambda a, b: float(a[:, 1].max() - b[:, 1].max()), evidence.line(ALL), text)
     told = evidence.number(lambda a, b: lead(a, b[0], SLACK), front(evidence, OWN), evidence.line([DESCRIBED]))
     checks = (
@@ -45,7 +42,7 @@ EXPERIMENT = Experiment(
         Series("lora, K and V of the text", TEXT),
         Series("perfusion", OWN),
         Series(DESCRIBED.label, (DESCRIBED,)),
-        Series("base", (BASE_MODEL,)),
+        BASE_SERIES,
     ),
     judge=judge,
     caveats="The rate was chosen with all layers.",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.comparison import gained
 from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, FEW_BETAS, PERFUSION, TRAINED_KEYS, by_beta
-from experiments.verdict import signed
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, compared
+from experiments.settings import FEW_BETAS, PERFUSION, TRAINED_KEYS, by_beta
 
 LOCAL = by_beta(PERFUSION, FEW_BETAS)
 GLOBAL = by_beta(PERFUSION, FEW_BETAS, key_lock="global")
@@ -15,14 +13,13 @@ SERIES = (
     Series("local", LOCAL),
     Series("global", GLOBAL),
     Series("none (trained keys)", NONE),
-    Series("base", (BASE_MODEL,)),
+    BASE_SERIES,
 )
 
 
 def judge(evidence: Evidence) -> Finding:
     """At the same identity, and at the same β."""
-    checks = gained(evidence, LOCAL, NONE, "locking")
-    return Finding(tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
+    return compared(evidence, LOCAL, NONE, "locking")
 
 
 EXPERIMENT = Experiment(

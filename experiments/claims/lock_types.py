@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from experiments.claims.key_lock import GLOBAL, LOCAL, NONE, SERIES
 from experiments.claims.one_shot import SLIGHTLY
-from experiments.evidence import Evidence
+from experiments.evidence import Check, Evidence, signed
 from experiments.experiment import Experiment, Finding
-from experiments.verdict import Check, signed
 
 
 def judge(evidence: Evidence) -> Finding:

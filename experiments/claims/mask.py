@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.comparison import gained
 from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, FEW_BETAS, FIVE_PICTURES, by_beta
-from experiments.verdict import signed
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, compared
+from experiments.settings import FEW_BETAS, FIVE_PICTURES, by_beta
 
 WITH = by_beta(FIVE_PICTURES, FEW_BETAS)
 WITHOUT = by_beta(FIVE_PICTURES.changed("perfusion, 5 pictures, no mask", "method.masked_loss=false"), FEW_BETAS)
@@ -14,8 +12,7 @@ WITHOUT = by_beta(FIVE_PICTURES.changed("perfusion, 5 pictures, no mask", "metho
 
 def judge(evidence: Evidence) -> Finding:
     """What the mask gains."""
-    checks = gained(evidence, WITH, WITHOUT, "the mask")
-    return Finding(tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
+    return compared(evidence, WITH, WITHOUT, "the mask")
 
 
 EXPERIMENT = Experiment(
@@ -25,7 +22,7 @@ EXPERIMENT = Experiment(
     source="the soft object mask in the loss",
     test="How much more prompt accuracy the front has that was trained with masks, at the same identity (mean over "
     "five identities that both have). The claim holds if the 95 % interval lies above 0.",
-    series=(Series("with mask", WITH), Series("without", WITHOUT), Series("base", (BASE_MODEL,))),
+    series=(Series("with mask", WITH), Series("without", WITHOUT), BASE_SERIES),
     judge=judge,
     caveats="Trained on five pictures, four of them with a background that a mask can keep out; that of the one-shot "
     "trainings is plain. Masks are exact; those of photos are not. The other settings were chosen with masks and one "

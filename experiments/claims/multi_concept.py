@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.comparison import SLACK, beyond
-from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, CUSTOM_DIFFUSION, PERFUSION, by_beta, by_steps
+from experiments.evidence import SLACK, Evidence, beyond
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
+from experiments.settings import CUSTOM_DIFFUSION, PERFUSION, by_beta, by_steps
 
 BOTH = by_beta(PERFUSION)
 MERGED = by_steps(CUSTOM_DIFFUSION)
@@ -14,7 +13,7 @@ MERGED = by_steps(CUSTOM_DIFFUSION)
 def judge(evidence: Evidence) -> Finding:
     """Perfusion's front over all settings of Custom Diffusion."""
     checks = beyond(evidence, BOTH, MERGED, "Custom Diffusion")
-    return Finding(tuple(checks), f"identity {checks[0].value.mean:+.3f} above all settings of Custom Diffusion")
+    return Finding(checks, f"identity {checks[0].value.mean:+.3f} above all settings of Custom Diffusion")
 
 
 EXPERIMENT = Experiment(
@@ -25,7 +24,7 @@ EXPERIMENT = Experiment(
     test="Pictures of two toys. How much more identity (mean of both toys) has Perfusion's front than Custom Diffusion "
     f"at the latter's prompt accuracy (less {SLACK:g}), at the setting for which this lead is least? The claim holds "
     "if the 95 % interval of that lies above 0.",
-    series=(Series("perfusion", BOTH), Series("custom_diffusion", MERGED), Series("base", (BASE_MODEL,))),
+    series=(Series("perfusion", BOTH), Series("custom_diffusion", MERGED), BASE_SERIES),
     judge=judge,
     pairs=True,
     caveats="The paper compares with Custom Diffusion trained on both concepts together. Here its concepts are trained "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.comparison import area_gained, same_identity
-from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, FEW_BETAS, FIVE_PICTURES, PERFUSION, by_beta
-from experiments.verdict import Check, signed
+from experiments.evidence import Check, Evidence, area_gained, same_identity, signed
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
+from experiments.settings import FEW_BETAS, FIVE_PICTURES, PERFUSION, by_beta
 
 SLIGHTLY = 0.05  # of prompt accuracy: less than one asked-for thing in a picture of every ten
 ONE = by_beta(PERFUSION, FEW_BETAS)
@@ -36,7 +34,7 @@ EXPERIMENT = Experiment(
     source="one-shot personalization",
     test=f"How much prompt accuracy the front from one picture lacks against that from five, at the same identity. The "
     f"claim holds if the 95 % interval lies below {SLIGHTLY}, and fails if it lies above.",
-    series=(Series("1 picture", ONE), Series("5 pictures", FIVE), Series("base", (BASE_MODEL,))),
+    series=(Series("1 picture", ONE), Series("5 pictures", FIVE), BASE_SERIES),
     judge=judge,
     caveats="Both are trained for as many steps, which were chosen for one picture. The first of the five pictures is "
     "the one of the one-shot training, on a plain background; the others are set in other places.",

@@ -6,12 +6,10 @@ import statistics
 from dataclasses import replace
 
 from eval.looks import title
-from experiments.comparison import SLACK, beyond
-from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series, Table
+from experiments.evidence import SLACK, Check, Evidence, beyond
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, Table
 from experiments.runner import Wanted
 from experiments.settings import (
-    BASE_MODEL,
     CUSTOM_DIFFUSION,
     DREAMBOOTH,
     LORA,
@@ -21,7 +19,6 @@ from experiments.settings import (
     by_scale,
     by_steps,
 )
-from experiments.verdict import Check
 
 FRONT = by_beta(PERFUSION)
 OTHERS = (
@@ -40,7 +37,7 @@ def judge(evidence: Evidence) -> Finding:
         found = beyond(evidence, FRONT, series.settings, title(series.label))
         checks += found if series.label in NAMED else [replace(check, decides=False) for check in found]
     least = min((c for c in checks if c.decides), key=lambda c: c.value.mean)
-    return Finding(tuple(checks), f"{least.what}: {least.value.mean:+.3f}", (_costs(evidence),))
+    return Finding(checks, f"{least.what}: {least.value.mean:+.3f}", (_costs(evidence),))
 
 
 def _costs(evidence: Evidence) -> Table:
@@ -69,7 +66,7 @@ EXPERIMENT = Experiment(
     f"the prompt accuracy of that setting (less {SLACK:g}, one asked-for thing of fifty)? What counts is the setting "
     "over which this lead is least. The claim holds if the 95 % interval of the least lead lies above 0 for all three "
     "methods, and fails if it lies below 0 for one.",
-    series=(Series("perfusion", FRONT), *OTHERS, Series("base", (BASE_MODEL,))),
+    series=(Series("perfusion", FRONT), *OTHERS, BASE_SERIES),
     judge=judge,
     caveats="Perfusion's line has more points than the others have; a line through more points lies no lower. The one "
     "setting that lies furthest out decides; a method's best trade-off stands beside it. The margin is the negative of "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 
 from eval.aggregate import Interval
 from eval.looks import title
-from experiments.evidence import Evidence, folder_bytes
+from experiments.evidence import Check, Evidence
 from experiments.experiment import Experiment, Finding, Table
 from experiments.settings import CUSTOM_DIFFUSION, DREAMBOOTH, LORA, PERFUSION, TEXTUAL_INVERSION
-from experiments.verdict import Check
 from perfusion.training.run_folder import RunFolder, read_config
 
 TRAININGS = (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)
@@ -26,7 +26,7 @@ def judge(evidence: Evidence) -> Finding:
     for training in TRAININGS:
         runs = evidence.runs(training)
         sizes[training.label] = statistics.mean(run.concept.stat().st_size for run in runs)
-        exported = statistics.mean(folder_bytes(run.diffusers) for run in runs)
+        exported = statistics.mean(_bytes(run.diffusers) for run in runs)
         seconds = evidence.training_seconds(training)
         rows.append(
             (
@@ -58,6 +58,11 @@ def _length(run: RunFolder) -> str:
     method = read_config(run.config).method
     prior = f" and {method['batch_size']} of the prior" if method.get("prior_images") else ""
     return f"{method['steps']} steps of {method['batch_size']} pictures{prior}"
+
+
+def _bytes(folder: Path) -> int:
+    """The size of all files in a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _stable_diffusion() -> Table:

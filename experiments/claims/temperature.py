@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.comparison import gained
 from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, FEW_BETAS, PERFUSION, by_beta, preset_value
-from experiments.verdict import signed
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, compared
+from experiments.settings import FEW_BETAS, PERFUSION, by_beta, preset_value
 
 TRAINED = float(preset_value(PERFUSION, "tau"))
 HIGHER = float(preset_value(PERFUSION, "sample_tau"))
@@ -15,8 +13,7 @@ AT_TRAINED, AT_HIGHER = by_beta(PERFUSION, FEW_BETAS, tau=TRAINED), by_beta(PERF
 
 def judge(evidence: Evidence) -> Finding:
     """At the same identity: at the same β, a higher τ shuts the gate further, which moves along a front."""
-    checks = gained(evidence, AT_HIGHER, AT_TRAINED, f"τ {HIGHER:g} over {TRAINED:g}")
-    return Finding(tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
+    return compared(evidence, AT_HIGHER, AT_TRAINED, f"τ {HIGHER:g} over {TRAINED:g}")
 
 
 EXPERIMENT = Experiment(
@@ -29,7 +26,7 @@ EXPERIMENT = Experiment(
     series=(
         Series(f"τ {TRAINED:g}", AT_TRAINED),
         Series(f"τ {HIGHER:g}", AT_HIGHER),
-        Series("base", (BASE_MODEL,)),
+        BASE_SERIES,
     ),
     judge=judge,
     caveats="The three β of each τ lie at other places of its front, which is taken as a straight line between them.",

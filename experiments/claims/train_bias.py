@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.comparison import gained
 from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding, Series
-from experiments.settings import BASE_MODEL, FEW_BETAS, PERFUSION, by_beta, preset_value
-from experiments.verdict import signed
+from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, compared
+from experiments.settings import FEW_BETAS, PERFUSION, by_beta, preset_value
 
 LOWER = 0.25
 OWN = float(preset_value(PERFUSION, "beta"))
@@ -16,8 +14,7 @@ LOW = by_beta(PERFUSION.changed(f"perfusion, trained at β {LOWER:g}", f"method.
 
 def judge(evidence: Evidence) -> Finding:
     """At the same identity: at the same β in pictures, another training is a stronger or weaker concept."""
-    checks = gained(evidence, HIGH, LOW, f"training at β {OWN:g} over {LOWER:g}")
-    return Finding(tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
+    return compared(evidence, HIGH, LOW, f"training at β {OWN:g} over {LOWER:g}")
 
 
 EXPERIMENT = Experiment(
@@ -31,7 +28,7 @@ EXPERIMENT = Experiment(
     series=(
         Series(f"trained at β {LOWER:g}", LOW),
         Series(f"trained at β {OWN:g}", HIGH),
-        Series("base", (BASE_MODEL,)),
+        BASE_SERIES,
     ),
     judge=judge,
     caveats=f"The other settings were chosen together with β {OWN:g}.",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from perfusion.scoring import harmonic_mean
+
 TEXT_SCALE = 2.5  # of CLIPScore (Hessel et al., arXiv 2104.08718), which CustomConcept101 reports
 
 
@@ -86,11 +88,6 @@ class ClipTextScore(Metric):
         return self.total / self.count
 
 
-def harmonic_mean(a: float, b: float) -> float:
-    """2ab / (a + b) of two scores; 0 if either is not above 0, for then one of the two goals is missed altogether."""
-    return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
-
-
 def clip_scores(images: Tensor, references: Tensor, texts: Tensor) -> dict[str, float]:
     """`clip_i`, `clip_t` and their `harmonic` mean, of embeddings of n pictures (n, d), of m pictures of the concept
     (m, d), and of the n prompts (n, d). Nothing but these counts: other processes need not call it."""
@@ -99,4 +96,4 @@ def clip_scores(images: Tensor, references: Tensor, texts: Tensor) -> dict[str, 
     clip_t = ClipTextScore(sync_on_compute=False)
     clip_t.update(images, texts)
     i, t = clip_i.compute().item(), clip_t.compute().item()
-    return {"clip_i": i, "clip_t": t, "harmonic": harmonic_mean(i, t)}
+    return {"clip_i": i, "clip_t": t, "harmonic": float(harmonic_mean(i, t))}

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from eval import attributes
-from eval.attributes import load_reader, toy
-from perfusion.scoring.clip import ScorerError
 from perfusion.toyland.captions import CaptionError
 from perfusion.toyland.judge import Wish, judge
-from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, labels
+from perfusion.toyland.reader import HEADS, labels
 from perfusion.toyland.world import Instance, Scene, concept_scene, sample_scene
 
 CAT = Instance("cat", "purple", "pink", "striped", "blue")
@@ -125,32 +121,3 @@ def test_pictures_are_judged_each_by_its_own_wish():
 def test_a_prompt_outside_of_toyland():
     with pytest.raises(CaptionError, match="names 0 of Toyland's superclasses"):
         scores(Told(concept_scene(CAT, 0)), "a photo of a hamster")
-
-
-def test_the_toy_of_a_seed_is_the_one_that_training_draws():
-    from perfusion.config import ConceptConfig, ToylandConcept
-    from perfusion.training.data import examples_of
-
-    assert toy(16, "cat") == toy(16, "cat") != toy(17, "cat")
-    pixels = examples_of(ConceptConfig("x", "cat", "<x>", toyland=ToylandConcept(16, 1)), 64).pixels[0]
-    colours = {tuple(c) for c in ((pixels.permute(1, 2, 0) + 1) * 127.5).round().int().reshape(-1, 3).tolist()}
-    from perfusion.toyland.world import COLOURS
-
-    near = [min(sum(abs(a - b) for a, b in zip(c, COLOURS[toy(16, "cat").body], strict=True)) for c in colours)]
-    assert near[0] < 30
-    with pytest.raises(ScorerError, match="found the superclass 'hamster', expected one of Toyland's: cat"):
-        toy(16, "hamster")
-
-
-def test_the_reader_is_loaded_or_says_what_is_missing(tmp_path: Path, monkeypatch):
-    Reader().save(tmp_path / "reader")
-    assert isinstance(load_reader(tmp_path / "reader"), Reader)
-    monkeypatch.setattr(attributes, "WEIGHTS", tmp_path / "none")
-    with pytest.raises(ScorerError, match=r"the attribute reader is not there; run `make toyland`, or .* reader=none"):
-        load_reader()
-    with pytest.raises(ScorerError, match="is not there; expected a reader's folder"):
-        load_reader(tmp_path / "none")
-    (tmp_path / "reader" / "reader.safetensors").write_bytes(b"\0" * 9)
-    with pytest.raises(ScorerError, match="cannot be loaded"):
-        load_reader(tmp_path / "reader")
-    assert NOT_SHOWN == -1

@@ -10,49 +10,59 @@ import pytest
 
 from eval.aggregate import Bootstrap, Interval
 from eval.record import Picture, Point
-from experiments import curves
-from experiments.evidence import Evidence, Line
+from experiments.evidence import (
+    Check,
+    Evidence,
+    Line,
+    Verdict,
+    area,
+    combined,
+    gain,
+    lead,
+    levels,
+    margin,
+    non_dominated,
+)
 from experiments.experiment import Experiment, experiments
 from experiments.protocol import Protocol
 from experiments.runner import Wanted
 from experiments.settings import BASE, FEW_BETAS, Setting
-from experiments.verdict import Check, Verdict, combined
 
 DIAGONAL = np.array([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]])
 
 
 def test_a_front_leaves_out_what_is_dominated() -> None:
-    assert np.array_equal(curves.line(np.array([[0.4, 0.4], *DIAGONAL[::-1], DIAGONAL[0]])), DIAGONAL)
+    assert np.array_equal(non_dominated(np.array([[0.4, 0.4], *DIAGONAL[::-1], DIAGONAL[0]])), DIAGONAL)
 
 
 def test_area_by_hand() -> None:
-    assert curves.area(np.array([[0.5, 0.4]])) == pytest.approx(0.2)
-    assert curves.area(DIAGONAL) == pytest.approx(0.2 * 0.8 + 0.6 * 0.5)
+    assert area(np.array([[0.5, 0.4]])) == pytest.approx(0.2)
+    assert area(DIAGONAL) == pytest.approx(0.2 * 0.8 + 0.6 * 0.5)
 
 
 def test_margin_by_hand() -> None:
-    assert curves.margin(DIAGONAL, np.array([0.4, 0.4])) == pytest.approx(0.1)
-    assert curves.margin(DIAGONAL, np.array([0.6, 0.6])) == pytest.approx(-0.1)
-    assert curves.margin(DIAGONAL, np.array([0.9, 0.1])) == pytest.approx(-0.1), "beyond the right end"
-    assert curves.margin(DIAGONAL, np.array([0.0, 0.9])) == pytest.approx(-0.1), "above the left end"
-    assert curves.margin(DIAGONAL, np.array([0.5, 0.5])) == pytest.approx(0, abs=1e-9)
+    assert margin(DIAGONAL, np.array([0.4, 0.4])) == pytest.approx(0.1)
+    assert margin(DIAGONAL, np.array([0.6, 0.6])) == pytest.approx(-0.1)
+    assert margin(DIAGONAL, np.array([0.9, 0.1])) == pytest.approx(-0.1), "beyond the right end"
+    assert margin(DIAGONAL, np.array([0.0, 0.9])) == pytest.approx(-0.1), "above the left end"
+    assert margin(DIAGONAL, np.array([0.5, 0.5])) == pytest.approx(0, abs=1e-9)
 
 
 def test_lead_and_gain_by_hand() -> None:
-    assert curves.lead(DIAGONAL, np.array([0.4, 0.4]), 0.05) == pytest.approx(0.25)
-    assert curves.lead(DIAGONAL, np.array([0.1, 0.9]), 0) == pytest.approx(-0.1), "above the left end"
-    assert curves.lead(DIAGONAL, np.array([0.81, 0.1]), 0.02) == pytest.approx(0.11)
-    assert curves.lead(DIAGONAL, np.array([0.83, 0.1]), 0.02) == pytest.approx(-0.1), "beyond the right end"
+    assert lead(DIAGONAL, np.array([0.4, 0.4]), 0.05) == pytest.approx(0.25)
+    assert lead(DIAGONAL, np.array([0.1, 0.9]), 0) == pytest.approx(-0.1), "above the left end"
+    assert lead(DIAGONAL, np.array([0.81, 0.1]), 0.02) == pytest.approx(0.11)
+    assert lead(DIAGONAL, np.array([0.83, 0.1]), 0.02) == pytest.approx(-0.1), "beyond the right end"
     moved = DIAGONAL + np.array([0.05, 0])
-    assert curves.gain(moved, DIAGONAL, curves.levels(moved, DIAGONAL)) == pytest.approx(0.05)
+    assert gain(moved, DIAGONAL, levels(moved, DIAGONAL)) == pytest.approx(0.05)
 
 
 def test_a_front_attains_what_lies_below_its_lower_end() -> None:
     above = DIAGONAL + np.array([0, 1.0])
-    assert curves.levels(above, DIAGONAL) == pytest.approx([0.32, 0.44, 0.56, 0.68, 0.8])
-    assert curves.gain(above, DIAGONAL, curves.levels(above, DIAGONAL)) == pytest.approx(0.8 - 0.44)
-    assert curves.gain(DIAGONAL, above, curves.levels(DIAGONAL, above)) == pytest.approx(0.44 - 0.8)
-    assert curves.levels(np.array([[0.9, 0.1]]), DIAGONAL) == pytest.approx([0.1] * 5)
+    assert levels(above, DIAGONAL) == pytest.approx([0.32, 0.44, 0.56, 0.68, 0.8])
+    assert gain(above, DIAGONAL, levels(above, DIAGONAL)) == pytest.approx(0.8 - 0.44)
+    assert gain(DIAGONAL, above, levels(DIAGONAL, above)) == pytest.approx(0.44 - 0.8)
+    assert levels(np.array([[0.9, 0.1]]), DIAGONAL) == pytest.approx([0.1] * 5)
 
 
 @pytest.mark.parametrize(
