@@ -182,12 +182,12 @@ def main(argv: Sequence[str]) -> None:
     import json
 
     config = parse_key_values(argv, StrengthConfig, USAGE)
+    from perfusion.backbones import load_backbone
     from perfusion.concept import Concept
     from perfusion.files import atomic_write_text
-    from perfusion.presets import load_for
 
     concept = Concept.load(Path(config.concept).expanduser())
-    with concept.attach(load_for(concept.fingerprint, config)) as attached:
+    with concept.attach(load_backbone(config, default=concept.family)) as attached:
         found = measure(
             attached, config.references, config.grid, config.scorer, config.pretrained, config.steps, config.seed
         )

@@ -122,6 +122,11 @@ class Concept:
         return total.hexdigest()[:_HASH_DIGITS]
 
     @property
+    def family(self) -> str:
+        """The kind of backbone that it was trained on, such as `stable_diffusion`."""
+        return self.fingerprint.get("family", "toyland")
+
+    @property
     def dials(self) -> Mapping[str, Dial]:
         """What can be set while it draws, by name. Raises ConceptFileError for a method that is not known."""
         try:
@@ -277,6 +282,11 @@ class Attached:
 
     def __init__(self, concept: Concept, method: Method, backbone: Backbone) -> None:
         vars(self).update(concept=concept, method=method, backbone=backbone)
+
+    @property
+    def family(self) -> str:
+        """The kind of backbone that it was trained on, such as `stable_diffusion`."""
+        return self.fingerprint.get("family", "toyland")
 
     @property
     def dials(self) -> dict[str, Any]:

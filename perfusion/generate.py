@@ -91,10 +91,10 @@ def generate(config: GenerateConfig) -> Path:
         TokenError: a prompt is so long that a concept's placeholder would be cut off; nothing is drawn then.
         BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
     """
+    from perfusion.backbones import load_backbone
     from perfusion.concept import Concept
     from perfusion.drawing import Shot, described, draw, recorded
     from perfusion.manifest import ImageRecord, known_records
-    from perfusion.presets import load_for
 
     prompts, files = _prompts(config), _files(config)
     dials = {name: value for name, value in config.dials.items() if value is not None}
@@ -118,7 +118,7 @@ def generate(config: GenerateConfig) -> Path:
     names = [_name(file, concept) for file, concept in zip(files, concepts, strict=True)]
     out = Path(config.out or Path("generated") / f"{'-'.join(names)}-{slug(prompts[0])}").expanduser()
     known = known_records(out)
-    backbone = load_for(concepts[0].fingerprint, config)
+    backbone = load_backbone(config, default=concepts[0].family)
     with ExitStack() as stack:
         attached = [stack.enter_context(concept.attach(backbone)) for concept in concepts]
         backbone.check_prompts(prompts)

@@ -147,12 +147,12 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     """
     import torch
 
+    from perfusion.backbones import load_backbone
     from perfusion.editing.gate import PromptGate, edited_encoding
-    from perfusion.presets import load_for
 
     assert config.prompt is not None
     concept.check_dial("beta")
-    backbone = load_for(concept.fingerprint, config)
+    backbone = load_backbone(config, default=concept.family)
     pipe: Any = backbone.pipe
     with concept.attach(backbone, beta=config.beta, tau=config.tau) as attached, torch.no_grad():
         gate = getattr(attached.method, "gate", None)
@@ -180,10 +180,9 @@ def meta_backbone(name: str, path: str | None, layout: str | None = None) -> Bac
         ConfigError: no such backbone.
         BackboneError: neither a layout nor a folder with configs.
     """
-    from perfusion.backbones import BackboneError, backbone_class
+    from perfusion.backbones import BackboneError, backbone_class, backbone_config
     from perfusion.backbones.layouts import available_layouts, meta_pipeline
     from perfusion.backbones.loading import reading
-    from perfusion.presets import backbone_config
 
     config = backbone_config(name, path, layout=layout)
     cls: Any = backbone_class(config.name)

@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> RunFolder:
     started = time.monotonic()
     from lightning.pytorch import seed_everything
 
-    from perfusion import backbones
+    from perfusion.backbones import backbone_class
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
     from perfusion.training.data import examples_of, part_size
@@ -71,9 +71,10 @@ def train(config: TrainConfig) -> RunFolder:
     rank = rank_of(config.trainer)  # of the processes that train together; files and words are the first one's
     device = device_of(config, rank)
     examples = examples_of(config.concept, config.backbone.resolution)
-    backbones.check_words(config.backbone, word.placeholder, word.superclass)
+    kind = backbone_class(config.backbone.name)
+    kind.check_words(config.backbone, word.placeholder, word.superclass)
     if method.needs_covariance:
-        backbones.check_covariance(config.backbone)
+        kind.check_covariance(config.backbone)
     prior_for = prior_of(config.concept, method.options, config.trainer.get("enable_progress_bar", True))
 
     folder = RunFolder.of(config)
@@ -85,7 +86,7 @@ def train(config: TrainConfig) -> RunFolder:
         return folder
 
     quieten()
-    backbone = backbones.backbone_class(config.backbone.name).load(dataclasses.replace(config.backbone, device=device))
+    backbone = kind.load(dataclasses.replace(config.backbone, device=device))
     prior = prior_for(backbone)
     # For what a method starts from, and what a third party's callback may draw: training's own draws have other seeds.
     seed_everything(config.seed, verbose=False)

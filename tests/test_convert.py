@@ -31,7 +31,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 @pytest.fixture(autouse=True)
 def loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(backbone), "load", classmethod(lambda cls, config: backbone))
-    monkeypatch.setattr("perfusion.backbones.check_words", lambda *_: None)
+    monkeypatch.setattr(type(backbone), "check_words", lambda *_: None)
 
 
 def weight(site: EditSite) -> Tensor:

@@ -16,6 +16,7 @@ from PIL import Image
 import perfusion
 from perfusion import drawing, manifest, sampling
 from perfusion import generate as module
+from perfusion.backbones import backbone_config
 from perfusion.backbones.base import Backbone, BackboneError
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
@@ -23,7 +24,6 @@ from perfusion.config import ConfigError
 from perfusion.generate import GenerateConfig, generate, main, slug
 from perfusion.manifest import ImageRecord, read_manifest
 from perfusion.methods.base import Word, build
-from perfusion.presets import backbone_config
 from tests.concepts import random_concept, toyland_backbone, untrained_concept
 from tests.drawing import batch_sizes
 from tests.pipelines import toyland_folder
@@ -429,7 +429,7 @@ def test_every_preset_of_a_backbone_can_be_named(monkeypatch) -> None:
     assert (file.name, file.resolution, file.layout) == ("stable_diffusion", 768, "sd21_base")
     with pytest.raises(BackboneError, match="nowhere"):
         perfusion.load("sd15", "nowhere")
-    monkeypatch.setattr("perfusion.presets.FOLDER", Path("nowhere"))
+    monkeypatch.setattr("perfusion.backbones.PRESETS", Path("nowhere"))
     assert backbone_config("stable_diffusion").prompts == "imagenet", "by its own name, where there are no presets"
     with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: sdxl, stable_diffusion, toyland"):
         backbone_config("sd15")

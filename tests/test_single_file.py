@@ -94,9 +94,9 @@ def test_words_are_checked_without_the_weights(
 ) -> None:
     monkeypatch.setattr("perfusion.backbones.loading.read_single_file", None)
     config = config_of(kind, file, folder)
-    backbones.check_words(config, "<cat*>", "cat")
+    backbones.backbone_class(config.name).check_words(config, "<cat*>", "cat")
     with pytest.raises(TokenError, match="'cat' is already a word"):
-        backbones.check_words(config, "cat", "cat")
+        backbones.backbone_class(config.name).check_words(config, "cat", "cat")
 
 
 def test_a_file_is_measured_by_its_layout(kind: str, folder: Path, file: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_layout_is_told_by_the_tensors(width: int, layout: str, tmp_path: Pa
     config = BackboneConfig(name=name, path=str(file))
     assert cls.source(config) == Source(str(file), local=True, layout=layout_folder(layout))
     # Nothing but the file itself is needed to check words, and to measure what a concept would be.
-    backbones.check_words(config, "<my-cat*>", "teddy bear")
+    backbones.backbone_class(config.name).check_words(config, "<my-cat*>", "teddy bear")
     assert len(meta_backbone(name, str(file)).edit_sites()) == (140 if layout == "sdxl" else 32)
 
 

@@ -53,6 +53,37 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
+    def defaults(cls) -> BackboneConfig:
+        """The config of a pipeline that comes without one."""
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, pipe: DiffusionPipeline) -> bool:
+        """Whether this class can wrap `pipe`."""
+
+    @classmethod
+    @abstractmethod
+    def check_words(cls, config: BackboneConfig, placeholder: str, superclass: str) -> None:
+        """`check_token` before any model is loaded: only tokenizers are read.
+
+        Raises:
+            BackboneError: no tokenizer where `config` says.
+            TokenError: see `check_token`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def check_covariance(cls, config: BackboneConfig) -> None:
+        """Hold that `config.covariance` can be used, before any model is loaded.
+
+        Raises:
+            ConfigError: no such captions or selection of positions.
+            CovarianceError: a matrix that cannot be read, or not be used with this model.
+            BackboneError: no model where `config` says.
+        """
+
+    @classmethod
+    @abstractmethod
     def load(cls, config: BackboneConfig) -> Backbone:
         """Load the pipeline named by `config`, frozen and in eval mode, on the device and in the dtype it names."""
 

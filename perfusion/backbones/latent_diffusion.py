@@ -79,11 +79,6 @@ class LatentDiffusionBackbone(Backbone):
         self._rows = {encoder: TokenMemory() for encoder in self.towers}
         self._words = {encoder: TokenMemory() for encoder in self.towers}
 
-    @classmethod
-    @abstractmethod
-    def defaults(cls) -> BackboneConfig:
-        """The config of a pipeline that comes without one."""
-
     @abstractmethod
     def _read(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Ids and masks (B, N) for each text encoder to the context (B, N, d), as the stock pipeline makes it, and what
@@ -91,7 +86,6 @@ class LatentDiffusionBackbone(Backbone):
 
     @classmethod
     def fits(cls, pipe: DiffusionPipeline) -> bool:
-        """Whether this class can wrap `pipe`."""
         return isinstance(pipe, (cls.Pipeline, *cls.kin))
 
     @classmethod
@@ -151,12 +145,6 @@ class LatentDiffusionBackbone(Backbone):
 
     @classmethod
     def check_words(cls, config: BackboneConfig, placeholder: str, superclass: str) -> None:
-        """`check_token` before any model is loaded: reads the tokenizers only.
-
-        Raises:
-            BackboneError: a tokenizer cannot be loaded.
-            TokenError: see `check_token`.
-        """
         origin = cls.source(config)
         for name in cls.towers.values():
             check_word(loading.read_tokenizer(origin, name), placeholder, superclass)
@@ -279,13 +267,6 @@ class LatentDiffusionBackbone(Backbone):
 
     @classmethod
     def check_covariance(cls, config: BackboneConfig) -> None:
-        """Hold, before any model is loaded, that the captions can be read, or the matrix used.
-
-        Raises:
-            ConfigError: no such captions or selection of positions.
-            CovarianceError: a matrix that cannot be read, or not be used with this model; see `configured.factorised`.
-            BackboneError: the UNet's config cannot be read.
-        """
         settings = config.covariance
         configured.check_settings(settings)
         if settings.matrix is None:

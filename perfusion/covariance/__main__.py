@@ -75,18 +75,18 @@ def measure(command: CovarianceCommand) -> list[str]:
             another ridge may do.
         KeyboardInterrupt: stopped; its message says where the same command goes on.
     """
-    from perfusion import backbones
+    from perfusion.backbones import backbone_class, backbone_config
     from perfusion.covariance.configured import factorised, spelled_out
     from perfusion.covariance.matrix import save_matrix
-    from perfusion.presets import backbone_config
 
     config = backbone_config(command.backbone, command.path, command.dtype, command.device, command.layout)
     given = {key: value for key in _SETTINGS if (value := getattr(command, key)) is not None}
     config = dataclasses.replace(config, covariance=dataclasses.replace(config.covariance, **given, matrix=None))
     out = None if command.out is None else _checked(Path(command.out).expanduser())
-    backbones.check_covariance(config)
+    cls = backbone_class(config.name)
+    cls.check_covariance(config)
 
-    backbone = backbones.backbone_class(config.name).load(config)
+    backbone = cls.load(config)
     matrix = backbone.moment(progress=command.progress)
     if out is not None:
         save_matrix(out, matrix)
