@@ -80,7 +80,7 @@ def inspect(config: InspectConfig) -> list[str]:
 
 def describe_concept(concept: Concept, path: Path) -> list[str]:
     """Everything that a concept file says, as lines; needs no model."""
-    from perfusion.concept_format import FORMAT_VERSION
+    from perfusion.concept import FORMAT_VERSION
     from perfusion.covariance.configured import spelled_out
 
     numbers = sum(tensor.numel() for tensor in concept.tensors.values())

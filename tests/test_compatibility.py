@@ -18,8 +18,7 @@ from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
-from perfusion.concept import Concept
-from perfusion.concept_format import ConceptFileError
+from perfusion.concept import Concept, ConceptFileError
 from perfusion.editing import EditError
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, untrained_concept
