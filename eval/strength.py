@@ -84,7 +84,7 @@ def measure(
     """
     import torch
 
-    from perfusion.sampling import stream
+    from perfusion.drawing import stream
     from perfusion.scoring.metrics import clip_scores
     from perfusion.training.samples import sample_templates
 

@@ -78,7 +78,7 @@ class Studio:
 
     def draw(self, templates: Sequence[str], *names: str) -> list[Any]:
         """A picture of each template, filled with the names; the k-th has the same noise in every row."""
-        from perfusion.sampling import sample
+        from perfusion.drawing import sample
 
         prompts = [template.format(*names) for template in templates]
         seeds = range(self.seed, self.seed + len(prompts))

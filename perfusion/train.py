@@ -158,7 +158,7 @@ def _draw_samples(
 ) -> None:
     """Draw the base model beside the concept, as its file holds it."""
     from perfusion.data.prompts import fill
-    from perfusion.sampling import sample
+    from perfusion.drawing import sample
     from perfusion.training.samples import sample_templates, save_samples
 
     def draw(prompts: list[str]) -> list[Image]:

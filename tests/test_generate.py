@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import perfusion
-from perfusion import drawing, manifest, sampling
+from perfusion import drawing, manifest
 from perfusion import generate as module
 from perfusion.backbones import backbone_config
 from perfusion.backbones.base import Backbone, BackboneError
@@ -178,7 +178,8 @@ def test_several_betas_in_one_batch(
     """As a GPU draws them; the last batch is smaller. Kernels round differently for every batch shape."""
     words = (f"prompt={BEACH} and <mug*>", "num=2", "beta=[[0.1,0.9],[0.5,0.5],[0.9,0.1]]", "batch=4")
     assert run(f"[{concept},{mug}]", *words, "out=one") == 0  # type: ignore[arg-type]
-    inexact = lambda *given, **settings: sampling.stream(*given, **{**settings, "exact": False})  # noqa: E731
+    stream = drawing.stream
+    inexact = lambda *given, **settings: stream(*given, **{**settings, "exact": False})  # noqa: E731
     monkeypatch.setattr(drawing, "stream", inexact)
     with batch_sizes(backbone.pipe) as sizes:  # type: ignore[attr-defined]
         assert run(f"[{concept},{mug}]", *words, "out=many") == 0  # type: ignore[arg-type]

@@ -22,8 +22,8 @@ from perfusion.backbones.base import Backbone, TokenError
 from perfusion.config import ConfigError
 from perfusion.data.examples import Examples
 from perfusion.data.prompts import PromptError
+from perfusion.drawing import sample
 from perfusion.methods.base import Method, Word, build
-from perfusion.sampling import sample
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO
 from perfusion.training.data import ConceptData

@@ -15,9 +15,9 @@ from perfusion.backbones.fingerprint import base_parameters, digest, vocabulary_
 from perfusion.config import ConceptConfig
 from perfusion.data.prior import PriorImages, drawn_images, real_images
 from perfusion.data.prompts import fill
+from perfusion.drawing import stream
 from perfusion.methods.base import MethodOptions
 from perfusion.methods.prior import PriorOptions
-from perfusion.sampling import stream
 
 _AT_ONCE = 8 * 512 * 512  # pixels in one batch, of at most 8 pictures and at least one
 

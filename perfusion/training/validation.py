@@ -9,7 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from perfusion.backbones.base import Backbone
-from perfusion.sampling import sample
+from perfusion.drawing import sample
 from perfusion.scoring.clip import ClipScorer
 from perfusion.scoring.metrics import clip_scores
 
