@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
-    from perfusion.data.examples import Examples
+    from perfusion.data.images import Examples
     from perfusion.data.prior import PriorImages
     from perfusion.methods.base import Method
     from perfusion.training.run_folder import RunFolder

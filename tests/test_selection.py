@@ -20,7 +20,7 @@ from torch import Tensor
 from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.config import ConfigError
-from perfusion.data.examples import Examples
+from perfusion.data.images import Examples
 from perfusion.data.prompts import PromptError
 from perfusion.drawing import sample
 from perfusion.methods.base import Method, Word, build

@@ -15,8 +15,7 @@ from torch.nn import functional
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, CovarianceConfig, ToylandConcept, TrainConfig
 from perfusion.data.dataset import seed_of
-from perfusion.data.examples import Examples
-from perfusion.data.images import ConceptImageError
+from perfusion.data.images import ConceptImageError, Examples
 from perfusion.methods.base import Batch, Method, Word, build
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance

@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from perfusion.data.dataset import seed_of
-from perfusion.data.examples import fit
-from perfusion.data.images import ConceptImageError, find_images, read_image
+from perfusion.data.images import ConceptImageError, find_images, fit, read_image
 from perfusion.files import atomic_path, atomic_write_text
 
 CACHE_FORMAT = 1
@@ -42,22 +41,22 @@ class PriorImages:
         return len(self.paths)
 
     def pixels(self, start: int, stop: int, resolution: int) -> Tensor:
-        """Pictures `start` to `stop`, float32 (k, 3, R, R) in [-1, 1], see `examples.fit`. Raises ConceptImageError."""
+        """Pictures `start` to `stop`, float32 (k, 3, R, R) in [-1, 1], see `images.fit`. Raises ConceptImageError."""
         return torch.stack([fit(read_image(path), None, resolution)[0] for path in self.paths[start:stop]])
 
 
-def real_images(spec: str | Sequence[str], count: int, prompt: str, base: Path | None = None) -> PriorImages:
+def real_images(spec: str | Sequence[str], count: int, prompt: str) -> PriorImages:
     """The first `count` pictures that a person named, or all if they are fewer.
 
     A text file beside a picture, of the same name, holds its caption; for others it is `prompt`.
 
     Args:
-        spec, base: as in `images.find_images`.
+        spec: as in `images.find_images`.
 
     Raises:
         ConceptImageError: anything that is wrong with the files, each of which is decoded in full here.
     """
-    paths = find_images(spec, base, key=KEY)[:count]
+    paths = find_images(spec, key=KEY)[:count]
     for path in paths:
         read_image(path)
     return PriorImages(tuple(paths), tuple(_caption(path) or prompt for path in paths))

@@ -18,8 +18,8 @@ from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
 from perfusion.data import clipseg
 from perfusion.data.dataset import Draw, StepDataset, seed_of
-from perfusion.data.examples import Examples, fit, load_examples
-from perfusion.data.masks import mask_to_latent
+from perfusion.data.images import Examples, find_images, fit, load_examples
+from perfusion.data.masks import mask_to_latent, masks_of_files
 from perfusion.data.prior import PriorImages
 from perfusion.data.prompts import fill, templates
 from perfusion.methods.base import Batch, MethodOptions
@@ -38,11 +38,13 @@ def examples_of(concept: ConceptConfig, resolution: int) -> Examples:
         ConceptImageError: anything that is wrong with the person's files, or CLIPSeg shall draw masks and cannot.
         ConfigError: masks without images; a superclass that Toyland cannot draw.
     """
-    if concept.images is not None and concept.masks == clipseg.SPEC:
-        segment = clipseg.ClipSeg(concept.clipseg, concept.superclass, Path(concept.masks_cache).expanduser())
-        return load_examples(concept.images, None, resolution, segment=segment)
     if concept.images is not None:
-        return load_examples(concept.images, concept.masks, resolution)
+        paths, mask_of = find_images(concept.images), None
+        if concept.masks == clipseg.SPEC:
+            mask_of = clipseg.ClipSeg(concept.clipseg, concept.superclass, Path(concept.masks_cache).expanduser())
+        elif concept.masks is not None:
+            mask_of = masks_of_files(concept.masks, paths)
+        return load_examples(paths, resolution, mask_of)
     if concept.masks is not None:
         raise ConfigError(f"concept.masks={concept.masks!r}: masks of what? concept.images is not given")
     return _drawn(concept, resolution)
