@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
     from perfusion.data.images import Examples
-    from perfusion.data.prior import PriorImages
     from perfusion.methods.base import Method
+    from perfusion.training.prior import PriorImages
     from perfusion.training.run_folder import RunFolder
 
 

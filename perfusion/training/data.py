@@ -20,11 +20,11 @@ from perfusion.data import clipseg
 from perfusion.data.dataset import Draw, StepDataset, seed_of
 from perfusion.data.images import Examples, find_images, fit, load_examples
 from perfusion.data.masks import mask_to_latent, masks_of_files
-from perfusion.data.prior import PriorImages
 from perfusion.data.prompts import fill, templates
 from perfusion.methods.base import Batch, MethodOptions
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import SUPERCLASSES, concept_scene, sample_instance
+from perfusion.training.prior import PriorImages
 
 # Where the pictures that Toyland draws are set: none of the places that the validation prompts ask for.
 PLACES = ("plain", "meadow", "kitchen", "forest", "desert")
