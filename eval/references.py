@@ -15,7 +15,7 @@ from eval.record import ScoreError
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import find_images, read_image
 from perfusion.manifest import JOINED, ImageRecord
-from perfusion.training.data import examples_of
+from perfusion.training.module import examples_of
 from perfusion.training.run_folder import read_config
 
 DRAWN = 5  # renders of a toy, as training draws them: the first is what a training on one picture sees

@@ -155,7 +155,7 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
         ConceptImageError: the pictures cannot be read.
     """
     from perfusion.data.images import find_images, load_examples
-    from perfusion.training.data import examples_of
+    from perfusion.training.module import examples_of
     from perfusion.training.run_folder import read_config
 
     resolution = attached.backbone.config.resolution

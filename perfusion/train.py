@@ -51,8 +51,8 @@ def train(config: TrainConfig) -> RunFolder:
     from perfusion.backbones import backbone_class
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
-    from perfusion.training.data import examples_of, part_size
     from perfusion.training.devices import device_count, device_of, rank_of
+    from perfusion.training.module import examples_of, part_size
     from perfusion.training.prior import prior_of
     from perfusion.training.run_folder import RunFolder, peak_memory_bytes
     from perfusion.training.trainer import check_keywords, quieten
@@ -120,9 +120,8 @@ def _fit(
     """Train the attached method, from the newest checkpoint if there is one; gives what metrics.json says of it."""
     from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
-    from perfusion.training.data import ConceptData
     from perfusion.training.devices import rank_of
-    from perfusion.training.module import PersonalizationModule
+    from perfusion.training.module import ConceptData, PersonalizationModule
     from perfusion.training.trainer import build, results
 
     checkpoint = newest_readable(folder.checkpoints)

@@ -129,7 +129,7 @@ def test_a_prompt_outside_of_toyland():
 
 def test_the_toy_of_a_seed_is_the_one_that_training_draws():
     from perfusion.config import ConceptConfig, ToylandConcept
-    from perfusion.training.data import examples_of
+    from perfusion.training.module import examples_of
 
     assert toy(16, "cat") == toy(16, "cat") != toy(17, "cat")
     pixels = examples_of(ConceptConfig("x", "cat", "<x>", toyland=ToylandConcept(16, 1)), 64).pixels[0]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from perfusion.config import ConceptConfig
 from perfusion.data.dataset import StepDataset, seed_of
 from perfusion.data.images import ConceptImageError, Examples
-from perfusion.training.data import examples_of
+from perfusion.training.module import examples_of
 
 PROMPTS = ["a photo of a <cat*>", "a good photo of a <cat*>", "a picture of the <cat*>"]
 

@@ -26,9 +26,8 @@ from perfusion.drawing import sample
 from perfusion.methods.base import Method, Word, build
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO
-from perfusion.training.data import ConceptData
 from perfusion.training.loggers import MetricsCSV
-from perfusion.training.module import PersonalizationModule
+from perfusion.training.module import ConceptData, PersonalizationModule
 from perfusion.training.selection import SelectBestStep
 from perfusion.training.trainer import results
 from tests.pipelines import toyland_folder

@@ -21,8 +21,15 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import trainer as training
 from perfusion.training.checkpoint import SafetensorsCheckpointIO, newest_readable, step_of
-from perfusion.training.data import PLACES, ConceptData, StepBatches, examples_of, part_size
-from perfusion.training.module import PersonalizationModule, TrainingError
+from perfusion.training.module import (
+    PLACES,
+    ConceptData,
+    PersonalizationModule,
+    StepBatches,
+    TrainingError,
+    examples_of,
+    part_size,
+)
 from perfusion.training.run_folder import RunFolder
 from tests.pipelines import RESOLUTION, tiny_pipeline
 

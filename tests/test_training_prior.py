@@ -19,7 +19,7 @@ from perfusion.data.images import ConceptImageError
 from perfusion.methods.base import Batch, MethodOptions
 from perfusion.methods.prior import PriorOptions
 from perfusion.training import prior as training_prior
-from perfusion.training.data import ConceptData, examples_of
+from perfusion.training.module import ConceptData, examples_of
 from perfusion.training.prior import PriorImages, prior_of, real_images
 from tests.pipelines import RESOLUTION, tiny_pipeline
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,60 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL.Image import Image
 from torch import Tensor
 
+from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
 from perfusion.contact_sheet import image_grid
 from perfusion.data.prompts import fill
+from perfusion.drawing import sample
 from perfusion.files import atomic_path
-from perfusion.scoring.clip import named_scorer
+from perfusion.scoring.clip import ClipScorer, named_scorer
+from perfusion.scoring.metrics import clip_scores
 from perfusion.training.module import PersonalizationModule
 from perfusion.training.samples import sample_templates
-from perfusion.training.validation import Validation
 
 FOLDER = "progress"
 _STRIP_SIDE = 128  # pixels of one picture in a strip, at most
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a training is validated by: n prompts, each with a seed of its own, which is the same at every step.
+
+    Attributes:
+        prompts: with the placeholder.
+        texts: (n, d), the scorer's embeddings of the prompts with the superclass in the placeholder's place.
+        references: (m, d), its embeddings of the training pictures.
+        scorer: what embeds the drawn pictures.
+        steps, guidance: of drawing.
+        batch_size: prompts in one call of the denoiser.
+        seed: of the first prompt; the others follow on.
+    """
+
+    prompts: Sequence[str]
+    texts: Tensor
+    references: Tensor
+    scorer: ClipScorer
+    steps: int
+    guidance: float
+    batch_size: int
+    seed: int
+
+    def draw(self, backbone: Backbone, numbers: Sequence[int]) -> list[Image]:
+        """Pictures of some of the prompts, in the backbone's present state."""
+        return sample(
+            backbone.pipe,
+            [self.prompts[k] for k in numbers],
+            [self.seed + k for k in numbers],
+            self.steps,
+            self.guidance,
+            self.batch_size,
+            size=backbone.config.resolution,
+            exact=False,  # the batches are the same at every step
+        )
+
+    def scores(self, images: Sequence[Image]) -> dict[str, float]:
+        """`clip_i`, `clip_t` and their `harmonic` mean, of pictures of the first prompts."""
+        return clip_scores(self.scorer.image_embeddings(images), self.references, self.texts[: len(images)])
 
 
 class SelectBestStep(Callback):
