@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Pair
 from perfusion.backbones.latent_diffusion import edit_sites_of
-from perfusion.backbones.layouts import layout_config, meta_denoiser
+from perfusion.backbones.layouts import layout_config, meta_pipeline
 from perfusion.editing.gate import PromptGate
 from perfusion.editing.layer import attach_edit
 from perfusion.editing.places import EditSite
@@ -42,7 +42,9 @@ def _toyland_unet() -> UNet2DConditionModel:
 
 LAYOUTS = (
     Layout("toyland", _toyland_unet, models.TEXT_POSITIONS),
-    Layout("sd15", lambda: meta_denoiser("sd15"), layout_config("sd15", "text_encoder")["max_position_embeddings"]),
+    Layout(
+        "sd15", lambda: meta_pipeline("sd15").unet, layout_config("sd15", "text_encoder")["max_position_embeddings"]
+    ),
 )
 
 

@@ -17,8 +17,7 @@ from perfusion.covariance.factor import Factorised
 from perfusion.editing import EditError
 from perfusion.generate import main as generate
 from perfusion.methods.base import Batch, Word, build
-from perfusion.methods.custom_diffusion import CustomDiffusion, token_vectors
-from perfusion.methods.merging import merged_projection
+from perfusion.methods.custom_diffusion import CustomDiffusion, merged_projection, token_vectors
 from tests.concepts import random_concept, tiny_backbone
 from tests.pipelines import tiny_pipeline_folder, tiny_sdxl
 
