@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -40,11 +41,14 @@ def _toyland_unet() -> UNet2DConditionModel:
         return models.unet()
 
 
+def _sd15_unet() -> UNet2DConditionModel:
+    pipe: Any = meta_pipeline("sd15")
+    return pipe.unet
+
+
 LAYOUTS = (
     Layout("toyland", _toyland_unet, models.TEXT_POSITIONS),
-    Layout(
-        "sd15", lambda: meta_pipeline("sd15").unet, layout_config("sd15", "text_encoder")["max_position_embeddings"]
-    ),
+    Layout("sd15", _sd15_unet, layout_config("sd15", "text_encoder")["max_position_embeddings"]),
 )
 
 
