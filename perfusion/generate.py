@@ -159,7 +159,8 @@ def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[
     for record in records:
         dials = "".join(f"-{name}-{_shown(record.dials[name])}" for name in differing)
         stem = f"{slug(record.prompt)}-{record.seed:04d}{dials}"
-        choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in _suffixes())
+        suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in suffixes)
         free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
         taken[free.file] = free
         result.append(free)
@@ -173,14 +174,6 @@ def _differing(records: Sequence[ImageRecord]) -> list[str]:
 
 def _shown(value: float | str) -> str:
     return value.replace(" + ", "-") if isinstance(value, str) else f"{value:g}"
-
-
-def _suffixes() -> Iterable[str]:
-    yield ""
-    number = 2
-    while True:
-        yield f"-{number}"
-        number += 1
 
 
 def _readable(word: str) -> str:

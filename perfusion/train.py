@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from perfusion.cli import run_cli
-from perfusion.config import ConfigError, TrainConfig
+from perfusion.config import ConfigError, TrainConfig, which_weights
 from perfusion.training import composition, sweep
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> RunFolder:
     from perfusion.backbones import backbone_class
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
+    from perfusion.provenance import provenance
     from perfusion.training.devices import device_count, device_of, rank_of
     from perfusion.training.module import examples_of, part_size
     from perfusion.training.prior import prior_of
@@ -104,7 +105,8 @@ def train(config: TrainConfig) -> RunFolder:
         method.detach()
     _draw_samples(config, folder, concept, backbone, examples, metrics)
     seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
-    folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **_made_with(examples)})
+    made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
+    folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
     _say_where(config, folder, exported)
     return folder
 
@@ -183,23 +185,11 @@ def _draw_samples(
     save_samples(folder.samples, examples.pictures(), rows, title)
 
 
-def _made_with(examples: Examples) -> dict[str, Any]:
-    from perfusion.provenance import provenance
-
-    return {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
-
-
 def _say_where(config: TrainConfig, folder: RunFolder, exported: Sequence[Path]) -> None:
     from perfusion.training.samples import sample_templates
 
     prompt = sample_templates(config.backbone.prompts)[0].replace("{}", config.concept.placeholder)
-    words = {"concept": folder.concept, "prompt": prompt}
-    if config.backbone.path is not None:
-        words["backbone.path"] = config.backbone.path
-    if config.backbone.layout is not None:
-        words["backbone.layout"] = config.backbone.layout
-    if config.backbone.dtype != "float32":
-        words["backbone.dtype"] = config.backbone.dtype
+    words = {"concept": folder.concept, "prompt": prompt, **which_weights(config.backbone)}
     command = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in words.items())
     print(f"concept: {folder.concept} ({folder.concept.stat().st_size / 1000:.1f} kB)")
     if exported:

@@ -166,7 +166,9 @@ def test_a_layout_is_used_and_handed_on(tmp_path: Path) -> None:
     command = CovarianceCommand(backbone="toyland", layout="sd21_base", out=str(tmp_path / "C.safetensors"))
     with pytest.raises(BackboneError, match=r"backbone\.layout: found 'sd21_base'"):
         measure(command)
-    assert "backbone.layout=sd21_base" in next_command(command, default_config("toyland"), None)
+    assert "backbone.layout=sd21_base" in next_command(
+        command, dataclasses.replace(default_config("toyland"), layout="sd21_base"), None
+    )
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "stable_diffusion"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import BackboneConfig, ConfigError, which_weights
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
@@ -111,12 +111,7 @@ def next_command(command: CovarianceCommand, config: BackboneConfig, out: Path |
     words["backbone"] = (
         "sd15" if command.backbone == "stable_diffusion" else command.backbone
     )  # training wants a preset
-    if command.path is not None:
-        words["backbone.path"] = command.path
-    if command.layout is not None:
-        words["backbone.layout"] = command.layout
-    if command.dtype != "float32":
-        words["backbone.dtype"] = command.dtype
+    words |= which_weights(config)
     if out is not None:
         words["backbone.covariance.matrix"] = str(out)
     for key in _SETTINGS:

@@ -29,7 +29,6 @@ from perfusion.training.run_folder import RunFolder, config_hash
 
 FILE = "sweep.json"
 _FLAGS = ("-m", "--multirun")
-_OK, _FAILED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def run(argv: Sequence[str], command: Sequence[str] = TRAIN) -> int:
     finally:
         if results:
             print(table(results), flush=True)
-    return _OK if all(result.state in ("done", "skipped") for result in results) else _FAILED
+    return 0 if all(result.state in ("done", "skipped") for result in results) else 1
 
 
 def execute(words: Sequence[str], command: Sequence[str] = TRAIN, results: list[Result] | None = None) -> list[Result]:
@@ -142,8 +141,9 @@ def plan(jobs: Multirun, words: Sequence[str]) -> Sweep:
                 f"jobs {first} ({' '.join(jobs.varied(first))}) and {k} ({' '.join(jobs.varied(k))}) would share the "
                 f"folder {folder.path}: expected jobs that differ in what changes the result, and no run.dir="
             )
-    root = Path(jobs.configs[0].run.root).expanduser() / ".sweep"
-    place = root / _name(jobs.configs[0], folders)
+    paths = json.dumps(sorted(str(folder.path) for folder in folders))  # the same jobs, in whatever order
+    name = f"{folders[0].path.parent.name}-{hashlib.sha256(paths.encode()).hexdigest()[:8]}"
+    place = Path(jobs.configs[0].run.root).expanduser() / ".sweep" / name
     listed = [
         _listed(config, place / f"{k:04d}.yaml", " ".join(jobs.varied(k))) for k, config in enumerate(jobs.configs)
     ]
@@ -227,9 +227,3 @@ def _listed(config: TrainConfig, file: Path, overrides: str = "") -> Job:
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(file, OmegaConf.to_yaml(asdict(config)))
     return Job(overrides, str(RunFolder.of(config).path), str(file))
-
-
-def _name(config: TrainConfig, folders: Sequence[RunFolder]) -> str:
-    """`<experiment>-<hash>`: the same jobs have the same name, in whatever order."""
-    text = json.dumps(sorted(str(folder.path) for folder in folders))
-    return f"{RunFolder.of(config).path.parent.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
