@@ -26,11 +26,6 @@ from tests.drawing import CLOSED, PLAIN, PROMPT, call
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
-
-
-@pytest.fixture(scope="module")
 def concept(backbone: Backbone) -> Concept:
     return untrained_concept(backbone, Word("<cat*>", "cat"), 0)
 

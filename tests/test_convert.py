@@ -17,15 +17,10 @@ from perfusion.concept import Concept, ConceptFileError
 from perfusion.convert import ConversionError, ConvertConfig, convert, main, read_package
 from perfusion.editing.places import EditSite
 from perfusion.methods.base import Word
-from tests.concepts import tiny_backbone, untrained_concept
+from tests.concepts import untrained_concept
 
 BETA, TAU = 0.6, 0.2
 D = 32  # width of the tiny backbone's encodings
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(autouse=True)

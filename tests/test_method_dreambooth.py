@@ -13,20 +13,15 @@ from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.fingerprint import base_parameters
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.concept import Concept, save_concept
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import BackboneConfig
 from perfusion.editing import EditError
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.dreambooth import DreamBooth
-from tests.concepts import tiny_backbone, untrained_concept
+from tests.concepts import untrained_concept
 from tests.pipelines import tiny_sdxl
 
 WORD = Word("<bear*>", "teddy bear")
 PHRASE = "sks teddy bear"
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +173,3 @@ def test_a_word_that_is_taken_leaves_everything_as_it_was(backbone: Backbone) ->
         dreambooth().attach(backbone)
     assert all(value is before[name] for name, value in values(backbone).items())
     token.remove()
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        ({"identifier": " "}, "method.identifier: found ' ', expected a rare word"),
-        ({"denoiser_rate": -1.0}, "method.denoiser_rate: found -1.0"),
-        ({"weight_decay": -1.0}, "method.weight_decay: found -1.0"),
-    ],
-)
-def test_options_that_cannot_be(options: dict[str, Any], part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
-        dreambooth(**options)
