@@ -96,7 +96,7 @@ def generate(config: GenerateConfig) -> Path:
     from perfusion.drawing import Shot, described, draw, recorded
     from perfusion.manifest import ImageRecord, known_records
 
-    prompts, files = _prompts(config), _files(config)
+    prompts, files = _texts("prompt", config.prompt, "text"), _texts("concept", config.concept, "file")
     dials = {name: value for name, value in config.dials.items() if value is not None}
     auto = dials.get("beta") == AUTO
     if auto and len(files) > 1:
@@ -190,18 +190,12 @@ def _readable(word: str) -> str:
     return f"{key}{equals}{value}"
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
-    prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ConfigError(f"prompt: found {config.prompt!r}, expected a text or a list of texts")
-    return prompts
-
-
-def _files(config: GenerateConfig) -> list[str]:
-    files = _listed(config.concept)
-    if not files or not all(isinstance(file, str) and file.strip() for file in files):
-        raise ConfigError(f"concept: found {config.concept!r}, expected a file or a list of files")
-    return files
+def _texts(key: str, given: Any, kind: str) -> list[str]:
+    """One text or several, such as prompts or names of files. Raises ConfigError."""
+    texts = _listed(given)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ConfigError(f"{key}: found {given!r}, expected a {kind} or a list of {kind}s")
+    return texts
 
 
 def _rows(name: str, given: Any, concepts: Sequence[Concept]) -> list[tuple[Any, ...]]:

@@ -155,11 +155,23 @@ class Backbone(ABC):
 
     @abstractmethod
     def moment(self, progress: bool = True) -> Matrix:
-        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it."""
+        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it.
+
+        Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
+
+        Raises:
+            CovarianceError: the matrix cannot be read, or nothing can be measured.
+            ConfigError: the captions cannot be read.
+        """
 
     @abstractmethod
     def second_moment(self, progress: bool = True) -> Factorised:
-        """`C + ridge`, factorised."""
+        """`C + ridge`, factorised.
+
+        Raises:
+            CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
+            ConfigError: the captions cannot be read.
+        """
 
     @property
     def covariance(self) -> str:
@@ -202,7 +214,9 @@ class Backbone(ABC):
 
     @abstractmethod
     def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
-        """`kind`, and sha256 prefixes `text_encoder` and `projections`: whether a concept fits this backbone.
+        """`kind`, and sha256 prefixes of the text encoders' and the projections' base weights, whatever is attached to
+        them: whether a concept fits this backbone.
 
-        With a `dtype`, of the weights rounded to it: what the same weights would have, had they been loaded in it.
+        Loads in float32 and float16 have the same ones, those in bfloat16 others. With a `dtype`, they are those of the
+        weights rounded to it: what the same weights would have, had they been loaded in it.
         """

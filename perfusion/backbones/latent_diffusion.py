@@ -216,14 +216,6 @@ class LatentDiffusionBackbone(Backbone):
         return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self.pooling)
 
     def moment(self, progress: bool = True) -> Matrix:
-        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it.
-
-        Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
-
-        Raises:
-            CovarianceError: the matrix cannot be read, or nothing can be measured.
-            ConfigError: the captions cannot be read.
-        """
         settings = self.config.covariance
         configured.check_settings(settings)
         encoders = self.text_encoders()
@@ -247,12 +239,6 @@ class LatentDiffusionBackbone(Backbone):
         return matrix
 
     def second_moment(self, progress: bool = True) -> Factorised:
-        """`C` with its ridge, factorised.
-
-        Raises:
-            CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
-            ConfigError: the captions cannot be read.
-        """
         projection: Any = base_module(self.edit_sites()[0].projection)
         return configured.factorised(self.config.covariance, self.moment(progress), projection.in_features)
 
@@ -328,10 +314,6 @@ class LatentDiffusionBackbone(Backbone):
             ).sample
 
     def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
-        """What tells this model from others: hashes of its base weights, whatever is attached to them.
-
-        Loads in float32 and float16 have the same one, those in bfloat16 another.
-        """
         if dtype not in self._fingerprints:
             projections = (
                 (f"{site.name}.{name}", value)
