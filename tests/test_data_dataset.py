@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from perfusion.config import ConceptConfig
 from perfusion.data.dataset import StepDataset, seed_of
@@ -59,15 +58,6 @@ class TestStepDataset:
         for k in reversed(range(40)):
             torch.rand(3)
             assert _equal(again[k], in_order[k])
-
-    def test_resumed_batches_equal_uninterrupted_ones(self):
-        batches = list(DataLoader(_dataset(), batch_size=4, shuffle=False))
-        assert len(batches) == 60
-        resumed = DataLoader(torch.utils.data.Subset(_dataset(), range(4 * 23, 240)), batch_size=4)
-        for before, after in zip(batches[23:], resumed, strict=True):
-            assert torch.equal(before["noise"], after["noise"]) and before["prompt"] == after["prompt"]
-            assert all(torch.equal(before[key], after[key]) for key in ("index", "timestep"))
-        assert batches[0]["noise"].shape == (4, 4, 8, 8) and batches[0]["timestep"].dtype == torch.int64
 
     def test_more_steps_leave_the_first_ones(self):
         short, long = _dataset(steps=10), _dataset(steps=500)

@@ -13,14 +13,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from benchmarks.memory import kept_bytes
-from perfusion.backbones import backbone_class
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept, save_concept
 from perfusion.config import ConfigError
 from perfusion.generate import GenerateConfig
 from perfusion.manifest import ImageRecord
 from perfusion.methods.base import Batch, Method, Word, available, build, method_class
-from tests.backbone_kinds import KINDS, config_of
+from tests.backbone_kinds import KINDS, loaded
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
 WORD = Word("<bear*>", "teddy bear")
@@ -49,15 +48,12 @@ CASES += [Case("custom_diffusion", kind="sdxl")]
 
 @pytest.fixture(scope="module")
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    home = tmp_path_factory.mktemp(request.param)
-    name, folder = KINDS[request.param]
     # At 64 pixels the middle block of all but Toyland would have one position, whose attention to itself no query or
     # key can change.
     resolution = 64 if request.param == "toyland" else 128
-    loaded = backbone_class(name).load(config_of(name, folder(home), home / "cache", resolution=resolution))
-    loaded.pipe.set_progress_bar_config(disable=True)
-    draw(loaded, "cat")  # transformers hooks its own layers at the first call
-    return loaded
+    backbone = loaded(request.param, tmp_path_factory.mktemp(request.param), resolution=resolution)
+    draw(backbone, "cat")  # transformers hooks its own layers at the first call
+    return backbone
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

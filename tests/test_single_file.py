@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from perfusion.backbones.loading import Source, read_tokenizer
 from perfusion.backbones.single_file import clip_tokenizer, layout_of
 from perfusion.config import BackboneConfig
 from perfusion.inspect import meta_backbone
-from tests.pipelines import sd21_folder, sdxl_folder, tiny_pipeline_folder
+from tests import backbone_kinds
+from tests.pipelines import sdxl_folder, tiny_pipeline_folder
 from tests.single_files import write_single_file
 
-KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    "sd15": ("stable_diffusion", tiny_pipeline_folder),
-    "sd21": ("stable_diffusion", sd21_folder),
-    "sdxl": ("sdxl", sdxl_folder),
-}
+KINDS = {kind: made for kind, made in backbone_kinds.KINDS.items() if kind != "toyland"}
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 
 def seed_of(*parts: int | float | str) -> int:
@@ -37,13 +36,12 @@ class Draw(TypedDict):
 
 
 @dataclass(frozen=True)
-class StepDataset(Dataset[Draw]):
+class StepDataset:
     """The whole training as one epoch: item k is slot `k % batch_size` of step `k // batch_size`.
 
     Item k depends on k and on the arguments and on nothing that happened before, so a training that is resumed at a
     step, in any process, sees exactly what one that never stopped would see. It holds no picture: their latents are
-    computed once, elsewhere. A `DataLoader` reads it in order (`shuffle=False`) in batches of `batch_size`; over
-    several processes that is the global batch.
+    computed once, elsewhere. Over several processes the items of one step are the global batch.
 
     The pictures come in blocks: draws [j·n, (j + 1)·n) use each of the n pictures once, in an order of their own.
 
