@@ -29,7 +29,7 @@ from perfusion.toyland.world import SUPERCLASSES, concept_scene, sample_instance
 from perfusion.training.prior import PriorImages
 
 if TYPE_CHECKING:  # scorers take seconds to import, and not every run has one
-    from perfusion.training.selection import Validation
+    from perfusion.training.selection import SelectBestStep
 
 # Where the pictures that Toyland draws are set: none of the places that the validation prompts ask for.
 PLACES = ("plain", "meadow", "kitchen", "forest", "desert")
@@ -251,7 +251,7 @@ class PersonalizationModule(LightningModule):
         backbone: frozen.
 
     Attributes:
-        validation: what is drawn and scored, from the callback that has the training validated.
+        validation: the callback that has the training validated, which draws and scores.
         drawn: the pictures of the last validation, in the first process alone.
         scores: their scores, in every process.
     """
@@ -260,7 +260,7 @@ class PersonalizationModule(LightningModule):
         super().__init__()
         self.method = method
         self.backbone = backbone
-        self.validation: Validation | None = None
+        self.validation: SelectBestStep | None = None
         self.drawn: list[Image.Image] = []
         self.scores: dict[str, float] = {}
 
