@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Pair
 from perfusion.backbones.latent_diffusion import edit_sites_of
-from perfusion.backbones.layouts import layout_config, meta_denoiser
+from perfusion.backbones.layouts import layout_config, meta_pipeline
 from perfusion.editing.gate import PromptGate
 from perfusion.editing.layer import attach_edit
 from perfusion.editing.places import EditSite
@@ -40,9 +41,14 @@ def _toyland_unet() -> UNet2DConditionModel:
         return models.unet()
 
 
+def _sd15_unet() -> UNet2DConditionModel:
+    pipe: Any = meta_pipeline("sd15")
+    return pipe.unet
+
+
 LAYOUTS = (
     Layout("toyland", _toyland_unet, models.TEXT_POSITIONS),
-    Layout("sd15", lambda: meta_denoiser("sd15"), layout_config("sd15", "text_encoder")["max_position_embeddings"]),
+    Layout("sd15", _sd15_unet, layout_config("sd15", "text_encoder")["max_position_embeddings"]),
 )
 
 

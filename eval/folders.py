@@ -267,7 +267,7 @@ class References:
 
 
 def _pictures(concept: ConceptConfig, resolution: int) -> tuple[Image.Image, ...]:
-    from perfusion.training.data import examples_of  # torch, which takes seconds to import
+    from perfusion.training.module import examples_of  # torch, which takes seconds to import
 
     return tuple(examples_of(concept, resolution).pictures())
 

@@ -46,11 +46,11 @@ def main(argv: Sequence[str]) -> None:
     """Command line entry point."""
     config = parse_key_values(argv, StrengthConfig, USAGE)
     # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+    from perfusion.backbones import load_backbone
     from perfusion.concept import Concept
-    from perfusion.presets import load_for
 
     concept = Concept.load(Path(config.concept).expanduser())
-    with concept.attach(load_for(concept.fingerprint, config)) as attached:
+    with concept.attach(load_backbone(config, default=concept.family)) as attached:
         found = measure(
             attached, config.references, config.grid, config.scorer, config.pretrained, config.steps, config.seed
         )

@@ -78,7 +78,7 @@ class Studio:
 
     def draw(self, templates: Sequence[str], *names: str) -> list[Any]:
         """A picture of each template, filled with the names; the k-th has the same noise in every row."""
-        from perfusion.sampling import sample
+        from perfusion.drawing import sample
 
         prompts = [template.format(*names) for template in templates]
         seeds = range(self.seed, self.seed + len(prompts))
@@ -132,10 +132,9 @@ def main(argv: Sequence[str]) -> None:
     config = parse_key_values(argv, PicturesConfig, USAGE)
     if config.only is not None and config.only not in PICTURES:
         raise ConfigError(f"only: found {config.only!r}, expected one of {', '.join(PICTURES)}")
-    from perfusion.backbones import backbone_class
+    from perfusion.backbones import backbone_class, backbone_config
     from perfusion.contact_sheet import captioned_sheet
     from perfusion.files import atomic_path
-    from perfusion.presets import backbone_config
 
     chosen = backbone_config("toyland")
     studio = Studio(backbone_class(chosen.name).load(chosen), config.root, config.seed)

@@ -219,7 +219,7 @@ class Runner:
         training = wanted.setting.training
         said = [f"{len(wanted.toys)} concepts"] if len(wanted.toys) > 1 else []
         if training is not None and training.shares:
-            said.append(f"trained {self._step(wanted.setting, wanted.toys[0])} steps")
+            said.append(f"trained {self._step(wanted.setting, next(iter(wanted.toys)))} steps")
         return ", ".join(said) or None
 
 

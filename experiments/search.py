@@ -24,7 +24,7 @@ from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
 from perfusion.training import sweep
-from perfusion.training.multirun import multirun
+from perfusion.training.composition import multirun
 
 _FOLDER = "folder"  # attribute of a trial: of its first run
 

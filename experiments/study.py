@@ -117,7 +117,7 @@ class Study:
         self._optuna: Any = optuna
         self._space, self._startup = space, startup
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._study = optuna.create_study(
+        self._study = self._optuna.create_study(
             storage=f"sqlite:///{file}", study_name="search", direction=direction, load_if_exists=True
         )
         asked = {**asked, "space": {key: repr(dimension) for key, dimension in space.items()}}

@@ -13,13 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perfusion.backbones import load
     from perfusion.concept import Concept
-    from perfusion.presets import load
 
 __all__ = ["Concept", "load"]
 
 # Imported on first use: torch and diffusers take seconds, and `--help` has no need of them.
-_HOMES = {"Concept": "perfusion.concept", "load": "perfusion.presets"}
+_HOMES = {"Concept": "perfusion.concept", "load": "perfusion.backbones"}
 
 
 def __getattr__(name: str) -> Any:

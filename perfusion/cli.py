@@ -18,7 +18,7 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -73,6 +73,19 @@ def is_user_error(error: BaseException) -> bool:
     if module.split(".")[0] in _OURS:
         return True
     return isinstance(error, OSError) and error.errno in _DISK
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """Rows as lines of aligned columns; those in `right` are aligned to the right."""
+    right = {*right}
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if k in right else text.ljust(width)
+            for k, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def parse_key_values(argv: Sequence[str], schema: type[T], usage: str, positional: str | None = None) -> T:

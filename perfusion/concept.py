@@ -16,28 +16,38 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
-from perfusion.concept_format import ConceptFileError, read, write
 from perfusion.config import ConfigError
 from perfusion.covariance.configured import spelled_out
 from perfusion.editing import EditError
 from perfusion.editing.gate import PromptGate
 from perfusion.editing.layer import gates_at
-from perfusion.files import PathLike
+from perfusion.files import PathLike, atomic_path
 from perfusion.methods.base import Dial, Method, Word, build, method_class
 from perfusion.provenance import provenance
 
+FORMAT_VERSION = 1
 LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
+_ENTRIES = (  # of a file's metadata, in their order
+    *("method", "superclass", "placeholder", "settings", "fingerprint", "fingerprint_bfloat16", "covariance", "seed"),
+    *("versions", "commit"),
+)
 _COMMIT_DIGITS = 12
 _HASH_DIGITS = 12
+
+
+class ConceptFileError(ValueError):
+    """A concept file that cannot be used; names the file, what was found and what was expected."""
 
 
 class DialError(ConfigError, AttributeError):
@@ -93,21 +103,28 @@ class Concept:
         """Read a concept file, without any model.
 
         Raises:
-            ConceptFileError: the file cannot be read (see `concept_format.read`), or its metadata is incomplete.
+            ConceptFileError: the file cannot be read (see `read`), or its metadata is incomplete.
         """
         tensors, metadata = read(path)
+
+        def entry(field: str, kind: type = str) -> Any:
+            return _entry(path, metadata, field, kind)
+
+        fingerprint = entry("fingerprint", dict)
+        if fingerprint.get("family") == "toyland":
+            fingerprint = {"world": "1", **fingerprint}  # Toyland's files began to name their world with the second
         return cls(
-            method=_entry(path, metadata, "method"),
-            superclass=_entry(path, metadata, "superclass"),
-            placeholder=_entry(path, metadata, "placeholder"),
+            method=entry("method"),
+            superclass=entry("superclass"),
+            placeholder=entry("placeholder"),
             tensors=tensors,
-            settings=_object(path, metadata, "settings"),
-            fingerprint=_fingerprint(path, metadata),
-            fingerprint_bfloat16=_object(path, {"fingerprint_bfloat16": "{}", **metadata}, "fingerprint_bfloat16"),
-            covariance=_entry(path, metadata, "covariance"),
-            seed=_number(path, metadata, "seed"),
-            versions=_object(path, metadata, "versions"),
-            commit=_entry(path, metadata, "commit"),
+            settings=entry("settings", dict),
+            fingerprint=fingerprint,
+            fingerprint_bfloat16=entry("fingerprint_bfloat16", dict) if "fingerprint_bfloat16" in metadata else {},
+            covariance=entry("covariance"),
+            seed=entry("seed", int),
+            versions=entry("versions", dict),
+            commit=entry("commit"),
             source=str(path),
         )
 
@@ -120,6 +137,11 @@ class Concept:
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             total.update(tensor.flatten().view(torch.uint8).numpy().data)
         return total.hexdigest()[:_HASH_DIGITS]
+
+    @property
+    def family(self) -> str:
+        """The kind of backbone that it was trained on, such as `stable_diffusion`."""
+        return self.fingerprint.get("family", "toyland")
 
     @property
     def dials(self) -> Mapping[str, Dial]:
@@ -242,27 +264,97 @@ class Concept:
 
 
 def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.float16) -> Concept:
-    """Write a concept file atomically, and give the concept as the file holds it, rounded to `dtype`.
+    """Write a concept file atomically, making its folder where there is none; gives the concept as the file holds it,
+    rounded to `dtype`.
 
     Raises:
         ConceptFileError: a value is not finite in `dtype`; nothing is written then.
     """
     concept = concept.rounded(dtype)
-    compact: Any = {"separators": (",", ":"), "ensure_ascii": False}
-    metadata = {
-        "method": concept.method,
-        "superclass": concept.superclass,
-        "placeholder": concept.placeholder,
-        "settings": json.dumps(concept.settings, **compact),
-        "fingerprint": json.dumps(concept.fingerprint, **compact),
-        "fingerprint_bfloat16": json.dumps(concept.fingerprint_bfloat16, **compact),
-        "covariance": concept.covariance,
-        "seed": str(concept.seed),
-        "versions": json.dumps(concept.versions, **compact),
-        "commit": concept.commit,
-    }
-    write(path, concept.tensors, metadata)
+    _check_finite(path, concept.tensors)
+    metadata: dict[str, str] = {"format_version": str(FORMAT_VERSION)}
+    for name in _ENTRIES:
+        value = getattr(concept, name)
+        plain = isinstance(value, str)
+        metadata[name] = value if plain else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in concept.tensors.items()}
+        save_file(contiguous, temporary, metadata)
     return dataclasses.replace(concept, source=str(path))
+
+
+def read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and metadata of a concept file.
+
+    Raises:
+        ConceptFileError: no such file, not safetensors, truncated, a name that stands twice in its header, no concept,
+            another format version, or NaN or infinity in a tensor.
+    """
+    if not Path(path).is_file():
+        raise ConceptFileError(f"{path}: found no such file, expected a concept")
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_names(path)
+            metadata = file.metadata() or {}
+            _check_version(path, metadata)
+            # Memory of their own: a view of the file would change, or crash, when the file does.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ConceptFileError(f"{path}: found no readable safetensors file ({error}), expected a concept") from error
+    _check_finite(path, tensors)
+    return tensors, metadata
+
+
+def _check_names(path: PathLike) -> None:
+    """Safetensors itself takes the last of two tensors, or two entries, of one name."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConceptFileError(f"{path}: found {twice[0]!r} twice in the header, expected every name once")
+        return dict(pairs)
+
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(size), object_pairs_hook=unique)
+
+
+def _check_version(path: PathLike, metadata: Mapping[str, str]) -> None:
+    found = metadata.get("format_version")
+    if found is None:
+        raise ConceptFileError(f"{path}: found a safetensors file without 'format_version', expected a concept")
+    if found != str(FORMAT_VERSION):
+        raise ConceptFileError(
+            f"{path}: found format version {found}, expected {FORMAT_VERSION}; another version of perfusion wrote it"
+        )
+
+
+def _check_finite(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConceptFileError(
+                f"{path}: tensor {name!r}: found {bad} of {tensor.numel()} values NaN or infinite in {kind}, expected "
+                "finite ones"
+            )
+
+
+def _entry(path: PathLike, metadata: Mapping[str, str], field: str, kind: type) -> Any:
+    """A metadata entry: text, or JSON of another kind."""
+    if field not in metadata:
+        raise ConceptFileError(f"{path}: found no metadata {field!r}, expected it in a concept")
+    text = metadata[field]
+    if kind is str:
+        return text
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if type(found) is not kind:
+        expected = "a JSON object" if kind is dict else "a whole number"
+        raise ConceptFileError(f"{path}: metadata {field!r}: found {text!r}, expected {expected}")
+    return found
 
 
 class Attached:
@@ -300,9 +392,7 @@ class Attached:
     def __enter__(self) -> Attached:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
 
@@ -319,34 +409,3 @@ def _requirements(backbone: Backbone) -> dict[str, str]:
     """What must be the same where a concept is trained and where it is used. The templates are part of it: methods take
     the superclass's encoding from them."""
     return {**backbone.fingerprint(), "prompts": backbone.config.prompts}
-
-
-def _fingerprint(path: PathLike, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the file needs of a backbone; Toyland's files began to name their world with the second."""
-    found = _object(path, metadata, "fingerprint")
-    return {"world": "1", **found} if found.get("family") == "toyland" else found
-
-
-def _entry(path: PathLike, metadata: Mapping[str, str], field: str) -> str:
-    if field not in metadata:
-        raise ConceptFileError(f"{path}: found no metadata {field!r}, expected it in a concept")
-    return metadata[field]
-
-
-def _number(path: PathLike, metadata: Mapping[str, str], field: str) -> int:
-    text = _entry(path, metadata, field)
-    try:
-        return int(text)
-    except ValueError:
-        raise ConceptFileError(f"{path}: metadata {field!r}: found {text!r}, expected a whole number") from None
-
-
-def _object(path: PathLike, metadata: Mapping[str, str], field: str) -> dict[str, Any]:
-    text = _entry(path, metadata, field)
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ConceptFileError(f"{path}: metadata {field!r}: found {text!r}, expected a JSON object")
-    return found

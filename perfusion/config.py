@@ -61,6 +61,13 @@ class BackboneConfig:
     covariance: CovarianceConfig = field(default_factory=CovarianceConfig)
 
 
+def which_weights(config: BackboneConfig) -> dict[str, str]:
+    """Keys of a command line, and their values, that say which weights a config names, as far as it has not the
+    defaults."""
+    values = {"path": config.path, "layout": config.layout, "dtype": config.dtype}
+    return {f"backbone.{key}": value for key, value in values.items() if value not in (None, "float32")}
+
+
 @dataclass
 class ToylandConcept:
     """Images drawn by Toyland's renderer instead of photos: one fixed instance."""

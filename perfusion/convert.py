@@ -203,14 +203,14 @@ def convert(config: ConvertConfig) -> Concept:
 
     import torch
 
-    from perfusion import backbones
+    from perfusion.backbones import backbone_class, backbone_config
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
-    from perfusion.presets import backbone_config
 
     chosen = backbone_config(config.backbone, config.path, device=config.device, layout=config.layout)
-    backbones.check_words(chosen, config.placeholder, config.superclass)
-    backbone = backbones.backbone_class(chosen.name).load(chosen)
+    kind = backbone_class(chosen.name)
+    kind.check_words(chosen, config.placeholder, config.superclass)
+    backbone = kind.load(chosen)
     outputs = place(foreign, backbone, str(source))
     # The keys are taken as they are: averages over the package's own prompts, which no superclass prompt gives again.
     options = {"name": "perfusion", "key_lock": "none", "sample_beta": config.beta, "sample_tau": config.tau}

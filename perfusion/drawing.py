@@ -1,10 +1,12 @@
-"""Pictures with attached concepts, each written as soon as it is drawn, with all that is known of it beside it."""
+"""Pictures from a pipeline, one seed each, so that none depends on those that are drawn beside it; and pictures with
+attached concepts, each written as soon as it is drawn, with all that is known of it beside it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,109 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tqdm import tqdm
 
 from perfusion.concept import Attached, Concept
 from perfusion.manifest import JOINED, ImageRecord, known_records, save_png, write_manifest
-from perfusion.sampling import stream
+
+_SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
+
+
+class SamplingError(ValueError):
+    """A request for pictures that no pipeline can follow."""
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 50,
+    guidance: float = 6.0,
+    batch_size: int = 8,
+    progress: bool = False,
+    *,
+    size: int | None = None,
+    exact: bool = True,
+) -> list[Image.Image]:
+    """One picture per prompt and seed, in their order.
+
+    Each picture has a generator of its own, so it is the one of the stock call
+    `pipe(prompt, generator=torch.Generator().manual_seed(seed))`, whatever stands beside it in a batch. Kernels round
+    differently for every batch shape, though, which would turn a pixel by one level now and then. So a CPU, where
+    batches gain least, denoises one picture at a time, and the same seed gives the same bytes. On other devices
+    pictures of different batch sizes agree up to that rounding; `batch_size=1` is exact there, too.
+
+    Args:
+        pipe: any stock text-to-image pipeline, with or without a concept attached. It is left as it was.
+        prompts: n prompts.
+        seeds: n seeds.
+        steps: denoising steps.
+        guidance: classifier-free guidance; 1 switches it off.
+        batch_size: pictures in one call of the denoiser.
+        progress: show a progress bar that counts denoising steps, of all pictures.
+        size: height and width in pixels; default: the pipeline's own.
+        exact: False lets a CPU take whole batches: about twice as fast for small models.
+
+    Returns:
+        n RGB pictures.
+
+    Raises:
+        SamplingError: steps or batch size below 1, more steps than the schedule has, a seed beyond 64 bits.
+    """
+    return list(stream(pipe, prompts, seeds, steps, guidance, batch_size, progress, size=size, exact=exact))
+
+
+def stream(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int = 50,
+    guidance: float = 6.0,
+    batch_size: int = 8,
+    progress: bool = False,
+    *,
+    size: int | None = None,
+    exact: bool = True,
+    prepare: Callable[[slice], None] | None = None,
+) -> Iterator[Image.Image]:
+    """What `sample` gives, each picture as soon as its batch is drawn, so that it can be saved before the next.
+
+    `prepare` is called before each batch, with the place of its pictures among all.
+    """
+    assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
+    if batch_size < 1:
+        raise SamplingError(f"batch size: found {batch_size}, expected at least 1")
+    trained = pipe.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= trained:
+        raise SamplingError(f"steps: found {steps}, expected 1 to {trained}, as many as in training")
+    if beyond := [seed for seed in seeds if seed not in _SEEDS]:
+        raise SamplingError(f"seed: found {beyond[0]}, expected {_SEEDS.start} to {_SEEDS.stop - 1}")
+    if exact and pipe.device.type == "cpu":
+        batch_size = 1
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
+    with tqdm(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            if prepare is not None:
+                prepare(batch)
+
+            def count(pipe: Any, *_: Any, at_once: int = len(prompts[batch])) -> dict[str, Any]:
+                bar.total = len(prompts) * pipe.num_timesteps  # some schedulers take one step more than asked for
+                bar.update(at_once)
+                return {}
+
+            own_bar = getattr(pipe, "_progress_bar_config", {})
+            pipe.set_progress_bar_config(disable=True)
+            try:
+                images = pipe(
+                    prompt=list(prompts[batch]),
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
+                    callback_on_step_end=count,
+                    **settings,
+                ).images
+            finally:
+                pipe.set_progress_bar_config(**own_bar)
+            yield from images
 
 
 @dataclass(frozen=True)
@@ -50,7 +151,7 @@ def draw(
     back to what they were set to before.
 
     Args:
-        batch, size, exact, progress: see `sampling.stream`.
+        batch, size, exact, progress: see `sample`.
         again: False leaves out pictures that lie there, made by the same training.
     """
     missing = [k for k, shot in enumerate(shots) if again or not _is_there(shot)]

@@ -90,12 +90,12 @@ def generate(config: GenerateConfig) -> Path:
         TokenError: a prompt is so long that a concept's placeholder would be cut off; nothing is drawn then.
         BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
     """
+    from perfusion.backbones import load_backbone
     from perfusion.concept import Concept
     from perfusion.drawing import Shot, described, draw, recorded
     from perfusion.manifest import ImageRecord, known_records
-    from perfusion.presets import load_for
 
-    prompts, files = _prompts(config), _files(config)
+    prompts, files = _texts("prompt", config.prompt, "text"), _texts("concept", config.concept, "file")
     dials = {name: value for name, value in config.dials.items() if value is not None}
     auto = dials.get("beta") == AUTO
     if auto and len(files) > 1:
@@ -117,7 +117,7 @@ def generate(config: GenerateConfig) -> Path:
     names = [_name(file, concept) for file, concept in zip(files, concepts, strict=True)]
     out = Path(config.out or Path("generated") / f"{'-'.join(names)}-{slug(prompts[0])}").expanduser()
     known = known_records(out)
-    backbone = load_for(concepts[0].fingerprint, config)
+    backbone = load_backbone(config, default=concepts[0].family)
     with ExitStack() as stack:
         attached = [stack.enter_context(concept.attach(backbone)) for concept in concepts]
         backbone.check_prompts(prompts)
@@ -158,7 +158,8 @@ def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[
     for record in records:
         dials = "".join(f"-{name}-{_shown(record.dials[name])}" for name in differing)
         stem = f"{slug(record.prompt)}-{record.seed:04d}{dials}"
-        choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in _suffixes())
+        suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in suffixes)
         free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
         taken[free.file] = free
         result.append(free)
@@ -172,14 +173,6 @@ def _differing(records: Sequence[ImageRecord]) -> list[str]:
 
 def _shown(value: float | str) -> str:
     return value.replace(" + ", "-") if isinstance(value, str) else f"{value:g}"
-
-
-def _suffixes() -> Iterable[str]:
-    yield ""
-    number = 2
-    while True:
-        yield f"-{number}"
-        number += 1
 
 
 def _readable(word: str) -> str:
@@ -196,18 +189,12 @@ def _readable(word: str) -> str:
     return f"{key}{equals}{value}"
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
-    prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise ConfigError(f"prompt: found {config.prompt!r}, expected a text or a list of texts")
-    return prompts
-
-
-def _files(config: GenerateConfig) -> list[str]:
-    files = _listed(config.concept)
-    if not files or not all(isinstance(file, str) and file.strip() for file in files):
-        raise ConfigError(f"concept: found {config.concept!r}, expected a file or a list of files")
-    return files
+def _texts(key: str, given: Any, kind: str) -> list[str]:
+    """One text or several, such as prompts or names of files. Raises ConfigError."""
+    texts = _listed(given)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ConfigError(f"{key}: found {given!r}, expected a {kind} or a list of {kind}s")
+    return texts
 
 
 def _rows(name: str, given: Any, concepts: Sequence[Concept]) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perfusion.cli import parse_key_values, run_cli
+from perfusion.cli import aligned, parse_key_values, run_cli
 from perfusion.config import ConfigError
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
@@ -80,7 +80,7 @@ def inspect(config: InspectConfig) -> list[str]:
 
 def describe_concept(concept: Concept, path: Path) -> list[str]:
     """Everything that a concept file says, as lines; needs no model."""
-    from perfusion.concept_format import FORMAT_VERSION
+    from perfusion.concept import FORMAT_VERSION
     from perfusion.covariance.configured import spelled_out
 
     numbers = sum(tensor.numel() for tensor in concept.tensors.values())
@@ -108,7 +108,7 @@ def describe_concept(concept: Concept, path: Path) -> list[str]:
         spread = (values.mean(), values.std(correction=0), values.abs().max())
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append((name, _shape(tensor.shape), dtype, f"{tensor.nbytes:,}", *(f"{v.item():.4g}" for v in spread)))
-    return [*_table(facts), "", *_table(rows, right=range(3, 7))]
+    return [*aligned(facts), "", *aligned(rows, right=range(3, 7))]
 
 
 def describe_backbone(name: str, path: str | None, method_name: str, layout: str | None = None) -> list[str]:
@@ -134,7 +134,7 @@ def describe_backbone(name: str, path: str | None, method_name: str, layout: str
         ("numbers", f"{sum(math.prod(shape) for shape in shapes.values()):,}"),
         ("file", f"{file_bytes(method, shapes, backbone):,} bytes in float16"),
     ]
-    return [*_table(rows, right=(2, 3)), "", *_table(facts)]
+    return [*aligned(rows, right=(2, 3)), "", *aligned(facts)]
 
 
 def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
@@ -147,12 +147,12 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     """
     import torch
 
+    from perfusion.backbones import load_backbone
     from perfusion.editing.gate import PromptGate, edited_encoding
-    from perfusion.presets import load_for
 
     assert config.prompt is not None
     concept.check_dial("beta")
-    backbone = load_for(concept.fingerprint, config)
+    backbone = load_backbone(config, default=concept.family)
     pipe: Any = backbone.pipe
     with concept.attach(backbone, beta=config.beta, tau=config.tau) as attached, torch.no_grad():
         gate = getattr(attached.method, "gate", None)
@@ -170,7 +170,7 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     if end + 1 < len(ids):
         rest = slice(end + 1, None)
         rows.append((f"{end + 1}–{len(ids) - 1}", "padding", _range(r[rest]), _range(g[rest])))
-    return [f"{config.prompt!r}, {strength}", *_table(rows, right=(2, 3))]
+    return [f"{config.prompt!r}, {strength}", *aligned(rows, right=(2, 3))]
 
 
 def meta_backbone(name: str, path: str | None, layout: str | None = None) -> Backbone:
@@ -180,10 +180,9 @@ def meta_backbone(name: str, path: str | None, layout: str | None = None) -> Bac
         ConfigError: no such backbone.
         BackboneError: neither a layout nor a folder with configs.
     """
-    from perfusion.backbones import BackboneError, backbone_class
+    from perfusion.backbones import BackboneError, backbone_class, backbone_config
     from perfusion.backbones.layouts import available_layouts, meta_pipeline
     from perfusion.backbones.loading import reading
-    from perfusion.presets import backbone_config
 
     config = backbone_config(name, path, layout=layout)
     cls: Any = backbone_class(config.name)
@@ -227,17 +226,6 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], backbone: 
         file = Path(folder) / "concept.safetensors"
         save_concept(file, concept)
         return file.stat().st_size
-
-
-def _table(rows: Iterable[Row], right: Iterable[int] = ()) -> list[str]:
-    """Rows as lines of aligned columns; those in `right` are aligned to the right."""
-    rows, right = list(rows), set(right)
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-
-    def cell(text: str, k: int) -> str:
-        return text.rjust(widths[k]) if k in right else text.ljust(widths[k])
-
-    return ["  ".join(cell(text, k) for k, text in enumerate(row)).rstrip() for row in rows]
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -53,7 +53,7 @@ def measure(
     """
     import torch
 
-    from perfusion.sampling import stream
+    from perfusion.drawing import stream
     from perfusion.scoring.metrics import clip_scores
     from perfusion.training.samples import sample_templates
 
@@ -123,15 +123,13 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
         ConfigError: None, and no run folder's config lies beside the concept's file.
         ConceptImageError: the pictures cannot be read.
     """
-    from perfusion.data.examples import load_examples
-    from perfusion.data.images import find_images
-    from perfusion.training.data import examples_of
+    from perfusion.data.images import find_images, load_examples
+    from perfusion.training.module import examples_of
     from perfusion.training.run_folder import RunFolder, read_config
 
     resolution = attached.backbone.config.resolution
     if references is not None:
-        files = [str(file) for file in find_images(references, key="references")]
-        return load_examples(files, None, resolution).pictures()
+        return load_examples(find_images(references, key="references"), resolution).pictures()
     run = RunFolder(Path(attached.concept.source).parent).config
     if not run.is_file():
         raise ConfigError(f"references: not given, and {run} is not there to name them; give references=<pictures>")

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from perfusion.cli import run_cli
-from perfusion.config import ConfigError, TrainConfig
+from perfusion.config import ConfigError, TrainConfig, which_weights
 from perfusion.training import composition, sweep
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
-    from perfusion.data.examples import Examples
-    from perfusion.data.prior import PriorImages
+    from perfusion.data.images import Examples
     from perfusion.methods.base import Method
+    from perfusion.training.prior import PriorImages
     from perfusion.training.run_folder import RunFolder
 
 
@@ -48,11 +48,12 @@ def train(config: TrainConfig) -> RunFolder:
     started = time.monotonic()
     from lightning.pytorch import seed_everything
 
-    from perfusion import backbones
+    from perfusion.backbones import backbone_class
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
-    from perfusion.training.data import examples_of, part_size
+    from perfusion.provenance import provenance
     from perfusion.training.devices import device_count, device_of, rank_of
+    from perfusion.training.module import examples_of, part_size
     from perfusion.training.prior import prior_of
     from perfusion.training.run_folder import RunFolder, peak_memory_bytes
     from perfusion.training.trainer import check_keywords, quieten
@@ -71,9 +72,10 @@ def train(config: TrainConfig) -> RunFolder:
     rank = rank_of(config.trainer)  # of the processes that train together; files and words are the first one's
     device = device_of(config, rank)
     examples = examples_of(config.concept, config.backbone.resolution)
-    backbones.check_words(config.backbone, word.placeholder, word.superclass)
+    kind = backbone_class(config.backbone.name)
+    kind.check_words(config.backbone, word.placeholder, word.superclass)
     if method.needs_covariance:
-        backbones.check_covariance(config.backbone)
+        kind.check_covariance(config.backbone)
     prior_for = prior_of(config.concept, method.options, config.trainer.get("enable_progress_bar", True))
 
     folder = RunFolder.of(config)
@@ -85,7 +87,7 @@ def train(config: TrainConfig) -> RunFolder:
         return folder
 
     quieten()
-    backbone = backbones.backbone_class(config.backbone.name).load(dataclasses.replace(config.backbone, device=device))
+    backbone = kind.load(dataclasses.replace(config.backbone, device=device))
     prior = prior_for(backbone)
     # For what a method starts from, and what a third party's callback may draw: training's own draws have other seeds.
     seed_everything(config.seed, verbose=False)
@@ -103,7 +105,8 @@ def train(config: TrainConfig) -> RunFolder:
         method.detach()
     _draw_samples(config, folder, concept, backbone, examples, metrics)
     seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
-    folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **_made_with(examples)})
+    made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
+    folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
     _say_where(config, folder, exported)
     return folder
 
@@ -119,9 +122,8 @@ def _fit(
     """Train the attached method, from the newest checkpoint if there is one; gives what metrics.json says of it."""
     from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
-    from perfusion.training.data import ConceptData
     from perfusion.training.devices import rank_of
-    from perfusion.training.module import PersonalizationModule
+    from perfusion.training.module import ConceptData, PersonalizationModule
     from perfusion.training.trainer import build, results
 
     checkpoint = newest_readable(folder.checkpoints)
@@ -157,7 +159,7 @@ def _draw_samples(
 ) -> None:
     """Draw the base model beside the concept, as its file holds it."""
     from perfusion.data.prompts import fill
-    from perfusion.sampling import sample
+    from perfusion.drawing import sample
     from perfusion.training.samples import sample_templates, save_samples
 
     def draw(prompts: list[str]) -> list[Image]:
@@ -183,23 +185,11 @@ def _draw_samples(
     save_samples(folder.samples, examples.pictures(), rows, title)
 
 
-def _made_with(examples: Examples) -> dict[str, Any]:
-    from perfusion.provenance import provenance
-
-    return {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
-
-
 def _say_where(config: TrainConfig, folder: RunFolder, exported: Sequence[Path]) -> None:
     from perfusion.training.samples import sample_templates
 
     prompt = sample_templates(config.backbone.prompts)[0].replace("{}", config.concept.placeholder)
-    words = {"concept": folder.concept, "prompt": prompt}
-    if config.backbone.path is not None:
-        words["backbone.path"] = config.backbone.path
-    if config.backbone.layout is not None:
-        words["backbone.layout"] = config.backbone.layout
-    if config.backbone.dtype != "float32":
-        words["backbone.dtype"] = config.backbone.dtype
+    words = {"concept": folder.concept, "prompt": prompt, **which_weights(config.backbone)}
     command = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in words.items())
     print(f"concept: {folder.concept} ({folder.concept.stat().st_size / 1000:.1f} kB)")
     if exported:

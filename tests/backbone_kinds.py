@@ -32,6 +32,14 @@ def config_of(name: str, folder: Path, cache: Path, **values: Any) -> BackboneCo
     return dataclasses.replace(config, **values)
 
 
+def loaded(kind: str, home: Path, **values: Any) -> Any:
+    """A backbone of a kind, whose pipeline is written below `home` first."""
+    name, folder = KINDS[kind]
+    backbone = backbones.backbone_class(name).load(config_of(name, folder(home), home / "cache", **values))
+    backbone.pipe.set_progress_bar_config(disable=True)
+    return backbone
+
+
 @contextmanager
 def added(backbone: Backbone, vectors: int = 1) -> Iterator[AddedWord]:
     """`<cat*>` in the backbone, and out of it again whatever happens."""

@@ -20,16 +20,11 @@ from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
 from perfusion.editing import EditError
 from perfusion.methods.base import Word
-from tests.concepts import tiny_backbone, tiny_sdxl_backbone, untrained_concept
+from tests.concepts import tiny_sdxl_backbone, untrained_concept
 from tests.drawing import CLOSED, PLAIN, PROMPT, call
 
 PIXELS = 16  # width of an image's embedding
 TOKENS = 4  # that IP-Adapter makes of an image
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")

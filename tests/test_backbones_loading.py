@@ -23,7 +23,7 @@ from diffusers import (
 from peft import LoraConfig
 
 import perfusion
-from perfusion import backbones, presets
+from perfusion import backbones
 from perfusion.backbones import toyland
 from perfusion.backbones.base import Backbone, BackboneError, TokenError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
@@ -161,20 +161,20 @@ def test_configs_that_cannot_be_loaded_are_refused(values: dict[str, Any], messa
         StableDiffusionBackbone.load(config)
     if "path" in values:
         with pytest.raises(BackboneError, match=message):
-            backbones.check_words(config, "<cat*>", "cat")
+            backbones.backbone_class(config.name).check_words(config, "<cat*>", "cat")
 
 
 def test_a_hub_id_is_loaded_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_pipeline_folder(tmp_path)
     put_in_hub_cache("owner/tiny", folder, tmp_path / "hub", monkeypatch)
     config = config_of("stable_diffusion", Path("owner/tiny"), tmp_path)
-    backbones.check_words(config, "<cat*>", "cat")
+    backbones.backbone_class(config.name).check_words(config, "<cat*>", "cat")
     with pytest.raises(TokenError, match="'cat' is already a word of the tokenizer's vocabulary"):
-        backbones.check_words(config, "cat", "cat")
+        backbones.backbone_class(config.name).check_words(config, "cat", "cat")
     np.save(tmp_path / "C.npy", np.eye(33))
     matrix = dataclasses.replace(config.covariance, matrix=str(tmp_path / "C.npy"))
     with pytest.raises(CovarianceError, match="found width 33, expected 32"):  # from the UNet's config alone
-        backbones.check_covariance(dataclasses.replace(config, covariance=matrix))
+        backbones.backbone_class(config.name).check_covariance(dataclasses.replace(config, covariance=matrix))
     backbone = StableDiffusionBackbone.load(config)
     expected = StableDiffusionBackbone.load(dataclasses.replace(config, path=str(folder)))
     assert backbone.fingerprint() == expected.fingerprint()
@@ -252,7 +252,7 @@ def test_a_concept_that_names_a_family_alone_is_drawn_in_the_size_of_the_weights
 ) -> None:
     """SD 1.x and SD 2.x are one family, of other sizes; a preset that is named says its own."""
     options = GenerateConfig(backbone=named, path=str(tiny_pipeline_folder(tmp_path)), device="cpu")
-    backbone = presets.load_for({"family": "stable_diffusion"}, options)
+    backbone = backbones.load_backbone(options, default="stable_diffusion")
     assert backbone.config.resolution == resolution
     assert backbone.latent_shape()[1:] == (resolution // 8, resolution // 8)
 
@@ -280,7 +280,7 @@ def test_the_registry_knows_every_backbone_and_no_other() -> None:
     ("preset", "values"), [("sd15", {}), ("sd21", {"resolution": 768}), ("sdxl", {}), ("toyland", {})]
 )
 def test_the_presets_are_the_defaults(preset: str, values: dict[str, Any]) -> None:
-    config = presets.backbone_config(preset)
+    config = backbones.backbone_config(preset)
     assert config == dataclasses.replace(backbones.default_config(config.name), **values)
 
 
@@ -303,7 +303,7 @@ def test_toyland_captions_are_of_its_world() -> None:
 
 
 def test_the_public_face_is_lazy() -> None:
-    assert perfusion.load is presets.load and "Concept" in dir(perfusion)
+    assert perfusion.load is backbones.load and "Concept" in dir(perfusion)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         perfusion.lode  # noqa: B018
     with warnings.catch_warnings():

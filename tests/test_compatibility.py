@@ -20,18 +20,12 @@ from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
-from perfusion.concept import Concept
-from perfusion.concept_format import ConceptFileError
+from perfusion.concept import Concept, ConceptFileError
 from perfusion.editing import EditError
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, tiny_sdxl_backbone, untrained_concept
 from tests.drawing import CLOSED, PLAIN, PROMPT, call
 from tests.pipelines import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,12 @@ from torch import Tensor, nn
 
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.concept import Concept, save_concept
-from perfusion.config import ConfigError
 from perfusion.editing import EditError
-from perfusion.methods.base import Dial, Word
-from perfusion.methods.perfusion import Perfusion
-from tests.concepts import things, tiny_backbone, untrained_concept
+from perfusion.methods.base import Word
+from tests.concepts import things, untrained_concept
 
 WORD = Word("<bear*>", "teddy bear")
 PROMPT = "a photo of a <bear*> on the beach"
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +67,6 @@ def test_the_concept_stays_when_the_handle_is_dropped(backbone: Backbone, path: 
     detach()
 
 
-def test_no_captions_and_no_second_moment_are_needed(
-    backbone: Backbone, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(progress: bool = True) -> None:
-        raise AssertionError("C was asked for")
-
-    monkeypatch.setattr(backbone, "second_moment", forbidden)
-    with Concept.load(path).attach(backbone):
-        draw_image(backbone, [PROMPT])
-
-
 def test_the_edit_is_computed_once_per_picture_and_not_per_step(backbone: Backbone, path: Path) -> None:
     calls: list[nn.Module] = []
     with Concept.load(path).attach(backbone):
@@ -116,16 +98,6 @@ def test_strength_can_be_given_and_changed(backbone: Backbone, path: Path) -> No
 def test_an_impossible_strength_attaches_nothing(backbone: Backbone, path: Path) -> None:
     with pytest.raises(EditError, match="tau: found -1"):
         Concept.load(path).attach(backbone, tau=-1.0)
-
-
-def test_a_method_without_a_gate_has_no_strength(
-    backbone: Backbone, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Perfusion, "dials", (Dial("scale"),))
-    with pytest.raises(ConfigError, match="beta: found a concept of the method 'perfusion', which has no beta; it has"):
-        Concept.load(path).attach(backbone, beta=0.5)
-    with Concept.load(path).attach(backbone) as attached, pytest.raises(ConfigError, match="which has no tau"):
-        attached.tau = 0.2
 
 
 def test_an_exception_inside_the_block_detaches(backbone: Backbone, path: Path) -> None:

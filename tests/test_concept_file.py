@@ -16,19 +16,13 @@ from perfusion import provenance
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
 from perfusion.backbones.layouts import meta_pipeline
-from perfusion.concept import Concept, save_concept
-from perfusion.concept_format import ConceptFileError, read
+from perfusion.concept import Concept, ConceptFileError, read, save_concept
 from perfusion.methods.base import Word, build
-from tests.concepts import things, things_and_hooks, tiny_backbone, untrained_concept
+from tests.concepts import things, things_and_hooks, untrained_concept
 from tests.pipelines import tiny_pipeline, toyland_pipeline
 
 WORD = Word("<bear*>", "teddy bear")
 PROMPT = "a photo of a <bear*> on the beach"
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")

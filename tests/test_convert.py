@@ -17,21 +17,16 @@ from perfusion.concept import Concept, ConceptFileError
 from perfusion.convert import ConversionError, ConvertConfig, convert, main, read_package
 from perfusion.editing.places import EditSite
 from perfusion.methods.base import Word
-from tests.concepts import tiny_backbone, untrained_concept
+from tests.concepts import untrained_concept
 
 BETA, TAU = 0.6, 0.2
 D = 32  # width of the tiny backbone's encodings
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
-
-
 @pytest.fixture(autouse=True)
 def loaded(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(backbone), "load", classmethod(lambda cls, config: backbone))
-    monkeypatch.setattr("perfusion.backbones.check_words", lambda *_: None)
+    monkeypatch.setattr(type(backbone), "check_words", lambda *_: None)
 
 
 def weight(site: EditSite) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import perfusion
 from perfusion import backbones
-from perfusion.backbones import default_config
+from perfusion.backbones import backbone_config, default_config
 from perfusion.backbones.base import BackboneError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.cli import run_cli
@@ -21,7 +21,6 @@ from perfusion.config import BackboneConfig
 from perfusion.covariance import cache, configured
 from perfusion.covariance.__main__ import CovarianceCommand, main, measure, next_command
 from perfusion.covariance.matrix import load_matrix
-from perfusion.presets import backbone_config
 from perfusion.training import composition
 from tests.pipelines import toyland_folder
 
@@ -167,7 +166,9 @@ def test_a_layout_is_used_and_handed_on(tmp_path: Path) -> None:
     command = CovarianceCommand(backbone="toyland", layout="sd21_base", out=str(tmp_path / "C.safetensors"))
     with pytest.raises(BackboneError, match=r"backbone\.layout: found 'sd21_base'"):
         measure(command)
-    assert "backbone.layout=sd21_base" in next_command(command, default_config("toyland"), None)
+    assert "backbone.layout=sd21_base" in next_command(
+        command, dataclasses.replace(default_config("toyland"), layout="sd21_base"), None
+    )
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "stable_diffusion"])

@@ -195,7 +195,7 @@ def test_a_matrix_that_cannot_be_used_is_refused_before_a_model_is_loaded(
         weights.unlink()
     config = BackboneConfig(name="stable_diffusion", path=str(folder), covariance=settings)
     with pytest.raises(CovarianceError, match=message):
-        backbones.check_covariance(config)
+        backbones.backbone_class(config.name).check_covariance(config)
     with pytest.raises(CovarianceError, match=message):
         around(pipe, tmp_path, matrix=str(path), ridge=0.0).second_moment()
 
@@ -204,7 +204,7 @@ def test_captions_and_positions_are_checked_before_a_model_is_loaded(pipe: Any, 
     def check(**settings: Any) -> None:
         for name in ("stable_diffusion", "toyland"):
             config = BackboneConfig(name=name, path="no/such/folder", covariance=CovarianceConfig(**settings))
-            backbones.check_covariance(config)
+            backbones.backbone_class(config.name).check_covariance(config)
 
     check()
     with pytest.raises(ConfigError, match=r"backbone\.covariance\.positions: found 'word', expected all or words"):

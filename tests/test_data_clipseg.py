@@ -17,7 +17,7 @@ from perfusion.data import clipseg
 from perfusion.data.clipseg import SIDE, ClipSeg
 from perfusion.data.images import ConceptImageError
 from perfusion.data.masks import read_mask
-from perfusion.training.data import examples_of
+from perfusion.training.module import examples_of
 from tests.hub import put_in_hub_cache
 from tests.segmenters import clipseg_folder
 

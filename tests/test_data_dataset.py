@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
+from perfusion.config import ConceptConfig
 from perfusion.data.dataset import StepDataset, seed_of
-from perfusion.data.examples import Examples, load_examples
-from perfusion.data.images import ConceptImageError
+from perfusion.data.images import ConceptImageError, Examples
+from perfusion.training.module import examples_of
 
 PROMPTS = ["a photo of a <cat*>", "a good photo of a <cat*>", "a picture of the <cat*>"]
 
@@ -59,15 +59,6 @@ class TestStepDataset:
             torch.rand(3)
             assert _equal(again[k], in_order[k])
 
-    def test_resumed_batches_equal_uninterrupted_ones(self):
-        batches = list(DataLoader(_dataset(), batch_size=4, shuffle=False))
-        assert len(batches) == 60
-        resumed = DataLoader(torch.utils.data.Subset(_dataset(), range(4 * 23, 240)), batch_size=4)
-        for before, after in zip(batches[23:], resumed, strict=True):
-            assert torch.equal(before["noise"], after["noise"]) and before["prompt"] == after["prompt"]
-            assert all(torch.equal(before[key], after[key]) for key in ("index", "timestep"))
-        assert batches[0]["noise"].shape == (4, 4, 8, 8) and batches[0]["timestep"].dtype == torch.int64
-
     def test_more_steps_leave_the_first_ones(self):
         short, long = _dataset(steps=10), _dataset(steps=500)
         assert all(_equal(short[k], long[k]) for k in range(40))
@@ -108,8 +99,13 @@ class TestStepDataset:
             _dataset(prompts=[])
 
 
+def _examples(images: object, masks: object = None, resolution: int = 16) -> Examples:
+    return examples_of(ConceptConfig("x", "cat", "<x>", images=images, masks=masks), resolution)
+
+
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     (tmp_path / "mask").mkdir()
     for name, size in (("10.jpg", (80, 60)), ("2.png", (40, 40)), ("3.webp", (30, 90))):
@@ -122,7 +118,7 @@ def photos(tmp_path: Path) -> Path:
 
 class TestLoadExamples:
     def test_with_and_without_masks(self, photos):
-        examples = load_examples(str(photos), str(photos / "mask"), 32)
+        examples = _examples(str(photos), "mask", 32)
         assert len(examples) == 3 and examples.names == ["2.png", "3.webp", "10.jpg"]
         assert examples.pixels.shape == (3, 3, 32, 32) and examples.pixels.dtype == torch.float32
         assert examples.masks is not None
@@ -130,25 +126,25 @@ class TestLoadExamples:
         assert torch.allclose(examples.masks.amax(dim=(1, 2, 3)), torch.tensor(200 / 255), atol=1e-3)
         # The objects lie in the corner, so the crops of the two long pictures moved there.
         assert all(examples.masks[k, 0, 0, 0] > 0.7 for k in range(3))
-        plain = load_examples(photos.name, None, 32, base=photos.parent)
+        plain = _examples(str(photos), None, 32)
         assert plain.masks is None
         assert torch.equal(plain.pixels[0], examples.pixels[0]) and not torch.equal(plain.pixels, examples.pixels)
 
     def test_masks_follow_their_images(self, photos):
-        one = load_examples("2.png", "mask/2.png", 16, base=photos)
-        both = load_examples(["10.jpg", "2.png"], ["mask/2.png", "mask/10.png"], 16, base=photos)
+        one = _examples("2.png", "mask/2.png")
+        both = _examples(["10.jpg", "2.png"], ["mask/2.png", "mask/10.png"])
         assert one.masks is not None and both.masks is not None
         assert torch.equal(both.masks[1], one.masks[0]) and torch.equal(both.pixels[1], one.pixels[0])
 
     def test_errors_name_the_file(self, photos):
         with pytest.raises(ConceptImageError, match=r"mask without image: .*mask/3.png"):
-            load_examples("2.png", ["mask/2.png", "mask/3.png"], 16, base=photos)
+            _examples("2.png", ["mask/2.png", "mask/3.png"])
         with pytest.raises(ConceptImageError, match=r"mask/2.png: the mask is 15x45, its image .*2.png is 40x40"):
             (photos / "mask" / "2.png").write_bytes((photos / "mask" / "3.png").read_bytes())
-            load_examples("2.png", "mask/2.png", 16, base=photos)
+            _examples("2.png", "mask/2.png")
         (photos / "10.jpg").write_bytes((photos / "10.jpg").read_bytes()[:-300])
         with pytest.raises(ConceptImageError, match=r"10.jpg: unreadable, truncated or damaged JPEG file: image"):
-            load_examples(".", None, 16, base=photos)
+            _examples(".")
 
 
 def test_examples_hold_their_shapes():

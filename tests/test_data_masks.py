@@ -7,9 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from perfusion.data.examples import fit
-from perfusion.data.images import ConceptImageError
+from perfusion.data.images import ConceptImageError, fit
 from perfusion.data.masks import check_aspect, find_masks, mask_to_latent, normalise_mask, read_mask
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start at the working directory."""
+    monkeypatch.chdir(tmp_path)
 
 
 def _files(folder: Path, *names: str) -> list[Path]:
@@ -24,29 +29,28 @@ class TestFindMasks:
         images = _files(tmp_path, "10.jpg", "2.webp", "cat.front.png")
         _files(tmp_path / "mask", "2.png", "10.png", "cat.front.jpg")
         expected = [tmp_path / "mask" / name for name in ("10.png", "2.png", "cat.front.jpg")]
-        assert find_masks(str(tmp_path / "mask"), images) == expected
-        assert find_masks("mask", images, tmp_path) == expected
-        assert find_masks(["mask/2.png", "mask/[!2]*"], images, tmp_path) == expected
+        assert find_masks("mask", images) == expected
+        assert find_masks(["mask/2.png", "mask/[!2]*"], images) == expected
 
     def test_mask_without_image(self, tmp_path):
         images = _files(tmp_path, "1.jpg")
         _files(tmp_path / "mask", "1.png", "2.png")
         with pytest.raises(ConceptImageError, match=r"mask without image: .*mask/2.png.*'2'; the images are 1.jpg"):
-            find_masks("mask", images, tmp_path)
+            find_masks("mask", images)
 
     def test_image_without_mask(self, tmp_path):
         images = _files(tmp_path, "1.jpg", "2.jpg")
         _files(tmp_path / "mask", "1.png")
         with pytest.raises(ConceptImageError, match=r"image without mask: .*/2.jpg.*named 2.png.*masks are 1.png"):
-            find_masks("mask", images, tmp_path)
+            find_masks("mask", images)
 
     def test_names_must_be_unique(self, tmp_path):
         images = _files(tmp_path, "1.jpg")
         _files(tmp_path / "mask", "1.png", "1.jpg")
         with pytest.raises(ConceptImageError, match=r"two masks of one name: .*1.jpg and .*1.png"):
-            find_masks("mask", images, tmp_path)
+            find_masks("mask", images)
         with pytest.raises(ConceptImageError, match=r"two images of one name: .*1.jpg and .*1.png"):
-            find_masks("mask/1.png", [*images, *_files(tmp_path, "1.png")], tmp_path)
+            find_masks("mask/1.png", [*images, *_files(tmp_path, "1.png")])
 
     def test_an_image_is_not_its_own_mask(self, tmp_path):
         images = _files(tmp_path, "1.jpg")
@@ -55,7 +59,7 @@ class TestFindMasks:
 
     def test_no_masks_there(self, tmp_path):
         with pytest.raises(ConceptImageError, match=r"concept.masks='mask': no such file or folder"):
-            find_masks("mask", _files(tmp_path, "1.jpg"), tmp_path)
+            find_masks("mask", _files(tmp_path, "1.jpg"))
 
 
 def _mask(folder: Path, values: np.ndarray, name: str = "m.png") -> np.ndarray:
@@ -120,12 +124,6 @@ class TestReadMask:
         Image.new(mode, (7, 5), colour).save(tmp_path / "m.png")
         with pytest.raises(ConceptImageError, match=r"m\.png: the mask is zero everywhere \(7x5 pixels\)"):
             read_mask(tmp_path / "m.png")
-
-    def test_truncated(self, tmp_path):
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(tmp_path / "m.jpg")
-        (tmp_path / "m.jpg").write_bytes((tmp_path / "m.jpg").read_bytes()[:900])
-        with pytest.raises(ConceptImageError, match=r"m\.jpg: unreadable, truncated"):
-            read_mask(tmp_path / "m.jpg")
 
 
 class TestCheckAspect:

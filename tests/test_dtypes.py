@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
-from perfusion.concept import Concept, save_concept
-from perfusion.concept_format import ConceptFileError, read, write
+from perfusion.concept import Concept, ConceptFileError, read, save_concept
 from perfusion.methods.base import Word, available
 from tests.concepts import random_concept, tiny_backbone, untrained_concept
 from tests.drawing import PLAIN, PROMPT, call
@@ -130,7 +130,7 @@ def test_files_that_do_not_tell_their_fingerprint_in_bfloat16(
     for name, file in trained.items():
         tensors, metadata = read(file)
         assert metadata.pop("fingerprint_bfloat16")
-        write(tmp_path / file.name, tensors, {k: v for k, v in metadata.items() if k != "format_version"})
+        save_file(tensors, tmp_path / file.name, metadata)
         old[name] = Concept.load(tmp_path / file.name)
     for name in DTYPES:
         old[name].attach(loaded["float32"]).detach()

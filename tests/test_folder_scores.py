@@ -15,7 +15,7 @@ from perfusion.config import ConceptConfig, ToylandConcept
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.toyland.reader import Reader
 from perfusion.toyland.world import COLOURS
-from perfusion.training.data import examples_of
+from perfusion.training.module import examples_of
 from tests.scored import noise
 from tests.scorers import make_scorer
 

@@ -22,7 +22,7 @@ from eval.record import ScoreError
 from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.images import ConceptImageError
 from perfusion.manifest import ImageRecord
-from perfusion.training.data import examples_of
+from perfusion.training.module import examples_of
 from perfusion.training.run_folder import RunFolder
 from tests.scored import folder, noise, record
 

@@ -1,7 +1,6 @@
 """The public layouts on the meta device: the numbers that are known of the models."""
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,10 @@ import pytest
 
 from perfusion.backbones import around
 from perfusion.backbones.base import BackboneError
-from perfusion.backbones.latent_diffusion import edit_sites_of
 from perfusion.backbones.layouts import (
     available_layouts,
     layout_config,
     layout_folder,
-    meta_denoiser,
     meta_pipeline,
 )
 
@@ -55,13 +52,6 @@ def test_layouts_have_their_known_sizes(layout: str) -> None:
         "sdxl" if layout == "sdxl" else "stable_diffusion",
         PREDICTIONS[layout],
     )
-
-
-def test_a_denoiser_alone_takes_no_time() -> None:
-    started = time.process_time()
-    sites = edit_sites_of(meta_denoiser("sd15"))
-    assert time.process_time() - started < 2
-    assert len(sites) == 32
 
 
 def test_a_folder_of_configs_is_a_layout(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from perfusion.backbones.base import Backbone
-from perfusion.concept import Attached, Concept
-from perfusion.concept_format import ConceptFileError
+from perfusion.concept import Attached, Concept, ConceptFileError
 from perfusion.editing import EditError
 from perfusion.editing.equations import precision_times
 from perfusion.editing.gate import edited_encoding

@@ -3,31 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
-from perfusion.config import BackboneConfig, ConfigError
 from perfusion.covariance.factor import Factorised
 from perfusion.editing import EditError
 from perfusion.generate import main as generate
 from perfusion.methods.base import Batch, Word, build
-from perfusion.methods.custom_diffusion import CustomDiffusion, token_vectors
-from perfusion.methods.merging import merged_projection
-from tests.concepts import random_concept, tiny_backbone
-from tests.pipelines import tiny_pipeline_folder, tiny_sdxl
+from perfusion.methods.custom_diffusion import CustomDiffusion, merged_projection, token_vectors
+from tests.concepts import random_concept
+from tests.pipelines import tiny_pipeline_folder
+from tests.stock import draw
 
 BEAR, HAT = Word("<bear*>", "teddy bear"), Word("<hat*>", "hat")
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 def custom_diffusion(word: Word = BEAR, **options: Any) -> CustomDiffusion:
@@ -52,11 +44,6 @@ def weights(backbone: Backbone) -> list[Tensor]:
         weight: Any = site.projection.weight
         found.append(weight)
     return found
-
-
-def draw(pipe: Any, prompt: str) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, generator=generator, num_inference_steps=2, output_type="np").images
 
 
 def test_merging_is_the_constrained_least_squares() -> None:
@@ -111,22 +98,6 @@ def test_the_modifier_stands_before_the_words_of_the_superclass_and_alone_is_tra
     method.detach()
 
 
-def test_sdxl_comes_and_goes_without_a_trace() -> None:
-    model = StableDiffusionXLBackbone.around(tiny_sdxl(), BackboneConfig(name="sdxl", resolution=64, device="cpu"))
-    before = [(weight, weight.clone()) for weight in weights(model)]
-    method = custom_diffusion()
-    method.attach(model)
-    shape = (1, *model.latent_shape())
-    prior = Batch(torch.ones(shape), None, ["a photo of a hat"], torch.ones(shape), torch.tensor([300]))
-    example = Batch(torch.ones(shape), None, ["my <bear*>"], torch.zeros(shape), torch.tensor([500]), prior)
-    torch.stack([*method.loss(model, example).values()]).sum().backward()
-    gradients = [p.grad for group in method.parameter_groups() for p in group["params"]]
-    assert len(gradients) == len(before) + 2 and all(g is not None and g.abs().sum() > 0 for g in gradients)
-    method.detach()
-    for weight, (same, value) in zip(weights(model), before, strict=True):
-        assert weight is same and torch.equal(weight, value) and weight.grad is None
-
-
 def test_two_concepts_keep_what_their_words_project_to(backbone: Backbone, bear: Concept, hat: Concept) -> None:
     before = weights(backbone)
     plain = draw(backbone.pipe, "a bear")
@@ -145,12 +116,12 @@ def test_two_concepts_keep_what_their_words_project_to(backbone: Backbone, bear:
     first.detach()
     assert all(torch.equal(weight, own) for weight, own in zip(weights(backbone), second.method.weights, strict=True))  # type: ignore[arg-type]
     first = bear.attach(backbone)
-    np.testing.assert_allclose(draw(backbone.pipe, "a photo of a <bear*> and a <hat*>"), together, atol=1e-4)
+    torch.testing.assert_close(draw(backbone.pipe, "a photo of a <bear*> and a <hat*>"), together, atol=1e-3, rtol=1e-3)
     second.detach()
-    np.testing.assert_array_equal(draw(backbone.pipe, "a photo of a <bear*>"), alone)
+    assert torch.equal(draw(backbone.pipe, "a photo of a <bear*>"), alone)
     first.detach()
     assert all(weight is old for weight, old in zip(weights(backbone), before, strict=True))
-    np.testing.assert_array_equal(draw(backbone.pipe, "a bear"), plain)
+    assert torch.equal(draw(backbone.pipe, "a bear"), plain)
 
 
 def test_two_files_are_generated_together(
@@ -181,16 +152,3 @@ def test_what_is_trained_is_alone(backbone: Backbone, bear: Concept) -> None:
         bear.attach(backbone)
     trained.detach()
     assert all(weight is old for weight, old in zip(weights(backbone), before, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        ({"initializer": ""}, "method.initializer: found '', expected a rare word"),
-        ({"projection_rate": -1.0}, "method.projection_rate: found -1.0"),
-        ({"embedding_rate": -1.0}, "method.embedding_rate: found -1.0"),
-    ],
-)
-def test_options_that_cannot_be(options: dict[str, Any], part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
-        custom_diffusion(**options)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -13,20 +12,16 @@ from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.fingerprint import base_parameters
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.concept import Concept, save_concept
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import BackboneConfig
 from perfusion.editing import EditError
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.dreambooth import DreamBooth
-from tests.concepts import tiny_backbone, untrained_concept
+from tests.concepts import untrained_concept
 from tests.pipelines import tiny_sdxl
+from tests.stock import draw
 
 WORD = Word("<bear*>", "teddy bear")
 PHRASE = "sks teddy bear"
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +55,6 @@ def values(backbone: Backbone) -> dict[str, Tensor]:
     """Everything in the pipeline that has weights, by name, and where it lies in memory."""
     parts = {name: part for name, part in backbone.pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_parameters()}
-
-
-def draw(pipe: Any, prompt: str) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, generator=generator, num_inference_steps=2, output_type="np").images
 
 
 def test_the_placeholder_is_encoded_as_the_words_that_it_stands_for(backbone: Backbone, sdxl: Backbone) -> None:
@@ -130,9 +120,9 @@ def test_stock_diffusers_draws_the_same_from_the_export(backbone: Backbone, tmp_
         expected = draw(backbone.pipe, "a photo of a <bear*> on the beach")
     stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "diffusers", local_files_only=True)
     stock.set_progress_bar_config(disable=True)
-    np.testing.assert_array_equal(draw(stock, f"a photo of a {PHRASE} on the beach"), expected)
+    assert torch.equal(draw(stock, f"a photo of a {PHRASE} on the beach"), expected)
     assert len(stock.tokenizer) == len(getattr(backbone.pipe, "tokenizer"))  # noqa: B009
-    assert np.abs(expected - draw(backbone.pipe, f"a photo of a {PHRASE} on the beach")).max() > 1e-3
+    assert (expected - draw(backbone.pipe, f"a photo of a {PHRASE} on the beach")).abs().max() > 1e-3
 
 
 def test_half_precision_is_for_drawing_alone() -> None:
@@ -178,16 +168,3 @@ def test_a_word_that_is_taken_leaves_everything_as_it_was(backbone: Backbone) ->
         dreambooth().attach(backbone)
     assert all(value is before[name] for name, value in values(backbone).items())
     token.remove()
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        ({"identifier": " "}, "method.identifier: found ' ', expected a rare word"),
-        ({"denoiser_rate": -1.0}, "method.denoiser_rate: found -1.0"),
-        ({"weight_decay": -1.0}, "method.weight_decay: found -1.0"),
-    ],
-)
-def test_options_that_cannot_be(options: dict[str, Any], part: str) -> None:
-    with pytest.raises(ConfigError, match=part):
-        dreambooth(**options)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfusion.backbones.base import Backbone, Encoding, TokenError
+from perfusion.backbones.base import Backbone, Encoding
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
 from perfusion.data.prompts import fill, templates
@@ -115,24 +115,7 @@ def test_the_rates_are_the_options(attached: Perfusion) -> None:
     assert sum(parameter.numel() for parameter in groups["values"]["params"]) == attached.state()["values"].numel()
 
 
-@pytest.mark.parametrize("vectors", [1, 3])
-def test_a_word_has_as_many_vectors_as_asked_for(backbone: Backbone, vectors: int) -> None:
-    made = method(vectors=vectors)
-    made.attach(backbone)
-    assert made.state()["embedding.text_encoder"].shape == (vectors, D)
-    loss(made, backbone).backward()
-    made.detach()
-
-
 # --- gradients --------------------------------------------------------------------------------------------------------
-
-
-def test_the_loss_reaches_the_word_and_every_value_and_no_locked_key(backbone: Backbone, attached: Perfusion) -> None:
-    loss(attached, backbone).backward()
-    assert len(attached.values) == 16 and len(attached.keys) == 0
-    for parameter in (*attached.values, *attached.embeddings.values()):
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0
-    assert all(tensor.grad is None and not tensor.requires_grad for tensor in attached.buffers())
 
 
 def test_the_word_is_reached_through_locked_keys_too(backbone: Backbone, attached: Perfusion) -> None:
@@ -307,25 +290,6 @@ def test_what_half_precision_in_the_file_does_to_the_similarity(d: int, conditio
 # --- what can go wrong ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tau": 0.0}, "method.tau: found 0.0, expected more than 0"),
-        ({"sample_tau": -1.0}, "method.sample_tau: found -1.0, expected more than 0"),
-        ({"ema": 1.5}, "method.ema: found 1.5, expected a number from 0 to 1"),
-        ({"value_rate": -0.1}, "method.value_rate: found -0.1, expected at least 0"),
-        ({"embedding_rate": -0.1}, "method.embedding_rate: found -0.1"),
-        ({"weight_decay": -0.1}, "method.weight_decay: found -0.1"),
-        ({"vectors": 0}, "method.vectors: found 0, expected at least 1"),
-        ({"key_lock": "sideways"}, r"method.key_lock: .*sideways.*local, global, none"),
-        ({"betta": 0.5}, "method.betta: unknown key; did you mean 'beta'"),
-    ],
-)
-def test_impossible_options_are_config_errors(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        method(**options)
-
-
 def breaking_second_moment(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
     def fails(progress: bool = True) -> None:
         raise ConfigError("no captions")
@@ -353,11 +317,6 @@ def test_an_attach_that_fails_leaves_no_trace(
     after = [id(module) for part in ("unet", "text_encoder") for module in getattr(backbone.pipe, part).modules()]
     assert after == modules and backbone.pipe.tokenizer is tokenizer  # type: ignore[attr-defined]
     assert made.gate is None and not list(made.parameters())
-
-
-def test_a_word_of_the_vocabulary_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(TokenError, match="already a word"):
-        method(Word("cat", "dog")).attach(backbone)
 
 
 def test_half_precision_backbones_train_in_single_precision(backbone: Backbone, cache: Path) -> None:

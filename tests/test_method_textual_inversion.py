@@ -15,18 +15,13 @@ from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.toyland import WEIGHTS
 from perfusion.concept import Concept
 from perfusion.config import BackboneConfig, ConfigError
-from perfusion.methods.base import Batch, Word, build
+from perfusion.methods.base import Word, build
 from perfusion.methods.textual_inversion import TextualInversion
-from tests.concepts import random_concept, tiny_backbone, toyland_backbone, untrained_concept
+from tests.concepts import random_concept, toyland_backbone, untrained_concept
 from tests.pipelines import tiny_sdxl
 from tests.stock import PROMPT, draw, stock
 
 WORD = Word("<bear*>", "teddy bear")
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 def textual_inversion(**options: Any) -> TextualInversion:
@@ -45,25 +40,6 @@ def test_the_word_starts_at_its_superclass(backbone: Backbone, vectors: int) -> 
     (found,) = method.state().values()
     method.detach()
     assert len(ids) == 2 and torch.equal(found, start.expand(vectors, -1))
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_error_is_weighed_by_masks_only_if_asked_for(backbone: Backbone, masked: bool) -> None:
-    """Against E‖ε − ε_θ‖² from its parts."""
-    method = textual_inversion(masked_loss=masked)
-    method.attach(backbone)
-    noise = torch.Generator().manual_seed(0)
-    latents, epsilon = (torch.randn(2, *backbone.latent_shape(), generator=noise) for _ in range(2))
-    masks = torch.rand(2, 1, *latents.shape[2:], generator=noise)
-    times = torch.tensor([300, 700])
-    with torch.no_grad():
-        (loss,) = method.loss(backbone, Batch(latents, masks, [PROMPT, PROMPT], epsilon, times)).values()
-        encoding = backbone.encode([PROMPT, PROMPT], WORD.placeholder)
-        predicted = backbone.predict(backbone.add_noise(latents, epsilon, times), times, encoding)
-    method.detach()
-    error = (predicted - epsilon).square()
-    each = (error * masks).sum((1, 2, 3)) / (masks.sum((1, 2, 3)) * error.shape[1])
-    torch.testing.assert_close(loss, each.mean() if masked else error.mean())
 
 
 @pytest.mark.parametrize("vectors", [1, 2])
@@ -124,20 +100,6 @@ def test_it_needs_no_covariance_and_goes_beside_a_concept_with_one(backbone: Bac
     with concept.attach(backbone), other.attach(backbone):
         torch.testing.assert_close(draw(backbone.pipe, "a <cat*> and a <bear*>"), both)
     assert torch.equal(draw(backbone.pipe, "a cat"), before)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"vectors": 0}, "method.vectors: found 0, expected at least 1"),
-        ({"embedding_rate": 0.0}, "method.embedding_rate: found 0.0, expected more than 0"),
-        ({"weight_decay": -1.0}, "method.weight_decay: found -1.0, expected at least 0"),
-        ({"beta": 0.5}, "method.beta: unknown key"),
-    ],
-)
-def test_impossible_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        textual_inversion(**options)
 
 
 def test_a_word_of_several_vectors_that_stock_pipelines_would_read_as_one() -> None:

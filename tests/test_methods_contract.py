@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from benchmarks.memory import kept_bytes
-from perfusion.backbones import backbone_class
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept, save_concept
+from perfusion.config import ConfigError
 from perfusion.generate import GenerateConfig
 from perfusion.manifest import ImageRecord
 from perfusion.methods.base import Batch, Method, Word, available, build, method_class
-from tests.backbone_kinds import KINDS, config_of
+from tests.backbone_kinds import KINDS, loaded
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
 WORD = Word("<bear*>", "teddy bear")
@@ -43,19 +43,17 @@ CASES += [
     Case("perfusion", (("key_lock", "global"), ("masked_loss", False))),
 ]
 CASES += [Case("perfusion", kind=kind) for kind in KINDS if kind != "sd15"]
+CASES += [Case("custom_diffusion", kind="sdxl")]
 
 
 @pytest.fixture(scope="module")
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    home = tmp_path_factory.mktemp(request.param)
-    name, folder = KINDS[request.param]
     # At 64 pixels the middle block of all but Toyland would have one position, whose attention to itself no query or
     # key can change.
     resolution = 64 if request.param == "toyland" else 128
-    loaded = backbone_class(name).load(config_of(name, folder(home), home / "cache", resolution=resolution))
-    loaded.pipe.set_progress_bar_config(disable=True)
-    draw(loaded, "cat")  # transformers hooks its own layers at the first call
-    return loaded
+    backbone = loaded(request.param, tmp_path_factory.mktemp(request.param), resolution=resolution)
+    draw(backbone, "cat")  # transformers hooks its own layers at the first call
+    return backbone
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -292,6 +290,50 @@ def test_a_checkpoint_of_the_module_goes_on_where_it_was(method: Method, backbon
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
     again = method.loss(backbone, batch(backbone))
     assert all(torch.equal(again[name], loss[name]) for name in loss)
+
+
+def test_masks_count_where_the_options_say_so(method: Method, backbone: Backbone) -> None:
+    method.attach(backbone)
+    start, content = method.state(), batch(backbone)
+    losses = []
+    for masks in (content.masks, None):
+        method.load_state(start)
+        losses.append(sum(method.loss(backbone, dataclasses.replace(content, masks=masks)).values(), torch.zeros(())))
+    assert torch.equal(*losses) != method.options.masked_loss
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("perfusion", {"tau": 0.0}, "method.tau: found 0.0, expected more than 0"),
+        ("perfusion", {"sample_tau": -1.0}, "method.sample_tau: found -1.0, expected more than 0"),
+        ("perfusion", {"ema": 1.5}, "method.ema: found 1.5, expected a number from 0 to 1"),
+        ("perfusion", {"value_rate": -0.1}, "method.value_rate: found -0.1, expected at least 0"),
+        ("perfusion", {"embedding_rate": -0.1}, "method.embedding_rate: found -0.1"),
+        ("perfusion", {"weight_decay": -0.1}, "method.weight_decay: found -0.1"),
+        ("perfusion", {"vectors": 0}, "method.vectors: found 0, expected at least 1"),
+        ("perfusion", {"key_lock": "sideways"}, r"method.key_lock: .*sideways.*local, global, none"),
+        ("perfusion", {"betta": 0.5}, "method.betta: unknown key; did you mean 'beta'"),
+        ("lora", {"rank": 0}, "method.rank: found 0, expected at least 1"),
+        ("lora", {"alpha": 0.0}, "method.alpha: found 0.0, expected more than 0"),
+        ("lora", {"targets": []}, r"method.targets: found \[\], expected ends of names"),
+        ("lora", {"identifier": " "}, "method.identifier: found ' ', expected one or several words"),
+        ("lora", {"scale": float("inf")}, "method.scale: found inf, expected a finite number"),
+        ("lora", {"adapter_rate": 0.0}, "method.adapter_rate: found 0.0, expected more than 0"),
+        ("textual_inversion", {"vectors": 0}, "method.vectors: found 0, expected at least 1"),
+        ("textual_inversion", {"embedding_rate": 0.0}, "method.embedding_rate: found 0.0, expected more than 0"),
+        ("textual_inversion", {"weight_decay": -1.0}, "method.weight_decay: found -1.0, expected at least 0"),
+        ("dreambooth", {"identifier": " "}, "method.identifier: found ' ', expected a rare word"),
+        ("dreambooth", {"denoiser_rate": -1.0}, "method.denoiser_rate: found -1.0"),
+        ("dreambooth", {"weight_decay": -1.0}, "method.weight_decay: found -1.0"),
+        ("custom_diffusion", {"initializer": ""}, "method.initializer: found '', expected a rare word"),
+        ("custom_diffusion", {"projection_rate": -1.0}, "method.projection_rate: found -1.0"),
+        ("custom_diffusion", {"embedding_rate": -1.0}, "method.embedding_rate: found -1.0"),
+    ],
+)
+def test_impossible_options_are_config_errors(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build({"name": name, **options}, WORD)
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in CONF.glob("*.yaml")))

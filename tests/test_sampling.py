@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from perfusion.sampling import SamplingError, sample
+from perfusion.drawing import SamplingError, sample
 from tests.drawing import batch_sizes
 from tests.pipelines import toyland_pipeline
 

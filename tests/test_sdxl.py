@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -251,9 +250,3 @@ def test_a_schedule_for_latents_does_not_clip_them(tmp_path: Path) -> None:
     loaded = perfusion.load("sdxl", str(tmp_path / "pipeline"), device="cpu")
     assert loaded.scheduler.config.clip_sample is False and loaded.scheduler.config.set_alpha_to_one is False
     assert loaded.scheduler.config.steps_offset == 1 and loaded.watermark is None  # type: ignore[union-attr]
-
-
-def test_concepts_of_another_family_are_refused(backbone: StableDiffusionXLBackbone, bear: Concept) -> None:
-    other = dataclasses.replace(bear, fingerprint={**bear.fingerprint, "family": "stable_diffusion"})
-    with pytest.raises(ValueError, match="found family sdxl, expected stable_diffusion"):
-        other.attach(backbone)

@@ -14,7 +14,7 @@ from experiments.study import SPACES, read_space
 from perfusion.cli import run_cli
 from perfusion.config import TrainConfig
 from perfusion.training import sweep
-from perfusion.training.multirun import multirun
+from perfusion.training.composition import multirun
 from perfusion.training.run_folder import RunFolder, read_config
 
 pytest.importorskip("optuna")

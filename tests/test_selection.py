@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,15 +18,14 @@ from torch import Tensor
 from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.config import ConfigError
-from perfusion.data.examples import Examples
+from perfusion.data.images import Examples
 from perfusion.data.prompts import PromptError
+from perfusion.drawing import sample
 from perfusion.methods.base import Method, Word, build
-from perfusion.sampling import sample
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO
-from perfusion.training.data import ConceptData
 from perfusion.training.loggers import MetricsCSV
-from perfusion.training.module import PersonalizationModule
+from perfusion.training.module import ConceptData, PersonalizationModule
 from perfusion.training.selection import SelectBestStep
 from perfusion.training.trainer import results
 from tests.pipelines import toyland_folder
@@ -64,17 +62,16 @@ class Scripted(SelectBestStep):
     """Gives each step the score that a test wants."""
 
     def __init__(self, scores: Mapping[int, float], **settings: Any) -> None:
-        super().__init__(prompts=TEMPLATES, steps=1, **settings)
+        super().__init__(prompts=TEMPLATES, steps=1, batch_size=1, **settings)
         self.script, self.looked_at = scores, []
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self.trainer = trainer
 
-        def scores(images: Any) -> dict[str, float]:
-            self.looked_at.append(trainer.global_step)
-            return {"harmonic": self.script[trainer.global_step]}
-
-        pl_module.validation = Mock(wraps=pl_module.validation, scores=scores, prompts=TEMPLATES, batch_size=1)
+    def scores(self, images: Any) -> dict[str, float]:
+        self.looked_at.append(self.trainer.global_step)
+        return {"harmonic": self.script[self.trainer.global_step]}
 
 
 class States(Callback):

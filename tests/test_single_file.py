@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from perfusion.backbones.loading import Source, read_tokenizer
 from perfusion.backbones.single_file import clip_tokenizer, layout_of
 from perfusion.config import BackboneConfig
 from perfusion.inspect import meta_backbone
-from tests.pipelines import sd21_folder, sdxl_folder, tiny_pipeline_folder
+from tests import backbone_kinds
+from tests.pipelines import sdxl_folder, tiny_pipeline_folder
 from tests.single_files import write_single_file
 
-KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    "sd15": ("stable_diffusion", tiny_pipeline_folder),
-    "sd21": ("stable_diffusion", sd21_folder),
-    "sdxl": ("sdxl", sdxl_folder),
-}
+KINDS = {kind: made for kind, made in backbone_kinds.KINDS.items() if kind != "toyland"}
 
 
 @pytest.fixture(autouse=True)
@@ -94,9 +90,9 @@ def test_words_are_checked_without_the_weights(
 ) -> None:
     monkeypatch.setattr("perfusion.backbones.loading.read_single_file", None)
     config = config_of(kind, file, folder)
-    backbones.check_words(config, "<cat*>", "cat")
+    backbones.backbone_class(config.name).check_words(config, "<cat*>", "cat")
     with pytest.raises(TokenError, match="'cat' is already a word"):
-        backbones.check_words(config, "cat", "cat")
+        backbones.backbone_class(config.name).check_words(config, "cat", "cat")
 
 
 def test_a_file_is_measured_by_its_layout(kind: str, folder: Path, file: Path) -> None:
@@ -125,7 +121,7 @@ def test_the_layout_is_told_by_the_tensors(width: int, layout: str, tmp_path: Pa
     config = BackboneConfig(name=name, path=str(file))
     assert cls.source(config) == Source(str(file), local=True, layout=layout_folder(layout))
     # Nothing but the file itself is needed to check words, and to measure what a concept would be.
-    backbones.check_words(config, "<my-cat*>", "teddy bear")
+    backbones.backbone_class(config.name).check_words(config, "<my-cat*>", "teddy bear")
     assert len(meta_backbone(name, str(file)).edit_sites()) == (140 if layout == "sdxl" else 32)
 
 

@@ -17,10 +17,10 @@ from perfusion.concept import Attached, Concept, save_concept
 from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, ToylandConcept, TrainConfig
 from perfusion.data.images import ConceptImageError
 from perfusion.data.prompts import fill
+from perfusion.drawing import sample
 from perfusion.generate import GenerateConfig, generate
 from perfusion.manifest import read_manifest
 from perfusion.methods.base import Word
-from perfusion.sampling import sample
 from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.scoring.metrics import clip_scores
 from perfusion.strength import GRID, Strength, best, measure, reference_pictures, table

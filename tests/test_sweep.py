@@ -16,9 +16,9 @@ from perfusion import sweep as command
 from perfusion.cli import run_cli
 from perfusion.config import ConfigError
 from perfusion.training import sweep
+from perfusion.training.composition import Multirun, multirun
 from perfusion.training.devices import lease, visible_gpus
 from perfusion.training.job import run_apart
-from perfusion.training.multirun import Multirun, multirun
 from perfusion.training.run_folder import RunFolder, read_config
 from tests.pipelines import tiny_pipeline_folder
 

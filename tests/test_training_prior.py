@@ -1,10 +1,12 @@
-"""What a training knows of pictures of the superclass: when they are drawn anew, and how its batches hold them."""
+"""Pictures of the superclass: drawn once, the same after a stop, or a person's own; and how batches hold them."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -13,12 +15,12 @@ from PIL import Image
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, ConceptConfig, ToylandConcept
-from perfusion.data.prior import PriorImages
+from perfusion.data.images import ConceptImageError
 from perfusion.methods.base import Batch, MethodOptions
 from perfusion.methods.prior import PriorOptions
 from perfusion.training import prior as training_prior
-from perfusion.training.data import ConceptData, examples_of
-from perfusion.training.prior import prior_of
+from perfusion.training.module import ConceptData, examples_of
+from perfusion.training.prior import PriorImages, prior_of, real_images
 from tests.pipelines import RESOLUTION, tiny_pipeline
 
 OPTIONS = PriorOptions(name="any", steps=4, batch_size=2, prior_images=3, prior_steps=2)
@@ -41,18 +43,43 @@ def concept(tmp_path: Path) -> ConceptConfig:
     )
 
 
+class Painter:
+    """Stands for `stream`: pictures that depend on prompt and seed, and on the place in a batch as kernels do."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], int, float]] = []
+        self.seeds: list[int] = []
+        self.stop_after: int | None = None
+
+    def __call__(
+        self, pipe: Any, prompts: list[str], seeds: list[int], steps: int, guidance: float, *_: Any, **more: Any
+    ) -> Iterator[Image.Image]:
+        self.asked.append((prompts, steps, guidance))
+        assert more["size"] == RESOLUTION
+        for k, seed in enumerate(seeds):
+            if k == self.stop_after:
+                raise KeyboardInterrupt
+            self.seeds.append(seed)
+            values = np.random.default_rng([seed, len(prompts[k]), k % 8]).integers(0, 255, (RESOLUTION, RESOLUTION, 3))
+            yield Image.fromarray(values.astype(np.uint8))
+
+
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int, float]]:
-    """Every drawing that was asked for; a colour stands for each picture."""
-    asked: list[tuple[list[str], int, float]] = []
+def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
+    made = Painter()
+    monkeypatch.setattr(training_prior, "stream", made)
+    return made
 
-    def stream(pipe: Any, prompts: list[str], seeds: list[int], steps: int, guidance: float, *_: Any, **keywords: Any):
-        asked.append((prompts, steps, guidance))
-        assert keywords["size"] == RESOLUTION
-        return (Image.new("RGB", (RESOLUTION, RESOLUTION), (seed % 255, k, 0)) for k, seed in enumerate(seeds))
 
-    monkeypatch.setattr(training_prior, "stream", stream)
-    return asked
+@pytest.fixture
+def drawn(painter: Painter) -> list[tuple[list[str], int, float]]:
+    """Every drawing that was asked for."""
+    return painter.asked
+
+
+def contents(images: PriorImages | None) -> list[bytes]:
+    assert images is not None
+    return [path.read_bytes() for path in images.paths]
 
 
 def folder_of(prior: PriorImages | None) -> Path:
@@ -79,6 +106,35 @@ def test_the_frozen_model_draws_its_superclass_once(
     assert prior is not None and len(prior) == 3 and set(prior.prompts) == {"a photo of a cat"}
     assert drawn == [(["a photo of a cat"] * 8, 2, 7.5)]
     assert prior_of(concept, OPTIONS)(backbone_of()) == prior and len(drawn) == 1
+
+
+def test_their_number_is_no_part_of_the_key(concept: ConceptConfig, backbone: Backbone, painter: Painter) -> None:
+    first = prior_of(concept, OPTIONS)(backbone)
+    more = prior_of(concept, dataclasses.replace(OPTIONS, prior_images=9))(backbone)
+    assert first is not None and more is not None and more.paths[:3] == first.paths
+    assert len({*painter.seeds}) == 16 and len({*contents(more)}) == 9, "whole batches, a seed for each picture"
+    inputs = json.loads((folder_of(first) / "inputs.json").read_text())
+    assert (inputs["prompt"], inputs["batch_size"], inputs["steps"], inputs["resolution"]) == (
+        "a photo of a cat", 8, 2, RESOLUTION,
+    )  # fmt: skip
+    pixels = more.pixels(2, 5, RESOLUTION)
+    expected = torch.from_numpy(np.asarray(Image.open(more.paths[3]), dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    torch.testing.assert_close(pixels[1], expected)
+
+
+@pytest.mark.parametrize("stop_after", [1, 9])
+def test_an_interrupted_drawing_goes_on_to_the_same_pictures(
+    concept: ConceptConfig, backbone: Backbone, painter: Painter, tmp_path: Path, stop_after: int
+) -> None:
+    options = dataclasses.replace(OPTIONS, prior_images=10)
+    whole = prior_of(dataclasses.replace(concept, prior_cache=str(tmp_path / "whole")), options)(backbone)
+    painter.stop_after = stop_after
+    with pytest.raises(KeyboardInterrupt):
+        prior_of(concept, options)(backbone)
+    painter.stop_after = None
+    painter.seeds.clear()
+    assert contents(prior_of(concept, options)(backbone)) == contents(whole)
+    assert len(painter.seeds) == (16 if stop_after == 1 else 8), "only batches in which a picture is missing"
 
 
 @pytest.mark.parametrize(
@@ -156,3 +212,28 @@ def test_a_caption_that_is_too_long_is_found_before_training(
     data = ConceptData(examples_of(concept, RESOLUTION), backbone, OPTIONS, "<cat*>", 0, prior)
     with pytest.raises(TokenError, match="102 tokens"):
         data.setup("fit")
+
+
+def test_real_pictures_have_captions_beside_them(tmp_path: Path) -> None:
+    for name in ("10.png", "2.jpg", "1.png"):
+        Image.new("RGB", (20, 30), "red").save(tmp_path / name)
+    (tmp_path / "2.txt").write_text("a tabby\n asleep ")
+    images = real_images(str(tmp_path), 5, "a photo of a cat")
+    assert [path.name for path in images.paths] == ["1.png", "2.jpg", "10.png"]
+    assert images.prompts == ("a photo of a cat", "a tabby asleep", "a photo of a cat")
+    assert len(real_images(str(tmp_path), 2, "a cat")) == 2
+    assert images.pixels(0, 3, 16).shape == (3, 3, 16, 16)
+
+
+def test_what_is_wrong_with_real_pictures_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConceptImageError, match=r"concept\.prior='.*': no such file"):
+        real_images(str(tmp_path / "none"), 5, "a cat")
+    Image.new("RGB", (200, 300), "red").save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConceptImageError, match=r"a\.jpg.*truncated"):
+        real_images(str(tmp_path), 5, "a cat")
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConceptImageError, match=r"concept\.prior: .*a\.txt"):
+        real_images(str(tmp_path), 5, "a cat")

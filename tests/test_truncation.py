@@ -7,18 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from perfusion import backbones
 from perfusion.backbones.base import Backbone, TokenError
-from tests.backbone_kinds import KINDS, added, config_of
+from tests.backbone_kinds import KINDS, added, loaded
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    home = tmp_path_factory.mktemp(request.param)
-    name, folder = KINDS[request.param]
-    loaded = backbones.backbone_class(name).load(config_of(name, folder(home), home / "cache"))
-    loaded.pipe.set_progress_bar_config(disable=True)
-    return loaded
+    return loaded(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def tokenizers(backbone: Backbone) -> list[Any]:

@@ -4,9 +4,6 @@ the commands that a user calls."""
 from __future__ import annotations
 
 import shlex
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +32,6 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with a folder of two photos; signal handlers and arguments are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train"])
-    (tmp_path / "photos").mkdir()
-    for k in range(2):
-        noise = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((90, 70)).save(tmp_path / "photos" / f"{k}.png")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def run(main: Any, *words: str) -> int:
     return run_cli(main, shlex.split(" ".join(words)))
 
@@ -67,6 +49,10 @@ def learned(concept: Concept, pipe: Any, encoder: str) -> torch.Tensor:
 def test_from_pictures_to_pictures(kind: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (family, build), (prediction, widths) = KINDS[kind], SHAPES[kind]
     folder = build(here)
+    (here / "photos").mkdir()
+    for k in range(2):
+        noise = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((90, 70)).save(here / "photos" / f"{k}.png")
     words = [
         f"backbone={kind} backbone.path={folder} backbone.device=cpu backbone.resolution=64 backbone.steps=1",
         f"backbone.covariance.count=60 backbone.covariance.cache={here}/cache callbacks=none",

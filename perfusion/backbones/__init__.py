@@ -1,7 +1,7 @@
-"""Frozen text-to-image models behind one seam (`base.py`).
+"""Frozen text-to-image models behind one seam (`base.py`): which there are, what their presets say, how one is loaded.
 
-A backbone is one file `perfusion/backbones/<name>.py` that defines `BACKBONE` (a subclass of `Backbone`, with the class
-methods `defaults`, `fits`, `check_words` and `check_covariance` beside the seam's), and one preset in `conf/backbone/`.
+A backbone is one file `perfusion/backbones/<name>.py` that defines `BACKBONE` (a subclass of `Backbone`), and one
+preset in `conf/backbone/`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import dataclasses
 import importlib
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from omegaconf import OmegaConf
 
 from perfusion.backbones.base import Backbone, BackboneError
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import CONF, BackboneConfig, ConfigError, checked
 from perfusion.registry import modules_that_define
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+PRESETS = CONF / "backbone"
 # How a pipeline was loaded, for as long as it lives: wrapped again, it is the same backbone.
 _configs: weakref.WeakKeyDictionary[DiffusionPipeline, BackboneConfig] = weakref.WeakKeyDictionary()
 
@@ -34,46 +37,94 @@ def backbone_class(name: str) -> type[Backbone]:
     Raises:
         ConfigError: no such backbone.
     """
-    return _backbone(name)
+    if name not in available():
+        raise ConfigError(f"backbone.name: no backbone {name!r}; there are: {', '.join(available())}")
+    return importlib.import_module(f"perfusion.backbones.{name}").BACKBONE
 
 
 def default_config(name: str) -> BackboneConfig:
     """The config that a pipeline of the backbone `name` gets where none is given. Raises ConfigError."""
-    return _backbone(name).defaults()
+    return backbone_class(name).defaults()
 
 
-def check_words(config: BackboneConfig, placeholder: str, superclass: str) -> None:
-    """`Backbone.check_token` before any model is loaded: only tokenizers are read.
+def backbone_config(
+    name: str, path: str | None = None, dtype: str = "float32", device: str = "auto", layout: str | None = None
+) -> BackboneConfig:
+    """The config of the preset `name` of conf/backbone, or of the backbone of this name, with another source, dtype and
+    device.
 
     Raises:
-        ConfigError: no such backbone.
-        BackboneError: no tokenizer where `config` says.
-        TokenError: the placeholder is a word already, or either word cannot be used.
+        ConfigError: neither a backbone nor a preset.
     """
-    _backbone(config.name).check_words(config, placeholder, superclass)
+    presets = [file.stem for file in PRESETS.glob("*.yaml")]
+    if name in presets:
+        config = checked(BackboneConfig, OmegaConf.to_container(_preset(name)), "backbone")
+    elif name in available():
+        config = default_config(name)
+    else:
+        known = ", ".join(sorted({*presets, *available()}))
+        raise ConfigError(f"backbone: no backbone {name!r}; there are: {known}")
+    return dataclasses.replace(config, path=path or config.path, layout=layout, dtype=dtype, device=device)
 
 
-def check_covariance(config: BackboneConfig) -> None:
-    """Hold that `backbone.covariance` can be used, before any model is loaded.
+def _preset(name: str) -> Any:
+    """The values of a preset, over those of the presets that its `defaults` name, as Hydra composes them."""
+    values: Any = OmegaConf.load(PRESETS / f"{name}.yaml")
+    below = [other for other in values.pop("defaults", []) if other != "_self_"]
+    return OmegaConf.merge(*map(_preset, below), values)
+
+
+class ModelOptions(Protocol):
+    """What the options of a command say of its backbone."""
+
+    backbone: str | None  # a preset or a backbone
+    path: str | None
+    layout: str | None
+    dtype: str
+    device: str
+
+
+def load_backbone(options: ModelOptions, default: str) -> Backbone:
+    """The backbone that a command's options name; where they name none, `default`, drawing in the size that the weights
+    are made for: that differs within a family (SD 1.x, SD 2.x).
 
     Raises:
-        ConfigError: no such backbone, captions or selection of positions.
-        CovarianceError: a matrix that cannot be read, or not be used with this model.
-        BackboneError: no model where `config` says.
-    """
-    _backbone(config.name).check_covariance(config)
-
-
-def load(config: BackboneConfig) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """The frozen, stock diffusers pipeline that `config` describes; wrapped later, it has this config again.
-
-    Raises:
-        ConfigError: no such backbone.
+        ConfigError: neither a backbone nor a preset.
         BackboneError: it cannot be loaded; the message says why.
     """
-    loaded = _backbone(config.name).load(config)
-    _configs[loaded.pipe] = config
-    return loaded.pipe
+    name = options.backbone or default
+    config = backbone_config(name, options.path, options.dtype, options.device, options.layout)
+    loaded = backbone_class(config.name).load(config)
+    if options.backbone:
+        return loaded
+    return around(loaded.pipe, dataclasses.replace(config, resolution=resolution_of(loaded.pipe)))
+
+
+def load(
+    backbone: str = "toyland",
+    path: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    layout: str | None = None,
+) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A frozen, stock diffusers pipeline, ready for `Concept.attach`.
+
+    Args:
+        backbone: `toyland`; or `sd15`, `sd21`, `sdxl` with a `path`: a preset, or a backbone by its own name.
+        path: diffusers folder, .safetensors file or hub id; None: the weights that the backbone ships.
+        dtype: float32, float16 or bfloat16.
+        device: auto (cuda, then mps, then cpu), or a torch device.
+        layout: of a .safetensors file: the known layout, or the diffusers folder, that has its configs; None: as the
+            file looks.
+
+    Raises:
+        ConfigError: neither a backbone nor a preset.
+        BackboneError: it cannot be loaded; the message says why.
+    """
+    config = backbone_config(backbone, path, dtype, device, layout)
+    pipe: Any = backbone_class(config.name).load(config).pipe
+    _configs[pipe] = config
+    return pipe
 
 
 def around(pipe: DiffusionPipeline, config: BackboneConfig | None = None) -> Backbone:
@@ -88,17 +139,11 @@ def around(pipe: DiffusionPipeline, config: BackboneConfig | None = None) -> Bac
         BackboneError: no backbone fits the pipeline.
     """
     config = config or _configs.get(pipe) or _guessed(pipe)
-    return _backbone(config.name).around(pipe, config)
-
-
-def _backbone(name: str) -> Any:
-    if name not in available():
-        raise ConfigError(f"backbone.name: no backbone {name!r}; there are: {', '.join(available())}")
-    return importlib.import_module(f"perfusion.backbones.{name}").BACKBONE
+    return backbone_class(config.name).around(pipe, config)
 
 
 def _guessed(pipe: DiffusionPipeline) -> BackboneConfig:
-    fitting = [cls for cls in map(_backbone, available()) if cls.fits(pipe)]
+    fitting = [cls for cls in map(backbone_class, available()) if cls.fits(pipe)]
     if not fitting:
         raise BackboneError(f"no backbone fits a {type(pipe).__name__}; there are: {', '.join(available())}")
     special = max(fitting, key=lambda cls: len(cls.__mro__))  # Toyland is a Stable Diffusion, but not the reverse
@@ -110,17 +155,3 @@ def resolution_of(pipe: DiffusionPipeline) -> int:
     config: Any = pipe.unet.config  # type: ignore[attr-defined]
     size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
     return int(size * pipe.vae_scale_factor)  # type: ignore[attr-defined]
-
-
-__all__ = [
-    "Backbone",
-    "BackboneError",
-    "around",
-    "available",
-    "backbone_class",
-    "check_covariance",
-    "check_words",
-    "default_config",
-    "load",
-    "resolution_of",
-]

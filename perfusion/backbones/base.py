@@ -53,6 +53,37 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
+    def defaults(cls) -> BackboneConfig:
+        """The config of a pipeline that comes without one."""
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, pipe: DiffusionPipeline) -> bool:
+        """Whether this class can wrap `pipe`."""
+
+    @classmethod
+    @abstractmethod
+    def check_words(cls, config: BackboneConfig, placeholder: str, superclass: str) -> None:
+        """`check_token` before any model is loaded: only tokenizers are read.
+
+        Raises:
+            BackboneError: no tokenizer where `config` says.
+            TokenError: see `check_token`.
+        """
+
+    @classmethod
+    @abstractmethod
+    def check_covariance(cls, config: BackboneConfig) -> None:
+        """Hold that `config.covariance` can be used, before any model is loaded.
+
+        Raises:
+            ConfigError: no such captions or selection of positions.
+            CovarianceError: a matrix that cannot be read, or not be used with this model.
+            BackboneError: no model where `config` says.
+        """
+
+    @classmethod
+    @abstractmethod
     def load(cls, config: BackboneConfig) -> Backbone:
         """Load the pipeline named by `config`, frozen and in eval mode, on the device and in the dtype it names."""
 
@@ -124,11 +155,23 @@ class Backbone(ABC):
 
     @abstractmethod
     def moment(self, progress: bool = True) -> Matrix:
-        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it."""
+        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it.
+
+        Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
+
+        Raises:
+            CovarianceError: the matrix cannot be read, or nothing can be measured.
+            ConfigError: the captions cannot be read.
+        """
 
     @abstractmethod
     def second_moment(self, progress: bool = True) -> Factorised:
-        """`C + ridge`, factorised."""
+        """`C + ridge`, factorised.
+
+        Raises:
+            CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
+            ConfigError: the captions cannot be read.
+        """
 
     @property
     def covariance(self) -> str:
@@ -171,7 +214,9 @@ class Backbone(ABC):
 
     @abstractmethod
     def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
-        """`kind`, and sha256 prefixes `text_encoder` and `projections`: whether a concept fits this backbone.
+        """`kind`, and sha256 prefixes of the text encoders' and the projections' base weights, whatever is attached to
+        them: whether a concept fits this backbone.
 
-        With a `dtype`, of the weights rounded to it: what the same weights would have, had they been loaded in it.
+        Loads in float32 and float16 have the same ones, those in bfloat16 others. With a `dtype`, they are those of the
+        weights rounded to it: what the same weights would have, had they been loaded in it.
         """

@@ -79,11 +79,6 @@ class LatentDiffusionBackbone(Backbone):
         self._rows = {encoder: TokenMemory() for encoder in self.towers}
         self._words = {encoder: TokenMemory() for encoder in self.towers}
 
-    @classmethod
-    @abstractmethod
-    def defaults(cls) -> BackboneConfig:
-        """The config of a pipeline that comes without one."""
-
     @abstractmethod
     def _read(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Ids and masks (B, N) for each text encoder to the context (B, N, d), as the stock pipeline makes it, and what
@@ -91,7 +86,6 @@ class LatentDiffusionBackbone(Backbone):
 
     @classmethod
     def fits(cls, pipe: DiffusionPipeline) -> bool:
-        """Whether this class can wrap `pipe`."""
         return isinstance(pipe, (cls.Pipeline, *cls.kin))
 
     @classmethod
@@ -149,12 +143,6 @@ class LatentDiffusionBackbone(Backbone):
 
     @classmethod
     def check_words(cls, config: BackboneConfig, placeholder: str, superclass: str) -> None:
-        """`check_token` before any model is loaded: reads the tokenizers only.
-
-        Raises:
-            BackboneError: a tokenizer cannot be loaded.
-            TokenError: see `check_token`.
-        """
         origin = cls.source(config)
         for name in cls.towers.values():
             check_word(loading.read_tokenizer(origin, name), placeholder, superclass)
@@ -226,14 +214,6 @@ class LatentDiffusionBackbone(Backbone):
         return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self.pooling)
 
     def moment(self, progress: bool = True) -> Matrix:
-        """`C`: the configured matrix, or that of the configured captions, from the cache when it holds it.
-
-        Adapters in a text encoder (LoRA) are part of what is measured; it is not cached then.
-
-        Raises:
-            CovarianceError: the matrix cannot be read, or nothing can be measured.
-            ConfigError: the captions cannot be read.
-        """
         settings = self.config.covariance
         configured.check_settings(settings)
         encoders = self.text_encoders()
@@ -257,12 +237,6 @@ class LatentDiffusionBackbone(Backbone):
         return matrix
 
     def second_moment(self, progress: bool = True) -> Factorised:
-        """`C` with its ridge, factorised.
-
-        Raises:
-            CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.
-            ConfigError: the captions cannot be read.
-        """
         projection: Any = base_module(self.edit_sites()[0].projection)
         return configured.factorised(self.config.covariance, self.moment(progress), projection.in_features)
 
@@ -277,13 +251,6 @@ class LatentDiffusionBackbone(Backbone):
 
     @classmethod
     def check_covariance(cls, config: BackboneConfig) -> None:
-        """Hold, before any model is loaded, that the captions can be read, or the matrix used.
-
-        Raises:
-            ConfigError: no such captions or selection of positions.
-            CovarianceError: a matrix that cannot be read, or not be used with this model; see `configured.factorised`.
-            BackboneError: the UNet's config cannot be read.
-        """
         settings = config.covariance
         configured.check_settings(settings)
         if settings.matrix is None:
@@ -345,10 +312,6 @@ class LatentDiffusionBackbone(Backbone):
             ).sample
 
     def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
-        """What tells this model from others: hashes of its base weights, whatever is attached to them.
-
-        Loads in float32 and float16 have the same one, those in bfloat16 another.
-        """
         if dtype not in self._fingerprints:
             projections = (
                 (f"{site.name}.{name}", value)

@@ -14,7 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 
 from perfusion.backbones.base import BackboneError
 
@@ -55,14 +55,6 @@ def layout_config(layout: str, part: str) -> dict[str, Any]:
 def pipeline_class(folder: Path) -> str:
     """The name of the pipeline's class that a folder's model_index.json gives."""
     return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
-
-
-def meta_denoiser(layout: str) -> UNet2DConditionModel:
-    """The UNet of `layout` on the meta device: every shape, no memory, no weights."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(layout_config(layout, "unet"))
-    assert isinstance(unet, UNet2DConditionModel)
-    return unet.requires_grad_(False).eval()
 
 
 def meta_pipeline(layout: str) -> DiffusionPipeline:

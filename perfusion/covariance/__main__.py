@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import BackboneConfig, ConfigError, which_weights
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
@@ -75,18 +75,18 @@ def measure(command: CovarianceCommand) -> list[str]:
             another ridge may do.
         KeyboardInterrupt: stopped; its message says where the same command goes on.
     """
-    from perfusion import backbones
+    from perfusion.backbones import backbone_class, backbone_config
     from perfusion.covariance.configured import factorised, spelled_out
     from perfusion.covariance.matrix import save_matrix
-    from perfusion.presets import backbone_config
 
     config = backbone_config(command.backbone, command.path, command.dtype, command.device, command.layout)
     given = {key: value for key in _SETTINGS if (value := getattr(command, key)) is not None}
     config = dataclasses.replace(config, covariance=dataclasses.replace(config.covariance, **given, matrix=None))
     out = None if command.out is None else _checked(Path(command.out).expanduser())
-    backbones.check_covariance(config)
+    cls = backbone_class(config.name)
+    cls.check_covariance(config)
 
-    backbone = backbones.backbone_class(config.name).load(config)
+    backbone = cls.load(config)
     matrix = backbone.moment(progress=command.progress)
     if out is not None:
         save_matrix(out, matrix)
@@ -111,12 +111,7 @@ def next_command(command: CovarianceCommand, config: BackboneConfig, out: Path |
     words["backbone"] = (
         "sd15" if command.backbone == "stable_diffusion" else command.backbone
     )  # training wants a preset
-    if command.path is not None:
-        words["backbone.path"] = command.path
-    if command.layout is not None:
-        words["backbone.layout"] = command.layout
-    if command.dtype != "float32":
-        words["backbone.dtype"] = command.dtype
+    words |= which_weights(config)
     if out is not None:
         words["backbone.covariance.matrix"] = str(out)
     for key in _SETTINGS:

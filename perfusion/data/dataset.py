@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 
 def seed_of(*parts: int | float | str) -> int:
@@ -35,49 +35,32 @@ class Draw(TypedDict):
     """Standard normal, float32, of the latent's shape."""
 
 
-class StepDataset(Dataset[Draw]):
+@dataclass(frozen=True)
+class StepDataset:
     """The whole training as one epoch: item k is slot `k % batch_size` of step `k // batch_size`.
 
     Item k depends on k and on the arguments and on nothing that happened before, so a training that is resumed at a
     step, in any process, sees exactly what one that never stopped would see. It holds no picture: their latents are
-    computed once, elsewhere. A `DataLoader` reads it in order (`shuffle=False`) in batches of `batch_size`; over
-    several processes that is the global batch.
+    computed once, elsewhere. Over several processes the items of one step are the global batch.
 
     The pictures come in blocks: draws [j·n, (j + 1)·n) use each of the n pictures once, in an order of their own.
-
-    Args:
-        n_images: n.
-        prompts: ready prompts, one of which is drawn for each item.
-        latent_shape: of one noise, such as (4, 64, 64).
-        steps: optimizer steps of the whole training.
-        batch_size: items of one step, over all processes.
-        seed: of the run.
-        num_train_timesteps: of the noise schedule.
 
     Raises:
         ValueError: `prompts` is empty.
     """
 
-    def __init__(
-        self,
-        n_images: int,
-        prompts: Sequence[str],
-        latent_shape: Sequence[int],
-        steps: int,
-        batch_size: int,
-        seed: int,
-        num_train_timesteps: int,
-    ) -> None:
-        if not prompts:
+    n_images: int  # n
+    prompts: Sequence[str]  # ready ones, one of which is drawn for each item
+    latent_shape: Sequence[int]  # of one noise, such as (4, 64, 64)
+    steps: int  # optimizer steps of the whole training
+    batch_size: int  # items of one step, over all processes
+    seed: int  # of the run
+    num_train_timesteps: int  # of the noise schedule
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
             raise ValueError("no training prompts; expected at least one, such as 'a photo of a <cat*>'")
-        assert min(n_images, steps, batch_size, num_train_timesteps) > 0
-        self.n_images = n_images
-        self.prompts = tuple(prompts)
-        self.latent_shape = tuple(latent_shape)
-        self.steps = steps
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_train_timesteps = num_train_timesteps
+        assert min(self.n_images, self.steps, self.batch_size, self.num_train_timesteps) > 0
 
     def __len__(self) -> int:
         return self.steps * self.batch_size
@@ -90,13 +73,8 @@ class StepDataset(Dataset[Draw]):
         prompt = int(torch.randint(len(self.prompts), (), generator=draw))
         timestep = int(torch.randint(self.num_train_timesteps, (), generator=draw))
         torch.randint(2, (), generator=draw)  # without this draw the noise of a seed would be another
-        noise = torch.randn(self.latent_shape, generator=draw)
-        return {
-            "index": self._image(k),
-            "prompt": self.prompts[prompt],
-            "timestep": timestep,
-            "noise": noise,
-        }
+        noise = torch.randn(*self.latent_shape, generator=draw)
+        return {"index": self._image(k), "prompt": self.prompts[prompt], "timestep": timestep, "noise": noise}
 
     def prompt(self, k: int) -> str:
         """The prompt of item k alone."""

@@ -1,4 +1,5 @@
-"""The pictures that a person gives: which files are meant, and each of them as plain RGB.
+"""The pictures that a person gives: which files are meant, each of them as plain RGB, and all of them as squares at the
+resolution that a backbone is trained at.
 
 Everything that can be wrong with them is a `ConceptImageError`, raised here, before any model is loaded.
 """
@@ -10,34 +11,137 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _LISTED = 8  # files named in a message before "and k more"
+# The part of the mask's maximum from which a pixel counts when the crop is placed: noise far from the object, such as
+# a JPEG leaves in a mask, must not move the crop.
+_COUNTS = 0.05
+
+# Gives the mask of an RGB picture that was read from a path: float32 (H, W) in [0, 1] of the picture's aspect ratio.
+MaskOf = Callable[[Image.Image, Path], np.ndarray]
 
 
 class ConceptImageError(ValueError):
     """The images or masks of a concept cannot be used. The message names the file, what was found and expected."""
 
 
-def find_images(spec: str | Sequence[str], base: Path | None = None, *, key: str = "concept.images") -> list[Path]:
+@dataclass(frozen=True)
+class Examples:
+    """The n pictures of one concept.
+
+    Attributes:
+        pixels: float32 (n, 3, R, R) in [-1, 1].
+        masks: float32 (n, 1, R, R) in [0, 1], none of them zero everywhere; or None.
+        names: n file names, for messages.
+    """
+
+    pixels: Tensor
+    masks: Tensor | None
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        n, channels, height, width = self.pixels.shape
+        assert n == len(self.names) > 0 and channels == 3 and height == width
+        assert self.masks is None or self.masks.shape == (n, 1, height, width)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pictures(self) -> list[Image.Image]:
+        """The n pictures as they are after cropping and scaling, RGB."""
+        values = ((self.pixels + 1) * 127.5).round().clamp(0, 255).byte()
+        return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in values]
+
+
+def load_examples(paths: Sequence[Path], resolution: int, mask_of: MaskOf | None = None) -> Examples:
+    """The pictures in these files, with their masks if there is something that gives them, cropped and scaled by `fit`
+    to R = `resolution`.
+
+    Raises:
+        ConceptImageError: anything that is wrong with the files, each of which is decoded in full here, or with a mask.
+    """
+    squares: list[tuple[Tensor, Tensor | None]] = []
+    for path in paths:
+        image = read_image(path)
+        squares.append(fit(image, None if mask_of is None else mask_of(image, path), resolution))
+    masks = [mask[None] for _, mask in squares if mask is not None]
+    pixels = torch.stack([square for square, _ in squares])
+    return Examples(pixels, torch.stack(masks) if masks else None, [path.name for path in paths])
+
+
+def fit(image: Image.Image, mask: np.ndarray | None, resolution: int) -> tuple[Tensor, Tensor | None]:
+    """Scale a picture until its shorter side is R = `resolution`, then crop the longer side to R.
+
+    Without a mask the crop is central. With one it is the most central among the crops that keep most of the mask's
+    weight, so an object that fits into the square is not cut. Image and mask are cropped alike, whatever the mask's
+    own size. Smaller pictures are enlarged. Lanczos for the image; an antialiased triangle, which has no overshoot, for
+    the mask.
+
+    Args:
+        image: RGB, 8 bits.
+        mask: float32 (H, W) in [0, 1] of the image's aspect ratio at any size, not zero everywhere, or None.
+        resolution: R, in pixels.
+
+    Returns:
+        pixels: float32 (3, R, R) in [-1, 1].
+        mask: float32 (R, R) in [0, 1], not zero everywhere; None if none was given.
+    """
+    assert image.mode == "RGB" and resolution > 0
+    side, spare = min(image.size), max(image.size) - min(image.size)
+    wide = image.width > image.height
+    offset = spare // 2
+    if mask is not None:
+        weight = np.where(mask >= _COUNTS * mask.max(), mask, 0)
+        offset = _best_offset(weight.sum(0 if wide else 1, dtype=np.float64), side, spare)
+    left, top = (offset, 0) if wide else (0, offset)
+    # Cropping and scaling in one step: a panorama never becomes a huge picture in between.
+    square = (left, top, left + side, top + side)
+    scaled = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=square)
+    pixels = torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1).contiguous()
+    if mask is None:
+        return pixels, None
+    sx, sy = mask.shape[1] / image.width, mask.shape[0] / image.height
+    box = (square[0] * sx, square[1] * sy, square[2] * sx, square[3] * sy)
+    box = (box[0], box[1], min(box[2], mask.shape[1]), min(box[3], mask.shape[0]))
+    soft = Image.fromarray(np.ascontiguousarray(mask, dtype=np.float32))
+    soft = np.asarray(soft.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)).clip(0, 1)
+    assert soft.max() > 0, "the best crop of a mask that is not zero keeps some of it"
+    return pixels, torch.from_numpy(soft.copy())
+
+
+def _best_offset(profile: np.ndarray, side: int, spare: int) -> int:
+    """Where, from 0 to `spare` pixels, a window of `side` pixels keeps most of the mask's weight along the image's
+    longer side; `profile` is that weight, (n,) for any n; of equally good offsets the most central."""
+    long = side + spare
+    total = np.concatenate([[0.0], profile.cumsum()])
+    before = np.interp(np.arange(long + 1) / long, np.arange(len(total)) / len(profile), total)  # left of each pixel
+    kept = before[side:] - before[: spare + 1]
+    good = np.flatnonzero(kept >= kept.max() * (1 - 1e-9))  # equal but for rounding
+    return int(good[np.abs(good - spare / 2).argmin()])
+
+
+def find_images(spec: str | Sequence[str], key: str = "concept.images") -> list[Path]:
     """The image files that `spec` means.
 
     Args:
         spec: a folder (the JPEG, PNG and WebP files directly in it; its other files, its hidden files and its
             sub-folders, such as `mask/`, are passed over), a glob (`photos/*.jpg`, `**` enters folders), a file, or a
             list of any of these. A path that exists is never read as a glob. `~` is the home folder.
-        base: the folder that relative paths start from; default: the working directory.
         key: the setting that `spec` came from, for the messages.
 
     Returns:
-        The paths, `base` included, in the order of `spec` and in natural order (2 before 10) within a folder or glob.
+        The paths, absolute, in the order of `spec` and in natural order (2 before 10) within a folder or glob.
         A file that is meant twice, or reached by two names, is there once.
 
     Raises:
@@ -50,12 +154,11 @@ def find_images(spec: str | Sequence[str], base: Path | None = None, *, key: str
         raise ConceptImageError(
             f"{key}={spec!r} names nothing: expected a folder, a glob, a file, or a list of these (JPEG, PNG or WebP)."
         )
-    root = Path.cwd() if base is None else Path(base)
     found: dict[Path, Path] = {}
     for part in parts:
         given = f"{key}={os.fspath(part)!r}"
         try:
-            images = _expand(os.path.expanduser(os.fspath(part)), root, given)
+            images = _expand(os.path.expanduser(os.fspath(part)), given)
         except OSError as error:  # a folder that may not be entered, for one
             raise ConceptImageError(f"{given}: {error.strerror}: {error.filename}.") from error
         for path in images:
@@ -136,8 +239,9 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return converted
 
 
-def _expand(text: str, root: Path, given: str) -> list[Path]:
+def _expand(text: str, given: str) -> list[Path]:
     """The images that one folder, glob or file means; `given` begins the messages."""
+    root = Path.cwd()
     path = root / text
     if path.is_dir():
         candidates = [p for p in path.iterdir() if not p.name.startswith(".")]

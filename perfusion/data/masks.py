@@ -10,19 +10,33 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from perfusion.data.images import ConceptImageError, decode, find_images, grey16, is_grey16, listing
+from perfusion.data.images import ConceptImageError, MaskOf, decode, find_images, grey16, is_grey16, listing
 
 ASPECT_TOLERANCE = 0.02
 _CHROMA = 24  # of 255: how far the channels of a grey that a JPEG stored may lie apart
 
 
-def find_masks(spec: str | Sequence[str], images: Sequence[Path], base: Path | None = None) -> list[Path]:
+def masks_of_files(spec: str | Sequence[str], images: Sequence[Path]) -> MaskOf:
+    """What gives each of the images its mask, read from the file that `find_masks` pairs with it; raises as that.
+
+    It raises ConceptImageError for a mask that `read_mask` or `check_aspect` refuses.
+    """
+    file_of = dict(zip(images, find_masks(spec, images), strict=True))
+
+    def mask_of(image: Image.Image, path: Path) -> np.ndarray:
+        mask = read_mask(file_of[path])
+        check_aspect(mask, file_of[path], image, path)
+        return mask
+
+    return mask_of
+
+
+def find_masks(spec: str | Sequence[str], images: Sequence[Path]) -> list[Path]:
     """The mask file of each image: `mask/cat.png` belongs to `cat.jpg`, the names without suffix being equal.
 
     Args:
         spec: a folder, a glob, a file or a list of these, as in `images.find_images`.
         images: the image files (n).
-        base: the folder that relative paths start from; default: the working directory.
 
     Returns:
         n paths, in the order of `images`.
@@ -32,7 +46,7 @@ def find_masks(spec: str | Sequence[str], images: Sequence[Path], base: Path | N
             images of one name, a mask that is the image itself.
     """
     by_stem: dict[str, Path] = {}
-    for mask in find_images(spec, base, key="concept.masks"):
+    for mask in find_images(spec, key="concept.masks"):
         if mask.stem in by_stem:
             raise ConceptImageError(f"two masks of one name: {by_stem[mask.stem]} and {mask}. Expected one per image.")
         by_stem[mask.stem] = mask
@@ -107,7 +121,7 @@ def check_aspect(mask: np.ndarray, mask_path: Path, image: Image.Image, image_pa
 def normalise_mask(mask: Tensor) -> Tensor:
     """Each mask (..., H, W) divided by its own maximum (Perfusion weights its loss by such a soft mask).
 
-    The maximum must be above zero, which `read_mask` and `examples.fit` see to.
+    The maximum must be above zero, which `read_mask` and `images.fit` see to.
     """
     peak = mask.amax(dim=(-2, -1), keepdim=True)
     assert bool((peak > 0).all()), "a mask is zero everywhere"

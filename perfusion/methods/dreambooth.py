@@ -30,7 +30,7 @@ from perfusion.backbones.saving import save_pipeline
 from perfusion.editing.places import Place, base_module
 from perfusion.methods.base import Word, check_bounds
 from perfusion.methods.prior import PriorMethod, PriorOptions
-from perfusion.methods.weights import OwnWeights, check_unedited, parameter_places
+from perfusion.methods.weights import check_unedited, parameter_places, put_copies
 
 _DENOISER = "denoiser"  # its name in a state
 
@@ -86,10 +86,7 @@ class DreamBooth(PriorMethod):
         for dtype in (None, torch.bfloat16):
             backbone.fingerprint(dtype)  # of the frozen weights, which it remembers
         for part, places in self._places(backbone).items():
-            own = OwnWeights(places, f"the concept {self.word.placeholder}", self.training)
-            self.weights[part] = nn.ParameterList(own.parameters)
-            undo.callback(own.remove)
-            own.put()
+            self.weights[part] = put_copies(places, f"the concept {self.word.placeholder}", self.training, undo)
         self.add_word(undo, vectors=None, reads_as=self.phrase, trained=False)
 
     def _places(self, backbone: Backbone) -> dict[str, list[Place]]:

@@ -6,6 +6,7 @@ The frozen ones are kept, and come back as the same objects, so detaching is exa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -37,36 +38,28 @@ def owner_of(place: Place) -> Any:
     return getattr(place.now, "perfusion_owner", None)
 
 
-class OwnWeights:
-    """Copies of the parameters at `places`, which can be put there.
+def put_copies(places: Iterable[Place], owner: Any, training: bool, undo: ExitStack) -> nn.ParameterList:
+    """Put copies of the model's own parameters at `places`, until `undo` gives the places back.
 
     Args:
-        places: at which the model's own parameters stand.
         owner: who asks for them, see `owner_of`.
         training: whether the copies are trained, which takes float32.
 
     Raises:
         EditError: the weights are another concept's at present, or cannot be trained in their type.
     """
-
-    def __init__(self, places: Iterable[Place], owner: Any, training: bool) -> None:
-        self.places = [*places]
-        check_free(self.places)
-        if training:
-            check_trainable(self.places)
-        self.frozen = [place.now for place in self.places]
-        self.parameters = [own_copy(parameter, training) for parameter in self.frozen]
-        for parameter in self.parameters:
-            parameter.perfusion_owner = owner  # type: ignore[attr-defined]
-
-    def put(self) -> None:
-        for place, parameter in zip(self.places, self.parameters, strict=True):
-            place.put(parameter)
-
-    def remove(self) -> None:
-        """Give the places back to the model's own parameters."""
-        for place, parameter in zip(self.places, self.frozen, strict=True):
-            place.put(parameter)
+    places = [*places]
+    check_free(places)
+    if training:
+        check_trainable(places)
+    own = nn.ParameterList()
+    for place in places:
+        parameter: Any = own_copy(place.now, training)
+        parameter.perfusion_owner = owner
+        undo.callback(place.put, place.now)
+        place.put(parameter)
+        own.append(parameter)
+    return own
 
 
 def check_free(places: Iterable[Place]) -> None:

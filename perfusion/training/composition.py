@@ -1,4 +1,6 @@
-"""From a command line to a checked config: Hydra composes, `perfusion.config` checks, and mistakes read well."""
+"""From a command line to a checked config, or with `-m` to those of all jobs: Hydra composes, `perfusion.config`
+checks, and mistakes read well.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from perfusion.config import CONF, ConfigError, TrainConfig, checked
@@ -67,6 +73,66 @@ def hydra_main(words: Sequence[str], job: Callable[[DictConfig], object]) -> Non
         raise explained(error) from error
     finally:
         sys.argv = given
+
+
+@dataclass(frozen=True)
+class Multirun:
+    """The jobs of a command line, in the order in which Hydra runs them."""
+
+    words: list[str]  # for Hydra, which makes of them, with -m, these jobs
+    overrides: list[list[str]]  # of each job
+    configs: list[TrainConfig]
+    launcher: str  # name of the class
+
+    def varied(self, number: int) -> list[str]:
+        """The overrides of one job that are not those of all."""
+        common = set(self.overrides[0]).intersection(*self.overrides)
+        return [word.lstrip("+") for word in self.overrides[number] if word not in common]
+
+
+def multirun(words: Sequence[str]) -> Multirun | None:
+    """The jobs that the words of a command line without `-m` mean, all of them composed and checked.
+
+    What varies stands in `hydra.sweeper.params`, from presets, and on the command line, which goes before them.
+
+    Returns:
+        None where `hydra/sweeper` names one that chooses each job by how those before it went.
+
+    Raises:
+        ConfigError: anything that is wrong with a word or with the config of a job, which is named.
+    """
+    words = [prepared(word) for word in words]
+    try:
+        with initialize_config_dir(str(CONF), job_name="perfusion.train", version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            master = loader.load_configuration("train", words, RunMode.MULTIRUN)
+            if not master.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
+                return None
+            parser = OverridesParser.create(config_loader=loader)
+            given = {override.key_or_group for override in parser.parse_overrides(words)}
+            presets = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
+            presets = [prepared(word) for word in presets if word.partition("=")[0].lstrip("+") not in given]
+            words = [*presets, *words, "hydra.sweeper.params=null"]
+            tasks = [word for word in parser.parse_overrides(words) if not word.key_or_group.startswith("hydra")]
+            for task in tasks:
+                if task.is_sweep_override() and not task.is_discrete_sweep():
+                    raise ConfigError(
+                        f"{task.input_line}: Hydra's basic sweeper knows no intervals, expected values with commas"
+                    )
+            (jobs,) = BasicSweeper.split_arguments(tasks, max_batch_size=None)
+            configs = [_job_config(loader.load_sweep_config(master, job), job) for job in jobs]
+            return Multirun(words, jobs, configs, str(master.hydra.launcher["_target_"]).rpartition(".")[2])
+    except HydraException as error:
+        raise explained(error) from error
+
+
+def _job_config(values: DictConfig, overrides: Sequence[str]) -> TrainConfig:
+    with open_dict(values):
+        del values["hydra"]
+    try:
+        return checked_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (job {' '.join(overrides)})") from error
 
 
 def prepared(word: str) -> str:

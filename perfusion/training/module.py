@@ -1,23 +1,244 @@
-"""The training step, a method's loss on a frozen backbone, watched for NaN; and the validation step, which draws."""
+"""What Lightning trains: batches of the concept's latents, which are computed once, and the step, a method's loss on a
+frozen backbone, watched for NaN; and the validation step, which draws.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from PIL.Image import Image
+from lightning.pytorch import LightningDataModule, LightningModule
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from perfusion.backbones.base import Backbone
-from perfusion.methods.base import Batch, Method
+from perfusion.config import ConceptConfig, ConfigError
+from perfusion.data import clipseg
+from perfusion.data.dataset import Draw, StepDataset, seed_of
+from perfusion.data.images import Examples, find_images, fit, load_examples
+from perfusion.data.masks import mask_to_latent, masks_of_files
+from perfusion.data.prompts import fill, templates
+from perfusion.methods.base import Batch, Method, MethodOptions
+from perfusion.toyland.draw import render
+from perfusion.toyland.world import SUPERCLASSES, concept_scene, sample_instance
+from perfusion.training.prior import PriorImages
 
 if TYPE_CHECKING:  # scorers take seconds to import, and not every run has one
-    from perfusion.training.validation import Validation
+    from perfusion.training.selection import SelectBestStep
+
+# Where the pictures that Toyland draws are set: none of the places that the validation prompts ask for.
+PLACES = ("plain", "meadow", "kitchen", "forest", "desert")
+_ENCODED_AT_ONCE = 8 * 512 * 512  # pixels in one call of the autoencoder; at least one picture
 
 
 class TrainingError(ValueError):
     """A training that cannot go on; says at which step and on which pictures."""
+
+
+def examples_of(concept: ConceptConfig, resolution: int) -> Examples:
+    """The concept's pictures at R = `resolution` pixels: the person's, or drawn by Toyland if there are none.
+
+    Raises:
+        ConceptImageError: anything that is wrong with the person's files, or CLIPSeg shall draw masks and cannot.
+        ConfigError: masks without images; a superclass that Toyland cannot draw.
+    """
+    if concept.images is not None:
+        paths, mask_of = find_images(concept.images), None
+        if concept.masks == clipseg.SPEC:
+            mask_of = clipseg.ClipSeg(concept.clipseg, concept.superclass, Path(concept.masks_cache).expanduser())
+        elif concept.masks is not None:
+            mask_of = masks_of_files(concept.masks, paths)
+        return load_examples(paths, resolution, mask_of)
+    if concept.masks is not None:
+        raise ConfigError(f"concept.masks={concept.masks!r}: masks of what? concept.images is not given")
+    return _drawn(concept, resolution)
+
+
+def _drawn(concept: ConceptConfig, resolution: int) -> Examples:
+    """Pictures of one toy and its exact masks; picture k of an instance is the same whatever the number of pictures."""
+    if concept.superclass not in SUPERCLASSES:
+        raise ConfigError(
+            f"concept.superclass={concept.superclass!r}: Toyland draws no such thing; give your own pictures with "
+            f"concept.images=, or one of: {', '.join(SUPERCLASSES)}"
+        )
+    if concept.toyland.count < 1:
+        raise ConfigError(f"concept.toyland.count={concept.toyland.count}: expected at least one picture")
+    if concept.toyland.instance < 0:
+        raise ConfigError(f"concept.toyland.instance={concept.toyland.instance}: expected a number from 0 on")
+    toy = sample_instance(np.random.default_rng(concept.toyland.instance), concept.superclass)
+    pixels: list[Tensor] = []
+    masks: list[Tensor] = []
+    for k in range(concept.toyland.count):
+        seed = seed_of("toyland concept", concept.toyland.instance, k)
+        drawn = render(concept_scene(toy, seed, place=PLACES[k % len(PLACES)]))
+        square, mask = fit(Image.fromarray(drawn.image), drawn.masks[0].astype(np.float32) / 255, resolution)
+        assert mask is not None
+        pixels.append(square)
+        masks.append(mask[None])
+    names = [f"{concept.superclass}-{concept.toyland.instance}-{k}" for k in range(concept.toyland.count)]
+    return Examples(torch.stack(pixels), torch.stack(masks), names)
+
+
+class ConceptData(LightningDataModule):
+    """Batches of `(Batch, names of their pictures)` on the backbone's device, the whole training as one epoch.
+
+    Every draw is a function of (seed, step, slot), and a loader that is made during a resumed run starts at the
+    trainer's step, so a resumed training sees what one that never stopped would see. `trainer.devices=n` processes
+    share a step's batch evenly, and with `trainer.accumulate_grad_batches=k` each takes its share in k parts: the mean
+    of their gradients is that of the whole batch, for every sample weighs the same.
+
+    Args:
+        examples: the n pictures.
+        backbone: encodes them, once, in `setup`.
+        options: `steps` and `batch_size`.
+        placeholder: stands in the training prompts of `backbone.config.prompts`.
+        seed: of the run.
+        prior: pictures of the superclass, of which every step takes as many as of the concept; their draws are their
+            own, so those of the concept are the same with and without them.
+
+    Raises:
+        PromptError: no such set of prompts.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        backbone: Backbone,
+        options: MethodOptions,
+        placeholder: str,
+        seed: int,
+        prior: PriorImages | None = None,
+    ) -> None:
+        super().__init__()
+        self.examples = examples
+        self.backbone = backbone
+        self.batch_size = options.batch_size
+
+        def draws(n_images: int, prompts: Sequence[str], seed: int) -> StepDataset:
+            shape, timesteps = backbone.latent_shape(), backbone.train_timesteps
+            return StepDataset(n_images, prompts, shape, options.steps, options.batch_size, seed, timesteps)
+
+        prompts = [fill(template, placeholder) for template in templates(backbone.config.prompts)]
+        self.dataset = draws(len(examples), prompts, seed)
+        self.prior = prior
+        self.prior_dataset = None if prior is None else draws(len(prior), prior.prompts, seed_of("prior", seed))
+
+    def setup(self, stage: str) -> None:
+        """Encode all pictures.
+
+        Raises:
+            ConceptImageError, TokenError: a picture of the superclass cannot be read, or its caption is too long.
+        """
+        pixels, side = self.examples.pixels, self.examples.pixels.shape[-1]  # (n, 3, R, R)
+        at_once = max(1, _ENCODED_AT_ONCE // side**2)
+        self.latents = self._encoded(pixels.split(at_once))  # (n, c, h, w)
+        masks = self.examples.masks
+        self.masks = None if masks is None else mask_to_latent(masks, self.latents.shape[-1]).to(self.latents.device)
+        if prior := self.prior:
+            with torch.no_grad():
+                for prompt in dict.fromkeys(prior.prompts):
+                    self.backbone.encode([prompt], None)
+            starts = range(0, len(prior), at_once)
+            self.prior_latents = self._encoded(prior.pixels(k, k + at_once, side) for k in starts)
+
+    @torch.no_grad()
+    def _encoded(self, parts: Iterable[Tensor]) -> Tensor:
+        return torch.cat([self.backbone.latents(p.to(self.backbone.device, self.backbone.dtype)) for p in parts])
+
+    def train_dataloader(self) -> StepBatches:
+        trainer = self.trainer
+        assert trainer is not None
+        parts = trainer.accumulate_grad_batches
+        return StepBatches(self, trainer.global_rank, trainer.world_size, parts, start=trainer.global_step)
+
+    def val_dataloader(self) -> DataLoader[int] | list[Any]:
+        """The numbers of the validation prompts, where the module has some."""
+        assert self.trainer is not None
+        validation: Any = self.trainer.lightning_module.validation
+        if validation is None:
+            return []
+        numbers: Any = range(len(validation.prompts))
+        return DataLoader(numbers, validation.batch_size)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # made where the backbone is
+
+    def batch(
+        self, draws: Sequence[Draw], prior_draws: Sequence[Draw], step_prompts: Sequence[str] | None
+    ) -> tuple[Batch, list[str]]:
+        """One batch, and the names of its pictures; `step_prompts` as in `Batch`.
+
+        Args:
+            prior_draws: of the pictures of the superclass, as many; none where there are none.
+        """
+        batch = dataclasses.replace(_drawn_batch(draws, self.latents, self.masks), step_prompts=step_prompts)
+        if self.prior is not None:
+            captions = [self.prior.prompts[draw["index"]] for draw in prior_draws]  # each picture's own
+            prior = dataclasses.replace(_drawn_batch(prior_draws, self.prior_latents, None), prompts=captions)
+            batch = dataclasses.replace(batch, prior=prior)
+        return batch, [self.examples.names[draw["index"]] for draw in draws]
+
+
+def _drawn_batch(draws: Sequence[Draw], latents: Tensor, masks: Tensor | None) -> Batch:
+    """What was drawn of the pictures with these latents (n, c, h, w) and masks (n, 1, h, w)."""
+    index = torch.tensor([draw["index"] for draw in draws], device=latents.device)
+    return Batch(
+        latents=latents[index],
+        masks=None if masks is None else masks[index],
+        prompts=[draw["prompt"] for draw in draws],
+        noise=torch.stack([draw["noise"] for draw in draws]).to(latents),
+        timesteps=torch.tensor([draw["timestep"] for draw in draws], device=latents.device),
+    )
+
+
+def part_size(batch_size: int, devices: int, parts: int) -> int:
+    """Samples of a step that one of `devices` processes sees in one of `parts` parts.
+
+    Raises:
+        ConfigError: the batch cannot be divided so.
+    """
+    for key, count in (("accumulate_grad_batches", parts), ("devices", devices)):
+        if batch_size % count:
+            raise ConfigError(f"trainer.{key}={count}: expected a divisor of method.batch_size={batch_size}")
+    if batch_size % (devices * parts):
+        raise ConfigError(
+            f"method.batch_size={batch_size}: expected a multiple of {devices * parts}, for trainer.devices={devices} "
+            f"and trainer.accumulate_grad_batches={parts} divide it"
+        )
+    return batch_size // (devices * parts)
+
+
+class StepBatches:
+    """The ready batches that one process sees: of every step its share, in parts, from step `start` on.
+
+    The length is that of the whole run, for Lightning counts batches from the run's start.
+    """
+
+    def __init__(self, data: ConceptData, rank: int, devices: int, parts: int, start: int = 0) -> None:
+        self.data, self.parts, self.start = data, parts, start
+        self.size = part_size(data.batch_size, devices, parts)
+        self.offset = rank * parts * self.size
+        self.whole = devices * parts == 1
+
+    def __len__(self) -> int:
+        return self.data.dataset.steps * self.parts
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[str]]]:
+        dataset, prior = self.data.dataset, self.data.prior_dataset
+        for j in range(self.start * self.parts, len(self)):
+            step, part = divmod(j, self.parts)
+            first = step * dataset.batch_size
+            prompts = None if self.whole else []
+            if part == 0 and not self.whole:
+                prompts = [dataset.prompt(k) for k in range(first, first + dataset.batch_size)]
+            start = first + self.offset + part * self.size
+            slots = range(start, start + self.size)
+            yield self.data.batch([dataset[k] for k in slots], [prior[k] for k in slots] if prior else [], prompts)
 
 
 class PersonalizationModule(LightningModule):
@@ -30,7 +251,7 @@ class PersonalizationModule(LightningModule):
         backbone: frozen.
 
     Attributes:
-        validation: what is drawn and scored, from the callback that has the training validated.
+        validation: the callback that has the training validated, which draws and scores.
         drawn: the pictures of the last validation, in the first process alone.
         scores: their scores, in every process.
     """
@@ -39,8 +260,8 @@ class PersonalizationModule(LightningModule):
         super().__init__()
         self.method = method
         self.backbone = backbone
-        self.validation: Validation | None = None
-        self.drawn: list[Image] = []
+        self.validation: SelectBestStep | None = None
+        self.drawn: list[Image.Image] = []
         self.scores: dict[str, float] = {}
 
     def training_step(self, batch: tuple[Batch, list[str]], batch_idx: int) -> Tensor:

@@ -36,6 +36,8 @@ from perfusion.files import atomic_write_text
 
 CHECKPOINTS = "checkpoints"  # folder below that of the run
 
+_HEADER = "# Train this again, or with changes:  python -m perfusion.train from=<this file> [key=value ...]\n"
+
 # What does not change the result: where it goes, who watches, how often it is saved, what is computed twice.
 _IGNORED = (
     "run",
@@ -49,11 +51,31 @@ _IGNORED = (
 )
 
 
+class _Below:
+    """A path in the folder of a run."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: RunFolder, kind: type[RunFolder]) -> Path:
+        return folder.path / self.name
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """Paths of a run, and its states: new, begun (has a config), finished (has the marker)."""
 
     path: Path
+    concept = _Below("concept.safetensors")
+    diffusers = _Below("diffusers")
+    config = _Below("config.yaml")
+    metrics_csv = _Below("metrics.csv")
+    metrics = _Below("metrics.json")
+    samples = _Below("samples.png")
+    checkpoints = _Below(CHECKPOINTS)
+    error = _Below("ERROR")
+    log = _Below("output.log")
+    marker = _Below("DONE")
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:
@@ -64,44 +86,8 @@ class RunFolder:
         return cls(Path(config.run.root).expanduser() / _plain(config.experiment) / name)
 
     @property
-    def concept(self) -> Path:
-        return self.path / "concept.safetensors"
-
-    @property
-    def diffusers(self) -> Path:
-        return self.path / "diffusers"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_csv(self) -> Path:
-        return self.path / "metrics.csv"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.json"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
-    @property
-    def error(self) -> Path:
-        return self.path / "ERROR"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "output.log"
-
-    @property
     def finished(self) -> bool:
-        return (self.path / "DONE").exists()
+        return self.marker.exists()
 
     def holds(self, config: TrainConfig) -> bool:
         """Whether the run that lies here, finished or not, is the one of `config`."""
@@ -135,7 +121,7 @@ class RunFolder:
         self.error.unlink(missing_ok=True)
         # Who starts from this config does not mean to replace a run once more.
         kept = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False))
-        atomic_write_text(self.config, _header() + OmegaConf.to_yaml(_container(kept)))
+        atomic_write_text(self.config, _HEADER + OmegaConf.to_yaml(dataclasses.asdict(kept)))
 
     def clear(self) -> None:
         """Remove what a run wrote here, the marker first; other files stay, and all of them where there was no run.
@@ -145,12 +131,12 @@ class RunFolder:
         """
         if not self.config.exists():
             return
-        if not self.config.read_text(encoding="utf-8", errors="replace").startswith(_header()):
+        if not self.config.read_text(encoding="utf-8", errors="replace").startswith(_HEADER):
             raise ConfigError(
                 f"{self.config} was not written by a run, so nothing is removed for run.overwrite=true; choose another "
                 "run.dir="
             )
-        (self.path / "DONE").unlink(missing_ok=True)
+        self.marker.unlink(missing_ok=True)
         for file in (self.metrics, self.concept, self.samples, self.metrics_csv, self.config, self.error):
             file.unlink(missing_ok=True)
         self._remove_checkpoints()
@@ -161,7 +147,7 @@ class RunFolder:
         """Write `metrics.json`, remove the checkpoints and set the marker, in this order."""
         atomic_write_text(self.metrics, json.dumps(metrics, indent=2) + "\n")
         self._remove_checkpoints()
-        atomic_write_text(self.path / "DONE", "")
+        atomic_write_text(self.marker, "")
 
     def _remove_checkpoints(self) -> None:
         """Of the training; a folder of this name may hold a user's own files as well."""
@@ -202,10 +188,6 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "_"
 
 
-def _container(config: TrainConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
 def _flat(config: TrainConfig) -> dict[str, Any]:
     """Dotted key -> value of everything that changes the result."""
     flat: dict[str, Any] = {}
@@ -219,9 +201,5 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    visit(_container(config), "")
+    visit(dataclasses.asdict(config), "")
     return flat
-
-
-def _header() -> str:
-    return "# Train this again, or with changes:  python -m perfusion.train from=<this file> [key=value ...]\n"

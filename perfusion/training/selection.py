@@ -10,14 +10,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL.Image import Image
 from torch import Tensor
 
+from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
 from perfusion.contact_sheet import image_grid
+from perfusion.data.images import Examples
 from perfusion.data.prompts import fill
+from perfusion.drawing import sample
 from perfusion.files import atomic_path
 from perfusion.scoring.clip import named_scorer
+from perfusion.scoring.metrics import clip_scores
 from perfusion.training.module import PersonalizationModule
 from perfusion.training.samples import sample_templates
-from perfusion.training.validation import Validation
 
 FOLDER = "progress"
 _STRIP_SIDE = 128  # pixels of one picture in a strip, at most
@@ -67,6 +70,7 @@ class SelectBestStep(Callback):
         self.batch_size, self.seed = batch_size, seed
         self.scorer_name, self.pretrained = scorer, pretrained
         self.templates = None if prompts is None else tuple(prompts)
+        self.prompts: list[str] = []
         self.best_step: int | None = None
         self.best_scores: dict[str, float] = {}
         self._best_state: dict[str, Tensor] = {}
@@ -75,22 +79,33 @@ class SelectBestStep(Callback):
         """Load the scorer and look at the pictures and prompts, before the first step can be lost to a mistake."""
         method, backbone = _trained(pl_module).method, _trained(pl_module).backbone
         templates = self.templates or sample_templates(backbone.config.prompts)
-        prompts = [fill(template, method.word.placeholder) for template in templates]
-        backbone.check_prompts(prompts)
+        self.prompts = [fill(template, method.word.placeholder) for template in templates]
+        backbone.check_prompts(self.prompts)
         foreign = None if backbone.family == "toyland" else f"this is {backbone.family} (or callbacks=none)"
-        scorer = named_scorer(self.scorer_name, self.pretrained, backbone.device, foreign, "callbacks.select.")
-        _trained(pl_module).validation = Validation(
-            prompts=prompts,
-            texts=scorer.text_embeddings([fill(template, method.word.superclass) for template in templates]),
-            references=scorer.image_embeddings(trainer.datamodule.examples.pictures()),  # type: ignore[attr-defined]
-            scorer=scorer,
-            steps=self.steps,
-            guidance=backbone.config.guidance if self.guidance is None else self.guidance,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
+        self.scorer = named_scorer(self.scorer_name, self.pretrained, backbone.device, foreign, "callbacks.select.")
+        self.texts = self.scorer.text_embeddings([fill(template, method.word.superclass) for template in templates])
+        examples: Examples = trainer.datamodule.examples  # type: ignore[attr-defined]
+        self.references = self.scorer.image_embeddings(examples.pictures())
+        _trained(pl_module).validation = self
         trainer.val_check_interval = self.every * trainer.accumulate_grad_batches  # counts batches
         trainer.check_val_every_n_epoch = None
+
+    def draw(self, backbone: Backbone, numbers: Sequence[int]) -> list[Image]:
+        """Pictures of some of the prompts, in the backbone's present state."""
+        return sample(
+            backbone.pipe,
+            [self.prompts[k] for k in numbers],
+            [self.seed + k for k in numbers],
+            self.steps,
+            backbone.config.guidance if self.guidance is None else self.guidance,
+            self.batch_size,
+            size=backbone.config.resolution,
+            exact=False,  # the batches are the same at every step
+        )
+
+    def scores(self, images: Sequence[Image]) -> dict[str, float]:
+        """`clip_i`, `clip_t` and their `harmonic` mean, of pictures of the first prompts."""
+        return clip_scores(self.scorer.image_embeddings(images), self.references, self.texts[: len(images)])
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Lightning validates a training that is told to stop, whatever the interval: so the last step counts, too."""

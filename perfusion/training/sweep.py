@@ -20,16 +20,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from perfusion.cli import aligned
 from perfusion.config import ConfigError, TrainConfig
 from perfusion.files import atomic_write_text
-from perfusion.training.composition import checked_config, hydra_main, prepared
+from perfusion.training.composition import Multirun, checked_config, hydra_main, multirun, prepared
 from perfusion.training.job import TRAIN, error_of, run_apart
-from perfusion.training.multirun import Multirun, multirun
 from perfusion.training.run_folder import RunFolder, config_hash
 
 FILE = "sweep.json"
 _FLAGS = ("-m", "--multirun")
-_OK, _FAILED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def run(argv: Sequence[str], command: Sequence[str] = TRAIN) -> int:
     finally:
         if results:
             print(table(results), flush=True)
-    return _OK if all(result.state in ("done", "skipped") for result in results) else _FAILED
+    return 0 if all(result.state in ("done", "skipped") for result in results) else 1
 
 
 def execute(words: Sequence[str], command: Sequence[str] = TRAIN, results: list[Result] | None = None) -> list[Result]:
@@ -142,8 +141,9 @@ def plan(jobs: Multirun, words: Sequence[str]) -> Sweep:
                 f"jobs {first} ({' '.join(jobs.varied(first))}) and {k} ({' '.join(jobs.varied(k))}) would share the "
                 f"folder {folder.path}: expected jobs that differ in what changes the result, and no run.dir="
             )
-    root = Path(jobs.configs[0].run.root).expanduser() / ".sweep"
-    place = root / _name(jobs.configs[0], folders)
+    paths = json.dumps(sorted(str(folder.path) for folder in folders))  # the same jobs, in whatever order
+    name = f"{folders[0].path.parent.name}-{hashlib.sha256(paths.encode()).hexdigest()[:8]}"
+    place = Path(jobs.configs[0].run.root).expanduser() / ".sweep" / name
     listed = [
         _listed(config, place / f"{k:04d}.yaml", " ".join(jobs.varied(k))) for k, config in enumerate(jobs.configs)
     ]
@@ -186,9 +186,7 @@ def table(results: Sequence[Result]) -> str:
         seconds = "" if result.seconds is None else f"{result.seconds:.0f}"
         values = [f"{result.scores[name]:.4f}" if name in result.scores else "" for name in scores]
         rows.append([str(k), result.state, seconds, *values, result.job.folder, result.job.overrides])
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    right = {0, 2, *range(3, 3 + len(scores))}
-    lines = ["", *("  ".join(_cell(row[c], widths[c], c in right) for c in range(len(row))).rstrip() for row in rows)]
+    lines = ["", *aligned(rows, right=[0, *range(2, 3 + len(scores))])]
     failed = [(k, result) for k, result in enumerate(results) if result.state == "failed"]
     if failed:
         lines += ["", "failed (ERROR and output.log in a job's folder have more):"]
@@ -229,13 +227,3 @@ def _listed(config: TrainConfig, file: Path, overrides: str = "") -> Job:
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(file, OmegaConf.to_yaml(asdict(config)))
     return Job(overrides, str(RunFolder.of(config).path), str(file))
-
-
-def _name(config: TrainConfig, folders: Sequence[RunFolder]) -> str:
-    """`<experiment>-<hash>`: the same jobs have the same name, in whatever order."""
-    text = json.dumps(sorted(str(folder.path) for folder in folders))
-    return f"{RunFolder.of(config).path.parent.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _cell(text: str, width: int, right: bool) -> str:
-    return text.rjust(width) if right else text.ljust(width)
