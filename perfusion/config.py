@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+
+NAME_LENGTH = 100  # of a concept's name, which is a part of file names
 
 
 def conf_folder(package: Path) -> Path:
@@ -133,6 +136,27 @@ def checked(schema: type[T], values: Any, where: str = "") -> T:
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
     assert isinstance(result, schema)
     return result
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Hold what values must hold that no library refuses, or only later and in its own words. Raises ConfigError."""
+    backbone, concept = config.backbone, config.concept
+    drawn = concept.toyland
+    for key, value, holds, expected in (
+        ("backbone.resolution", backbone.resolution, backbone.resolution >= 1, "a number of pixels, at least 1"),
+        ("backbone.steps", backbone.steps, backbone.steps >= 1, "at least 1"),
+        ("backbone.guidance", backbone.guidance, math.isfinite(backbone.guidance), "a finite number"),
+        (
+            "concept.name",
+            concept.name,
+            0 < len(concept.name.strip()) <= NAME_LENGTH and concept.name.isprintable(),
+            f"1 to {NAME_LENGTH} printable characters",
+        ),
+        ("concept.toyland.count", drawn.count, drawn.count >= 1, "at least 1 picture"),
+        ("concept.toyland.instance", drawn.instance, drawn.instance >= 0, "a seed, at least 0"),
+    ):
+        if not holds:
+            raise ConfigError(f"{key}: found {value!r}, expected {expected}")
 
 
 def _reject_unknown(schema: type, values: Any, where: str) -> None:

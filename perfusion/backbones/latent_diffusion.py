@@ -133,6 +133,14 @@ class LatentDiffusionBackbone(Backbone):
             )
         if absent := [encoder for encoder in cls.towers if getattr(pipe, encoder) is None]:
             raise BackboneError(f"found a pipeline without a {absent[0]}, expected one with all its parts")
+        channels, latents = stock.unet.config.in_channels, stock.vae.config.latent_channels
+        if channels != latents:
+            raise BackboneError(
+                f"found a denoiser of {channels} channels, expected the {latents} of the latents: a model for inpainting "
+                "takes a picture and its mask besides, which a training has not"
+            )
+        if (steps := stock.scheduler.config.num_train_timesteps) < 1:
+            raise BackboneError(f"the pipeline's scheduler: found num_train_timesteps {steps}, expected at least 1")
         backbone = cls(pipe, config)
         if backbone.prediction not in ("epsilon", "v_prediction"):
             raise BackboneError(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError
+from torch import nn
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from perfusion.backbones.base import BackboneError
 from perfusion.backbones.layouts import layout_folder, pipeline_class
 from perfusion.backbones.single_file import folder_tokenizer, layout_of, read_single_file
 from perfusion.config import BackboneConfig
+from perfusion.hub import offline
 
 P = TypeVar("P", bound=DiffusionPipeline)
 
@@ -33,6 +34,11 @@ class Source:
     name: str
     local: bool
     layout: Path | None = None  # of a checkpoint in one file: the folder with its configs
+
+    @property
+    def local_files_only(self) -> bool:
+        """What loaders are told: whether to ask the hub."""
+        return self.local or offline()
 
 
 def source(config: BackboneConfig, expected: str) -> Source:
@@ -99,12 +105,34 @@ def read_pipeline(cls: type[P], origin: Source, dtype: torch.dtype, tokenizers: 
         if origin.layout:
             pipe = read_single_file(cls, Path(origin.name), origin.layout, dtype, tokenizers, **parts)
         else:
-            pipe = cls.from_pretrained(
-                origin.name, dtype=dtype, use_safetensors=True, local_files_only=origin.local, **parts
-            )
+            how: dict[str, Any] = {
+                "dtype": dtype,
+                "use_safetensors": True,
+                "local_files_only": origin.local_files_only,
+            }
+            encoders = [name.replace("tokenizer", "text_encoder") for name in tokenizers]
+            parts |= {name: _read_text_encoder(cls, origin, name, how) for name in encoders}
+            pipe = cls.from_pretrained(origin.name, **how, **parts)
         for name in tokenizers:
             check_tokenizer(getattr(pipe, name))
+        for name, part in pipe.components.items():  # diffusers only logs what it does not find
+            if isinstance(part, nn.Module) and (lacking := [key for key, p in part.named_parameters() if p.is_meta]):
+                raise OSError(_incomplete(name, lacking))
     return pipe
+
+
+def _read_text_encoder(cls: type[P], origin: Source, name: str, how: Mapping[str, Any]) -> Any:
+    """The text encoder `name`. Raises OSError if weights of it are missing, in whose place transformers puts noise."""
+    made: Any = getattr(transformers, cls.load_config(origin.name, local_files_only=how["local_files_only"])[name][1])
+    encoder, report = made.from_pretrained(origin.name, subfolder=name, output_loading_info=True, **how)
+    if report["missing_keys"]:
+        raise OSError(_incomplete(name, sorted(report["missing_keys"])))
+    return encoder
+
+
+def _incomplete(part: str, lacking: Sequence[str]) -> str:
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    return f"the weights of its {part} are not whole: they lack {lacking[0]}{more}"
 
 
 def read_tokenizer(origin: Source, name: str) -> CLIPTokenizer:
@@ -113,14 +141,16 @@ def read_tokenizer(origin: Source, name: str) -> CLIPTokenizer:
         if origin.layout:
             tokenizer = folder_tokenizer(origin.layout, name)
         else:
-            tokenizer = CLIPTokenizer.from_pretrained(origin.name, subfolder=name, local_files_only=origin.local)
+            tokenizer = CLIPTokenizer.from_pretrained(
+                origin.name, subfolder=name, local_files_only=origin.local_files_only
+            )
         check_tokenizer(tokenizer)
     return tokenizer
 
 
 def read_unet_config(origin: Source) -> Mapping[str, Any]:
     """The config of the UNet of the pipeline at `origin`, without weights. Raises BackboneError."""
-    name, local = (str(origin.layout), True) if origin.layout else (origin.name, origin.local)
+    name, local = (str(origin.layout), True) if origin.layout else (origin.name, origin.local_files_only)
     with reading(origin):
         found = UNet2DConditionModel.load_config(name, subfolder="unet", local_files_only=local)
     assert isinstance(found, dict)
@@ -135,7 +165,7 @@ def _check_folder(folder: Path, expected: str) -> None:
         raise BackboneError(
             f"backbone.path: {folder} is not a diffusers pipeline: it holds no model_index.json"
         ) from None
-    except (OSError, ValueError, AttributeError) as error:
+    except Exception as error:
         raise BackboneError(f"backbone.path: cannot read {index}: {error}") from error
     if found != expected:
         raise BackboneError(f"backbone.path: {folder} holds a {found}, expected a {expected}")
@@ -148,13 +178,14 @@ def reading(origin: Source) -> Iterator[None]:
         yield
     except BackboneError:  # says it already
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
+    except Exception as error:  # whatever a library makes of files that are not what it expects
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if origin.local:
             raise BackboneError(f"backbone.path: cannot load {origin.name}: {reason}") from error
+        gave = "cannot be reached" if offline() else f"did not give it ({reason})"
         raise BackboneError(
-            f"backbone.path: {origin.name} is no folder here, and the hub did not give it ({reason}). Expected a "
-            "diffusers folder, or a hub id that can be reached or lies in the hub's cache, with safetensors weights"
+            f"backbone.path: {origin.name} is no folder here, and the hub {gave}. Expected a diffusers "
+            "folder, or a hub id that can be reached or lies in the hub's cache, with safetensors weights"
         ) from error
 
 
@@ -178,8 +209,9 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(next(kind for kind, there in has.items() if there))
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        there = has[device.type]
+    except (RuntimeError, KeyError) as error:
         raise BackboneError(f"backbone.device: found {name!r}, expected auto, cuda, cuda:1, mps or cpu") from error
-    if not has.get(device.type, True):
+    if not there:
         raise BackboneError(f"backbone.device: found {name!r}, but torch sees no {device.type} device here")
     return device

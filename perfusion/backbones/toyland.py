@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,15 +15,16 @@ import torch
 
 from perfusion import toyland
 from perfusion.backbones import loading
-from perfusion.backbones.base import BackboneError
+from perfusion.backbones.base import BackboneError, TokenError
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.covariance.captions import Captions
 from perfusion.toyland.captions import caption, vocabulary
 from perfusion.toyland.models import LATENT_CHANNELS, TEXT_POSITIONS
-from perfusion.toyland.world import WORLD_VERSION, sample_scene
+from perfusion.toyland.world import SUPERCLASSES, WORLD_VERSION, sample_scene
 
 WEIGHTS = Path(toyland.__file__).with_name("weights") / "pipeline"
+_PLAIN_WORD = re.compile(r"(?<![<\w])[a-z]{2,}(?![\w*>])")  # not a placeholder
 CAPTION_SEED = 1 << 40  # of the first scene; the pipeline is trained on other seeds
 
 
@@ -72,6 +75,22 @@ class ToylandBackbone(StableDiffusionBackbone):
         if not (WEIGHTS / "model_index.json").is_file():
             raise BackboneError(f"backbone.path: Toyland's weights are not in {WEIGHTS}; run `make toyland`")
         return super().source(dataclasses.replace(config, path=str(WEIGHTS)))
+
+    @classmethod
+    def check_words(cls, config: BackboneConfig, placeholder: str, superclass: str) -> None:
+        super().check_words(config, placeholder, superclass)
+        if not config.path and superclass not in SUPERCLASSES:
+            raise TokenError(
+                f"concept.superclass: found {superclass!r}, expected a kind of toy that Toyland knows: "
+                f"{', '.join(SUPERCLASSES)}"
+            )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        super().check_prompts(prompts)
+        for prompt in prompts:
+            words = _PLAIN_WORD.findall(prompt.lower())
+            if unknown := [word for word in words if word not in vocabulary()]:
+                print(f"warning: {prompt!r}: Toyland does not know {', '.join(unknown)}", file=sys.stderr)
 
     @classmethod
     def captions_of(cls, settings: CovarianceConfig) -> Captions:

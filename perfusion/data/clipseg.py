@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from perfusion.data.images import ConceptImageError
 from perfusion.files import atomic_write_bytes
+from perfusion.hub import offline
 
 if TYPE_CHECKING:
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
@@ -128,12 +129,15 @@ class ClipSeg:
             from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
             with self._reading():
-                processor = CLIPSegProcessor.from_pretrained(self._name, local_files_only=self._local)
+                processor = CLIPSegProcessor.from_pretrained(self._name, local_files_only=self._local or offline())
                 tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
                 if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
                     raise OSError("its tokenizer has no vocabulary")
                 loaded: Any = CLIPSegForImageSegmentation.from_pretrained(
-                    self._name, use_safetensors=True, local_files_only=self._local, output_loading_info=True
+                    self._name,
+                    use_safetensors=True,
+                    local_files_only=self._local or offline(),
+                    output_loading_info=True,
                 )
                 model, report = loaded
                 if missing := sorted(report["missing_keys"]):  # they would be random numbers

@@ -10,6 +10,7 @@ import glob
 import io
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".jxl", ".dng")  # pictures of other kinds
 _LISTED = 8  # files named in a message before "and k more"
 # The part of the mask's maximum from which a pixel counts when the crop is placed: noise far from the object, such as
 # a JPEG leaves in a mask, must not move the crop.
@@ -150,7 +152,7 @@ def find_images(spec: str | Sequence[str], key: str = "concept.images") -> list[
     """
     parts: list[Any] = [spec] if isinstance(spec, str | os.PathLike | int | float) else list(spec)
     parts = [str(part) if isinstance(part, int | float) else part for part in parts]  # YAML reads 2023 as a number
-    if not parts or any(not os.fspath(part).strip() for part in parts):
+    if not parts or any(not isinstance(part, str | os.PathLike) or not os.fspath(part).strip() for part in parts):
         raise ConceptImageError(
             f"{key}={spec!r} names nothing: expected a folder, a glob, a file, or a list of these (JPEG, PNG or WebP)."
         )
@@ -247,7 +249,7 @@ def _expand(text: str, given: str) -> list[Path]:
         candidates = [p for p in path.iterdir() if not p.name.startswith(".")]
         seen = f"{path} holds {listing(candidates)}"
     elif path.exists():
-        kind = _kind(path)
+        kind = _kind(path) if path.is_file() else "no regular file"
         if kind not in FORMATS:
             raise ConceptImageError(f"{given}: expected a JPEG, PNG or WebP file, found {kind}.")
         return [path]
@@ -259,6 +261,17 @@ def _expand(text: str, given: str) -> list[Path]:
     images = [p for p in sorted(candidates, key=_natural) if _is_image(p, given)]
     if not images:
         raise ConceptImageError(f"{given}: no JPEG, PNG or WebP file there: {seen}.")
+    if not path.is_dir():
+        return images
+    stems = {image.stem for image in images}
+    for image in images:
+        if (whole := re.sub(r"[_.-]mask$", "", image.stem)) != image.stem and whole in stems:
+            raise ConceptImageError(
+                f"{given}: found {image.name} beside a picture {whole}, as though it were its mask, expected pictures "
+                "alone; put masks into a folder of their own and name it in concept.masks"
+            )
+    if others := [p for p in sorted(candidates, key=_natural) if p.suffix.lower() in _UNREAD]:
+        print(f"note: {given}: passed over {listing(others)}: only JPEG, PNG and WebP are read", file=sys.stderr)
     return images
 
 

@@ -226,7 +226,7 @@ def _hold(part: Any, method: Method) -> Callable[[], None]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise EditError(
             "save_pretrained: a concept is attached, and what would be written could not be loaded again; expected "
-            "detach() first (concepts are files of their own: Concept.save)"
+            "detach() first (a concept is a file of its own: perfusion.concept.save_concept)"
         )
 
     holders = vars(part).setdefault("_perfusion_holders", set())

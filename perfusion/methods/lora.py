@@ -70,7 +70,7 @@ class LoRA(Method):
             {
                 "adapter_rate": (options.adapter_rate > 0, "more than 0"),
                 "weight_decay": (options.weight_decay >= 0, "at least 0"),
-                "rank": (options.rank >= 1, "at least 1"),
+                "rank": (1 <= options.rank <= 1024, "1 to 1024"),
                 "alpha": (options.alpha > 0, "more than 0"),
                 "targets": (bool(options.targets) and all(options.targets), "ends of names of layers, such as to_q"),
                 "identifier": (bool(options.identifier.strip()), "one or several words, such as sks"),

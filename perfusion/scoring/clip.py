@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perfusion import toyland
+from perfusion.hub import offline
 
 LOCAL_DIR = "local-dir:"
 TOYLAND_WEIGHTS = Path(toyland.__file__).with_name("weights") / "scorer"
@@ -189,7 +190,7 @@ def from_hub(wanted_by: str, repository: str, file: str, instead: str) -> str:
         ScorerError: it cannot be had; the message names the model, the file and the cause.
     """
     try:
-        return hf_hub_download(repository, file)
+        return hf_hub_download(repository, file, local_files_only=offline())
     except Exception as error:  # of the hub's own classes, requests' or the operating system's
         raise ScorerError(
             f"{wanted_by}: looked for {file} of {repository} in the hub's cache and on the hub, found neither "

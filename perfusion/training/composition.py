@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from perfusion.config import CONF, ConfigError, TrainConfig, checked
+from perfusion.config import CONF, ConfigError, TrainConfig, check_ranges, checked
 
 _COMPLETION = ("-sc", "--shell_completion")
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
@@ -55,7 +55,11 @@ def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
 
     hydra_main(words, job)
     for values in composed:  # none after --help or --cfg
-        task(checked_config(values))
+        config = checked_config(values)
+        if config.concept.images is not None and (word := next((w for w in words if "concept.toyland." in w), None)):
+            key = word.partition("=")[0].lstrip("+")
+            raise ConfigError(f"{key}: found it beside concept.images, where it would not count; give one of them")
+        task(config)
 
 
 def hydra_main(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:
@@ -154,6 +158,9 @@ def prepared(word: str) -> str:
         known = [field.name for field in dataclasses.fields(TrainConfig)]
         if key not in known:
             raise ConfigError(f"{key}: unknown key{_hint(key, known)}. Known here: {', '.join(known)}, from")
+        if value == "null" and (CONF / key).is_dir():
+            options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
+            raise ConfigError(f"{key}=null: expected one of the group's options: {', '.join(options)}")
     if not sign and "." in key and not re.search(r"[/@:]", key):
         sign = "++"
     if not _readable(f"{sign}{key}={value}") and value[:1] not in ("[", "{", '"', "'"):
@@ -174,9 +181,11 @@ def checked_config(values: DictConfig) -> TrainConfig:
     try:
         for key in sorted(OmegaConf.missing_keys(values)):
             raise ConfigError(f"{key} is not given: add {key}=<value>")
-        return checked(TrainConfig, values)
+        config = checked(TrainConfig, values)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(f"{error.full_key}: {_first_lines(str(error), 1)}") from error
+    check_ranges(config)
+    return config
 
 
 def _former(source: str, words: Sequence[str]) -> TrainConfig:

@@ -94,7 +94,9 @@ def build(name: str, spec: Mapping[str, Any], folder: Path) -> Logger:
     Raises:
         ConfigError: it cannot be made, for example because its package is missing.
     """
-    target = str(spec.get("_target_"))
+    if not isinstance(spec, Mapping) or "_target_" not in spec:
+        raise ConfigError(f"logger.{name}: expected a mapping with a _target_, found {spec!r}")
+    target = str(spec["_target_"])
     if "wandb" in target.lower() and "WANDB_MODE" not in os.environ and not _has_wandb_account():
         os.environ["WANDB_MODE"] = "offline"
         print(f"wandb: no account found, logging offline into {folder / 'wandb'} (`wandb sync` uploads it later)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ def prior_of(
         ConceptImageError: real pictures that cannot be used; they are read here, before a model is loaded.
     """
     if not isinstance(options, PriorOptions) or not options.prior:
+        if concept.prior is not None:
+            find_images(concept.prior, key=KEY)
+            print(f"note: {KEY}: the method {options.name} uses no pictures of the superclass", file=sys.stderr)
         return lambda backbone: None
     prompt = fill(options.prior_prompt, concept.superclass)
     if concept.prior is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +44,7 @@ _ELSEWHERE = {
     "val_check_interval": "callbacks.select.every",
     "check_val_every_n_epoch": "callbacks.select.every",
 }
+_PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 _STRATEGIES = {"auto": False, "ddp": False, "ddp_find_unused_parameters_true": True}  # for several devices
 _ACCELERATORS = {"cpu": ("cpu",), "cuda": ("gpu", "cuda"), "mps": ("gpu", "mps")}  # torch device -> Lightning's names
 
@@ -59,12 +61,17 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"trainer.{key}: no keyword of lightning.Trainer{hint}. Known: {', '.join(sorted(known))}"
             )
-    precision = str(trainer.get("precision") or "")
-    if precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
+    precision = trainer.get("precision")
+    if precision is not None and str(precision) not in _PRECISIONS:
         raise ConfigError(
-            f"trainer.precision={precision}: it would round what is trained, and a moving average of i* would stand "
-            "still; expected 32-true, 16-mixed or bf16-mixed. backbone.dtype= sets the type of the frozen model"
+            f"trainer.precision={precision}: expected 32-true, 16-mixed or bf16-mixed. Lower ones would round what is "
+            "trained, and a moving average of i* would stand still; backbone.dtype= sets the type of the frozen model"
         )
+    every, clip = trainer.get("accumulate_grad_batches"), trainer.get("gradient_clip_val")
+    if every is not None and not (type(every) is int and every >= 1):
+        raise ConfigError(f"trainer.accumulate_grad_batches={every}: expected a whole number, at least 1")
+    if clip is not None and not (type(clip) in (int, float) and 0 <= clip < math.inf):
+        raise ConfigError(f"trainer.gradient_clip_val={clip}: expected a finite number, at least 0, or null")
     if device_count(trainer) > 1 and str(trainer.get("strategy") or "auto") not in _STRATEGIES:
         raise ConfigError(
             f"trainer.strategy={trainer['strategy']}: it splits or copies what is trained in a way that a concept is "
