@@ -47,6 +47,7 @@ from perfusion.files import PathLike, atomic_path
 from perfusion.methods.base import Dial, Method, Word, build, method_class
 from perfusion.provenance import provenance
 
+CONVERTED = "perfusion-pytorch"  # package whose concepts can be converted; they say so in `covariance`, before a ":"
 LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
 _ENTRIES = (  # of a file's metadata, in their order
     *("method", "superclass", "placeholder", "settings", "fingerprint", "fingerprint_bfloat16", "covariance", "seed"),
@@ -147,6 +148,11 @@ class Concept:
     def family(self) -> str:
         """The kind of backbone that it was trained on, such as `stable_diffusion`."""
         return self.fingerprint.get("family", "toyland")
+
+    @property
+    def converted(self) -> bool:
+        """Whether another package trained it, of which neither settings nor seed are known."""
+        return self.covariance.startswith(f"{CONVERTED}:")
 
     @property
     def dials(self) -> Mapping[str, Dial]:
