@@ -205,10 +205,11 @@ def _check_header(path: PathLike, where: str, size: int) -> None:
     two tensors, or two entries, of one name."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        (name, count), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
-        if count > 1:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             raise ConceptFileError(f"{where}: found {shown(name)!r} twice in the header, expected every name once")
-        return dict(pairs)
+        return found
 
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

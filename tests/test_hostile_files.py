@@ -203,6 +203,14 @@ HOSTILE = {
     "deep settings": (options('"more": [[[[[1]]]]]'), "and a depth of 4"),
     "a nested header": (lambda h, d: whole(b"[" * 100_000, d), "no readable safetensors file"),
     "a header of digits": (lambda h, d: whole(b'{"a":' + b"1" * 10_000 + b"}", d), "no readable safetensors file"),
+    "a header of objects": (
+        lambda h, d: whole(b'{"a":[' + b"{}," * 600_000 + b"{}]}", d),
+        "no readable safetensors file",
+    ),
+    "a header of names": (
+        lambda h, d: whole(b"{" + b",".join(b'"%d":0' % k for k in range(150_000)) + b"}", d),
+        "found 150,000 tensors, expected",
+    ),
     "1e29": (options('"sample_beta": 1e29'), "sample_beta: found 1e+29, expected 0 or a number"),
     "a whole number of 400 digits": (options(f'"sample_beta": {10**400}'), "found a whole number of 1329 bits"),
     "a whole number of 10,000 digits": (options(f'"steps": 1{"0" * 10_000}'), "expected a JSON object"),
