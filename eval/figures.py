@@ -68,18 +68,27 @@ def draw_fronts(found: Sequence[Front], x: ScoreKind, y: ScoreKind, title: str =
                 s=34,
                 linewidths=1.2,
                 zorder=3,
-                label=look[front.method].title,
+                label=plain(look[front.method].title),
             )
             for p in points if len(points) <= _LABELLED else ():
-                axes.annotate(p.label, (p.x.mean, p.y.mean), (4, 4), textcoords="offset points", fontsize=7, color=_INK)
+                place = {"textcoords": "offset points", "fontsize": 7, "color": _INK}
+                axes.annotate(plain(p.label), (p.x.mean, p.y.mean), (4, 4), **place)
         axes.set_xlabel(_axis(x))
         axes.set_ylabel(_axis(y))
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title(plain(title), loc="left", fontsize=11)
         handles, names = axes.get_legend_handles_labels()
         legend = axes.legend(handles, names, frameon=False, fontsize=9)
         for handle, front in zip(legend.legend_handles, found, strict=True):
             handle.set_facecolor(look[front.method].colour)  # type: ignore[union-attr]
     return figure
+
+
+def plain(text: str) -> str:
+    """Text that means itself in matplotlib: "$" would begin a formula, a label that begins with "_" would be left out
+    of the legend, and other letters than printable ones have no place in an SVG file."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def save_figure(figure: Figure, stem: Path) -> None:

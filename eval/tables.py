@@ -85,7 +85,7 @@ def _mean_and_half(score: Interval | None) -> str:
 
 def _bare(text: str) -> str:
     """Text that means itself in a Markdown cell."""
-    return re.sub(r"([\\|*_<>`\[\]])", r"\\\1", text)
+    return re.sub(r"([\\|*_<>`\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def _line(cells: Sequence[str]) -> str:

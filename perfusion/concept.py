@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,12 +21,23 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
+from perfusion.concept_file import (
+    FORMAT_VERSION,
+    MAX_SLANT,
+    ConceptFileError,
+    check_finite,
+    check_number,
+    entry,
+    read,
+    settings,
+    texts,
+    words,
+)
 from perfusion.config import ConfigError
 from perfusion.covariance.configured import spelled_out
 from perfusion.editing import EditError
@@ -36,7 +47,7 @@ from perfusion.files import PathLike, atomic_path
 from perfusion.methods.base import Dial, Method, Word, build, method_class
 from perfusion.provenance import provenance
 
-FORMAT_VERSION = 1
+CONVERTED = "perfusion-pytorch"  # package whose concepts can be converted; they say so in `covariance`, before a ":"
 LIBRARIES = ("perfusion", "torch", "diffusers", "transformers")  # whose versions a file tells
 _ENTRIES = (  # of a file's metadata, in their order
     *("method", "superclass", "placeholder", "settings", "fingerprint", "fingerprint_bfloat16", "covariance", "seed"),
@@ -44,10 +55,6 @@ _ENTRIES = (  # of a file's metadata, in their order
 )
 _COMMIT_DIGITS = 12
 _HASH_DIGITS = 12
-
-
-class ConceptFileError(ValueError):
-    """A concept file that cannot be used; names the file, what was found and what was expected."""
 
 
 class DialError(ConfigError, AttributeError):
@@ -103,28 +110,27 @@ class Concept:
         """Read a concept file, without any model.
 
         Raises:
-            ConceptFileError: the file cannot be read (see `read`), or its metadata is incomplete.
+            ConceptFileError: the file cannot be read (see `perfusion.concept_file.read`), its metadata is incomplete,
+                or something in it is not what a concept has.
         """
         tensors, metadata = read(path)
-
-        def entry(field: str, kind: type = str) -> Any:
-            return _entry(path, metadata, field, kind)
-
-        fingerprint = entry("fingerprint", dict)
+        placeholder, superclass = words(path, metadata)
+        fingerprint = texts(path, metadata, "fingerprint")
         if fingerprint.get("family") == "toyland":
             fingerprint = {"world": "1", **fingerprint}  # Toyland's files began to name their world with the second
+        rounded = "fingerprint_bfloat16"
         return cls(
-            method=entry("method"),
-            superclass=entry("superclass"),
-            placeholder=entry("placeholder"),
+            method=entry(path, metadata, "method"),
+            superclass=superclass,
+            placeholder=placeholder,
             tensors=tensors,
-            settings=entry("settings", dict),
+            settings=settings(path, metadata),
             fingerprint=fingerprint,
-            fingerprint_bfloat16=entry("fingerprint_bfloat16", dict) if "fingerprint_bfloat16" in metadata else {},
-            covariance=entry("covariance"),
-            seed=entry("seed", int),
-            versions=entry("versions", dict),
-            commit=entry("commit"),
+            fingerprint_bfloat16=texts(path, metadata, rounded) if rounded in metadata else {},
+            covariance=entry(path, metadata, "covariance"),
+            seed=entry(path, metadata, "seed", int),
+            versions=texts(path, metadata, "versions"),
+            commit=entry(path, metadata, "commit"),
             source=str(path),
         )
 
@@ -144,12 +150,15 @@ class Concept:
         return self.fingerprint.get("family", "toyland")
 
     @property
+    def converted(self) -> bool:
+        """Whether another package trained it, of which neither settings nor seed are known."""
+        return self.covariance.startswith(f"{CONVERTED}:")
+
+    @property
     def dials(self) -> Mapping[str, Dial]:
         """What can be set while it draws, by name. Raises ConceptFileError for a method that is not known."""
-        try:
+        with self._usable():
             return {dial.name: dial for dial in method_class(self.method).dials}
-        except ConfigError as error:
-            raise self._unusable(error) from error
 
     def rounded(self, dtype: torch.dtype) -> Concept:
         """This concept with its tensors in `dtype`."""
@@ -186,11 +195,13 @@ class Concept:
         self._check_backbone(backbone)
         self._check_company(backbone)
         method = self._build().eval()
-        self._check_tensors(method, backbone)
+        with self._usable():
+            self._check_tensors(method, backbone)
         backbone.check_token(self.placeholder, self.superclass)
         with ExitStack() as undo:
             undo.callback(method.detach)
-            method.attach(backbone)
+            with self._usable():
+                method.attach(backbone)
             method.load_state({name: tensor.float() for name, tensor in self.tensors.items()})
             if isinstance(gate := getattr(method, "gate", None), PromptGate):
                 gate.covariance, gate.source = self.covariance, self.source
@@ -210,13 +221,20 @@ class Concept:
             )
 
     def _build(self) -> Method:
-        try:
-            return build({"name": self.method, **self.settings}, Word(self.placeholder, self.superclass))
-        except ConfigError as error:
-            raise self._unusable(error) from error
+        with self._usable():
+            method = build({"name": self.method, **self.settings}, Word(self.placeholder, self.superclass))
+        for name, value in vars(method.options).items():  # of which text may have become a number
+            if isinstance(value, (int, float)):
+                check_number(self.source, f"metadata 'settings': {name}", value)
+        return method
 
-    def _unusable(self, error: ConfigError) -> ConceptFileError:
-        return ConceptFileError(f"{self.source}: this version of perfusion cannot use it: {error}")
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Say of which file a method or setting is that does not exist, or that this model cannot have."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConceptFileError(f"{self.source}: this version of perfusion cannot use it: {error}") from error
 
     def _check_backbone(self, backbone: Backbone) -> None:
         found = _requirements(backbone)
@@ -262,6 +280,19 @@ class Concept:
                     f"{self.source}: tensor {name!r}: found shape {found}, expected {expected[name]} on this backbone"
                 )
 
+        if {"target_input", "direction"} <= expected.keys():
+            self._check_gate(self.tensors["target_input"].double(), self.tensors["direction"].double())
+
+    def _check_gate(self, i: Tensor, v: Tensor) -> None:
+        """Hold that similarities to i* (d,) with the direction v = C⁻¹i* (d,) are numbers: r(e) = <v, e> / <v, i*> is
+        none where i* is 0 or at a right angle to its direction."""
+        slant = float(i.norm() * v.norm() / (i * v).sum().abs())
+        if not slant <= MAX_SLANT:
+            raise ConceptFileError(
+                f"{self.source}: found a target_input and a direction at a right angle or of length 0 ({slant:.1e}), "
+                f"expected ‖i*‖‖C⁻¹i*‖ / <i*, C⁻¹i*> of {MAX_SLANT:.0e} at most"
+            )
+
 
 def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.float16) -> Concept:
     """Write a concept file atomically, making its folder where there is none; gives the concept as the file holds it,
@@ -271,7 +302,7 @@ def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.fl
         ConceptFileError: a value is not finite in `dtype`; nothing is written then.
     """
     concept = concept.rounded(dtype)
-    _check_finite(path, concept.tensors)
+    check_finite(path, concept.tensors)
     metadata: dict[str, str] = {"format_version": str(FORMAT_VERSION)}
     for name in _ENTRIES:
         value = getattr(concept, name)
@@ -282,79 +313,6 @@ def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.fl
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in concept.tensors.items()}
         save_file(contiguous, temporary, metadata)
     return dataclasses.replace(concept, source=str(path))
-
-
-def read(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, on the CPU, and metadata of a concept file.
-
-    Raises:
-        ConceptFileError: no such file, not safetensors, truncated, a name that stands twice in its header, no concept,
-            another format version, or NaN or infinity in a tensor.
-    """
-    if not Path(path).is_file():
-        raise ConceptFileError(f"{path}: found no such file, expected a concept")
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_names(path)
-            metadata = file.metadata() or {}
-            _check_version(path, metadata)
-            # Memory of their own: a view of the file would change, or crash, when the file does.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ConceptFileError(f"{path}: found no readable safetensors file ({error}), expected a concept") from error
-    _check_finite(path, tensors)
-    return tensors, metadata
-
-
-def _check_names(path: PathLike) -> None:
-    """Safetensors itself takes the last of two tensors, or two entries, of one name."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConceptFileError(f"{path}: found {twice[0]!r} twice in the header, expected every name once")
-        return dict(pairs)
-
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        json.loads(file.read(size), object_pairs_hook=unique)
-
-
-def _check_version(path: PathLike, metadata: Mapping[str, str]) -> None:
-    found = metadata.get("format_version")
-    if found is None:
-        raise ConceptFileError(f"{path}: found a safetensors file without 'format_version', expected a concept")
-    if found != str(FORMAT_VERSION):
-        raise ConceptFileError(
-            f"{path}: found format version {found}, expected {FORMAT_VERSION}; another version of perfusion wrote it"
-        )
-
-
-def _check_finite(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ConceptFileError(
-                f"{path}: tensor {name!r}: found {bad} of {tensor.numel()} values NaN or infinite in {kind}, expected "
-                "finite ones"
-            )
-
-
-def _entry(path: PathLike, metadata: Mapping[str, str], field: str, kind: type) -> Any:
-    """A metadata entry: text, or JSON of another kind."""
-    if field not in metadata:
-        raise ConceptFileError(f"{path}: found no metadata {field!r}, expected it in a concept")
-    text = metadata[field]
-    if kind is str:
-        return text
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if type(found) is not kind:
-        expected = "a JSON object" if kind is dict else "a whole number"
-        raise ConceptFileError(f"{path}: metadata {field!r}: found {text!r}, expected {expected}")
-    return found
 
 
 class Attached:

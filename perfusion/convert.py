@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
+import stat
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +32,12 @@ if TYPE_CHECKING:
     from perfusion.concept import Concept
     from perfusion.editing.places import EditSite
 
-PACKAGE = "perfusion-pytorch"
+PACKAGE = "perfusion-pytorch"  # as in perfusion.concept.CONVERTED, which takes long to import
 KEYS = ("embed_params", "key_value_params", "C_inv")
 SAME_INPUT = 1e-3  # relative distance between layers up to which their i* are one
+# What a file may have at most: bytes, concepts, numbers of an encoding and of an output, projections.
+MAX_BYTES = 2**30
+MAX_CONCEPTS, MAX_WIDTH, MAX_PAIRS = 4096, 2**16, 4096
 LOCKED = 1e-2  # relative distance up to which keys are projections of one encoding
 
 USAGE = """
@@ -83,24 +89,33 @@ def read_package(path: Path, index: int = 0) -> Foreign:
     """
     import torch
 
-    if not path.is_file():
-        raise ConversionError(f"{path}: found no such file, expected one that perfusion_pytorch.save wrote")
+    from perfusion.concept_file import MAX_SLANT, shown
+
+    _check_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no pickle of tensors fails in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = shown((str(error).strip() or type(error).__name__).splitlines()[0])
         raise ConversionError(
-            f"{path}: found no pickle of tensors alone ({reason}), expected what {PACKAGE} saved"
+            f"{path}: found no pickle of tensors alone ({reason}{_hint(path)}), expected what {PACKAGE} saved"
         ) from error
+    _check_other_package(path, content)
     if not isinstance(content, dict) or set(KEYS) - set(content):
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        found = _some_keys(content) if isinstance(content, dict) else type(content).__name__
         raise ConversionError(f"{path}: found {found}, expected {', '.join(KEYS)}, as {PACKAGE} writes them")
     embeddings, pairs, precision = (content[key] for key in KEYS)
-    if not isinstance(embeddings, torch.Tensor) or embeddings.dim() != 2:
+    if not _is_matrix(embeddings, MAX_CONCEPTS):
         raise ConversionError(f"{path}: found no embed_params (J, d_e): the concept's word is not in it")
     if not 0 <= index < len(embeddings):
         raise ConversionError(f"{path}: index: found {index}, expected 0 to {len(embeddings) - 1}")
     try:
+        if not isinstance(pairs, (list, tuple)) or not 0 < len(pairs) <= MAX_PAIRS:
+            raise ValueError(type(pairs))
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+            raise ValueError(len(pairs))
+        matrices = [(precision, MAX_WIDTH), *((part, MAX_CONCEPTS) for pair in pairs for part in pair)]
+        if not all(_is_matrix(*matrix) for matrix in matrices):
+            raise ValueError(len(matrices))
         inputs = torch.stack([pair[0][index].float() for pair in pairs])
         outputs = [pair[1][index].float() for pair in pairs]
         target = inputs.mean(0)
@@ -118,6 +133,12 @@ def read_package(path: Path, index: int = 0) -> Foreign:
     ):
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise ConversionError(f"{path}: found NaN or infinity in {name}, expected finite values")
+    slant = float(target.norm() * (v := precision.float() @ target).norm() / (v @ target).abs())
+    if not slant <= MAX_SLANT:
+        raise ConversionError(
+            f"{path}: found target inputs i* or C_inv of length 0, or that make a right angle ({slant:.1e}), expected "
+            f"‖i*‖‖C⁻¹i*‖ / <i*, C⁻¹i*> of {MAX_SLANT:.0e} at most"
+        )
     distance = float((inputs - target).norm(dim=1).max() / target.norm())
     if not distance <= SAME_INPUT:
         raise ConversionError(
@@ -125,6 +146,92 @@ def read_package(path: Path, index: int = 0) -> Foreign:
             "one for all: was it trained to the end?"
         )
     return Foreign(embeddings[index].float(), target, outputs, precision.float())
+
+
+def _check_file(path: Path) -> None:
+    """Hold that there is a file to be read, and how much: it may be a stranger's, and compressed.
+
+    Raises:
+        ConversionError: it is none, or too large.
+    """
+    from perfusion.concept_file import shown
+
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        raise ConversionError(f"{shown(path)}: found no such file, expected one that perfusion_pytorch.save wrote")
+    size = found.st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(part.file_size for part in archive.infolist()))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        pass  # pickles were no archives once, and torch says of others why it cannot read them
+    if size > MAX_BYTES:
+        raise ConversionError(f"{path}: found {size:,} bytes, expected at most {MAX_BYTES:,}, as concepts are small")
+
+
+def _hint(path: Path) -> str:
+    """What may be said of a checkpoint of a training from the names in it, which are looked for and not read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (pickled,) = [part for part in archive.namelist() if part.rpartition("/")[2] == "data.pkl"]
+            found = b"target_output" in archive.read(pickled)
+    except Exception:  # what is no archive, or a broken one, fails in many ways
+        found = False
+    return (
+        "; it names target_output, as concepts of Latent Diffusion's own modules do: a target for each position of a "
+        "prompt is not a rank-1 edit"
+        if found
+        else ""
+    )
+
+
+def _check_other_package(path: Path, content: Any) -> None:
+    """Refuse a concept of the code that edits Latent Diffusion's own modules.
+
+    It has a `target_output` in the state of each projection. With one for each of the 77 positions of a prompt, the
+    edit depends on where a word stands, and no single o* gives the same.
+    """
+    states = [content, content.get("state_dict")] if isinstance(content, dict) else []
+    for state in states:
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if not isinstance(name, str) or name.rpartition(".")[2] != "target_output":
+                continue
+            shape = tuple(getattr(value, "shape", ()))
+            reason = (
+                f"a target for each of {shape[0]} positions of a prompt is not a rank-1 edit, which has one for all"
+                if len(shape) == 2
+                else "it has no inverse covariance C⁻¹, without which its gate is not known"
+            )
+            raise ConversionError(
+                f"{path}: found target_output of shape {shape}, a concept in the state of a Latent Diffusion model, "
+                f"expected {', '.join(KEYS)}, as {PACKAGE} writes them: {reason}"
+            )
+
+
+def _is_matrix(value: Any, rows: int) -> bool:
+    """Whether it is a plain matrix of at most so many rows, with memory for all of its numbers."""
+    import torch
+
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and value.dim() == 2
+        and 0 < value.shape[0] <= rows
+        and 0 < value.shape[1] <= MAX_WIDTH
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _some_keys(content: dict[Any, Any]) -> str:
+    from perfusion.concept_file import shown
+
+    names = [shown(key, 40) if isinstance(key, str) else type(key).__name__ for key in islice(content, 8)]
+    return ", ".join([*names, *["…"] * (len(content) > len(names))]) or "nothing"
 
 
 def place(foreign: Foreign, backbone: Backbone, source: str) -> dict[str, Tensor]:
@@ -240,8 +347,9 @@ def convert(config: ConvertConfig) -> Concept:
         concept = Concept.of(method, backbone, seed=0)
     finally:
         method.detach()
+    known = {key: concept.settings[key] for key in ("key_lock", "sample_beta", "sample_tau", "vectors")}
     digest = hashlib.sha256(foreign.precision.contiguous().numpy().tobytes()).hexdigest()[:16]
-    return save_concept(out, dataclasses.replace(concept, covariance=f"{PACKAGE}:{digest}"))
+    return save_concept(out, dataclasses.replace(concept, settings=known, covariance=f"{PACKAGE}:{digest}"))
 
 
 def main(argv: Sequence[str]) -> None:

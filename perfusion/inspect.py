@@ -29,6 +29,7 @@ Usage: python -m perfusion.inspect <concept file>                               
 
 Row = tuple[str, ...]
 
+_OF_PICTURES = ("key_lock", "sample_beta", "sample_tau", "vectors")  # settings that a converted concept has
 _NAMED = 8  # tensors that are named one by one
 
 
@@ -80,13 +81,16 @@ def inspect(config: InspectConfig) -> list[str]:
 
 def describe_concept(concept: Concept, path: Path) -> list[str]:
     """Everything that a concept file says, as lines; needs no model."""
-    from perfusion.concept import FORMAT_VERSION
-    from perfusion.covariance.configured import spelled_out
+    from perfusion.concept import CONVERTED, FORMAT_VERSION
 
     numbers = sum(tensor.numel() for tensor in concept.tensors.values())
+    known = {key: value for key, value in concept.settings.items() if not concept.converted or key in _OF_PICTURES}
     settings = ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in concept.settings.items()
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()
     )
+    unknown = f"not known (converted from {CONVERTED})"
+    if concept.converted:
+        settings += f"; those of its training are {unknown}"
     facts = [
         ("file", f"{path} ({path.stat().st_size:,} bytes)"),
         ("format", f"version {FORMAT_VERSION}"),
@@ -94,8 +98,8 @@ def describe_concept(concept: Concept, path: Path) -> list[str]:
         ("placeholder", concept.placeholder),
         ("superclass", concept.superclass),
         ("settings", settings),
-        ("seed", str(concept.seed)),
-        ("covariance", spelled_out(concept.covariance) if concept.covariance else "none needed"),
+        ("seed", unknown if concept.converted else str(concept.seed)),
+        ("covariance", _covariance(concept)),
         ("backbone", ", ".join(f"{part} {value}" for part, value in concept.fingerprint.items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in concept.versions.items())),
         ("commit", concept.commit or "none (not made in a checkout)"),
@@ -226,6 +230,14 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], backbone: 
         file = Path(folder) / "concept.safetensors"
         save_concept(file, concept)
         return file.stat().st_size
+
+
+def _covariance(concept: Concept) -> str:
+    from perfusion.covariance.configured import spelled_out
+
+    if concept.converted:
+        return f"{concept.covariance} (package:digest)"
+    return spelled_out(concept.covariance) if concept.covariance else "none needed"
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -182,7 +182,7 @@ def refused(path: Path, message: str) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere.safetensors", "found no such file")
-    refused(tmp_path, "found no such file")
+    refused(tmp_path, "found a folder, expected a file")
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x80\x02}q\x00.", b"\xff" * 64])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,10 @@ import torch
 from torch import Tensor
 
 from perfusion import convert as module
+from perfusion import inspect
 from perfusion.backbones.base import Backbone
 from perfusion.cli import USER_ERROR, run_cli
-from perfusion.concept import Concept, ConceptFileError
+from perfusion.concept import Concept, ConceptFileError, save_concept
 from perfusion.convert import ConversionError, ConvertConfig, convert, main, read_package
 from perfusion.editing.places import EditSite
 from perfusion.methods.base import Word
@@ -126,6 +130,28 @@ class Evil:
         (lambda c: {**c, "embed_params": None}, "the concept's word is not in it"),
         (lambda c: {**c, "C_inv": c["C_inv"][:5]}, "unexpected shapes"),
         (lambda c: {**c, "C_inv": c["C_inv"] * float("nan")}, "NaN or infinity in C_inv"),
+        (lambda c: {**c, "C_inv": c["C_inv"] * 0}, "of length 0, or that make a right angle"),
+        (lambda c: {**c, "C_inv": c["C_inv"].to_sparse()}, "unexpected shapes"),
+        (lambda c: {**c, "C_inv": c["C_inv"].to(torch.complex64)}, "unexpected shapes"),
+        (
+            lambda c: {**c, "embed_params": c["embed_params"][:, :1].expand(-1, 2**40)},
+            "the concept's word is not in it",
+        ),
+        (lambda c: {**c, "embed_params": c["embed_params"].to("meta")}, "the concept's word is not in it"),
+        (lambda c: {**c, "embed_params": c["embed_params"][:0]}, "the concept's word is not in it"),
+        (lambda c: {**c, "key_value_params": []}, "unexpected shapes"),
+        (lambda c: {**c, "key_value_params": c["C_inv"]}, "unexpected shapes"),
+        (lambda c: {**c, "key_value_params": [torch.zeros(1).expand(10**9, 2, D)]}, "unexpected shapes"),
+        (
+            lambda c: {**c, "key_value_params": [[k, v[0, 0].expand(2, 2**16)] for k, v in c["key_value_params"]]},
+            "unexp",
+        ),
+        (
+            lambda c: dict.fromkeys(range(10**5)),
+            "found int, int, int, int, int, int, int, int, …, expected embed_params",
+        ),
+        (lambda c: {"x" * 10**5: 1, (1, 2): c}, "x…, tuple, expected embed_params"),
+        (lambda c: [c], "found list, expected embed_params"),
         (
             lambda c: {**c, "key_value_params": [[k * (1 + n), v] for n, (k, v) in enumerate(c["key_value_params"])]},
             "i*",
@@ -140,6 +166,65 @@ def test_files_that_are_none_are_refused(
         read_package(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
     assert "code that a file brought along" not in capsys.readouterr().out
+
+
+def latent_diffusion_state(*shape: int) -> dict[str, Tensor]:
+    module = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to"
+    return {f"{module}_k.target_input": torch.zeros(77, D), f"{module}_v.target_output": torch.zeros(shape)}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_concepts_with_a_target_for_each_position_are_refused_with_the_reason(nested: bool, tmp_path: Path) -> None:
+    state: Any = latent_diffusion_state(77, 320)
+    path = written({"state_dict": state, "global_step": 7} if nested else state, tmp_path)
+    with pytest.raises(ConversionError) as caught:
+        read_package(path)
+    assert "a target for each of 77 positions of a prompt is not a rank-1 edit" in str(caught.value)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ConversionError, match="it has no inverse covariance"):
+        read_package(written(latent_diffusion_state(320), tmp_path))
+    with pytest.raises(ConversionError, match=r"no pickle of tensors alone .* target_output, .* is not a rank-1 edit"):
+        read_package(written({"state_dict": state, "callbacks": Evil()}, tmp_path))
+
+
+def test_what_is_no_file_is_not_waited_for_and_a_large_one_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("x" * 5000), Path("a\0b"), tmp_path / "pipe" / "x"):
+        with pytest.raises(ConversionError, match="found no such file"):
+            read_package(path)
+    (tmp_path / "large.pt").touch()
+    os.truncate(tmp_path / "large.pt", 2**40)
+    with pytest.raises(ConversionError, match=r"found 1,099,511,627,776 bytes, expected at most"):
+        read_package(tmp_path / "large.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**20))
+        archive.filelist[0].file_size = 2**31 - 1  # as its directory tells, which is what torch makes room for
+    with pytest.raises(ConversionError, match=r"found 2,147,483,647 bytes, expected at most"):
+        read_package(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"hello", bytes(1000), b"(" * 10**5])
+def test_other_bytes_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ConversionError, match=r"x\.pt: found"):
+        read_package(tmp_path / "x.pt")
+
+
+def test_inspect_tells_nothing_of_a_training_that_nobody_knows(backbone: Backbone, tmp_path: Path, capsys: Any) -> None:
+    made = convert(config(written(package(backbone), tmp_path)))
+    assert made.settings == {"key_lock": "none", "sample_beta": BETA, "sample_tau": TAU, "vectors": 1}
+    older = dataclasses.replace(made, settings={**made.settings, "steps": 400, "batch_size": 16, "ema": 0.99})
+    save_concept(tmp_path / "older.safetensors", older)
+    for file in (made.source, str(tmp_path / "older.safetensors")):
+        assert run_cli(inspect.main, [file]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        told = {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in lines}
+        assert told["seed"] == "not known (converted from perfusion-pytorch)"
+        assert "sample_beta 0.6, sample_tau 0.2" in told["settings"] and "steps" not in told["settings"]
+        assert told["settings"].endswith("those of its training are not known (converted from perfusion-pytorch)")
+        assert told["covariance"].endswith("(package:digest)")
+        with Concept.load(file).attach(backbone) as attached:
+            assert (attached.beta, attached.tau) == (BETA, TAU)
 
 
 def test_indices_and_files_that_are_not_there(backbone: Backbone, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval import report as eval_report
 from eval.record import ScoreError
 from eval.report import main
 from perfusion.cli import run_cli
@@ -101,6 +103,44 @@ def test_mistakes_are_named(scores: Path, tmp_path: Path, capsys: pytest.Capture
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
     with pytest.raises(ScoreError, match=r"needs plotly, the extra report of this package; `make setup` installs it"):
         main([f"scores={scores}", f"out={tmp_path / 'r'}"])
+
+
+STRANGE = "<b>bold</b>&lt;$x^{$_".replace("/", "\N{FRACTION SLASH}")  # a method's name, and so that of files
+
+
+def test_labels_are_text_wherever_they_are_shown(tmp_path: Path):
+    """Also those that a manifest of somebody else has: in the page, in tables and in figures."""
+    scores = made_up(tmp_path / "made", {STRANGE: [0.2, 0.8], "_hidden": [0.5], "$\\frac": [0.5]})
+    main([f"scores={scores}", f"out={tmp_path / 'r'}", "resamples=10"])
+    assert "<b>" not in (tmp_path / "r" / "index.html").read_text().partition('id="data"')[2].partition("</script>")[0]
+    assert "<b>" not in (tmp_path / "r" / "table.md").read_text()
+    drawn = (tmp_path / "r" / "front.svg").read_text()
+    for name in (STRANGE, "_hidden", "$\\frac"):
+        assert html.escape(name, quote=False) in drawn, name
+
+
+def test_what_plotly_is_given_is_escaped():
+    """It takes its texts for markup."""
+    script = (Path(eval_report.__file__).parent / "page" / "page.js").read_text()
+    draw = script.partition("function draw()")[2].partition("\nfunction ")[0]
+    for told in ("name: plain(method.title)", "plain(r.label)", "plain(name(r))", "text: plain(measureOf[m].title)"):
+        assert told in draw
+    assert not re.search(r"(?<!plain\()(method\.title|r\.label\b|measureOf\[\w\]\.title)", draw)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here")
+def test_markup_in_a_name_is_seen_in_a_browser(tmp_path: Path):
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    scores = made_up(tmp_path / "made", {STRANGE: [0.2, 0.8]})
+    main([f"scores={scores}", f"out={tmp_path / 'r'}", "resamples=10"])
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.goto((tmp_path / "r" / "index.html").as_uri())
+        page.wait_for_selector("#plot .points path")
+        assert page.locator("#plot .legendtext").first.text_content() == STRANGE
+        browser.close()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed here")

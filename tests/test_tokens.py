@@ -268,3 +268,52 @@ def test_a_taught_tokenizer_reads_the_rest_as_before(own: list[str]) -> None:
     assert "<cat*>_0" not in stock.get_vocab()
     word.remove()
     assert pipe.tokenizer is stock
+
+
+@pytest.mark.parametrize(
+    ("placeholder", "superclass", "message"),
+    [
+        ("é", "cat", "'é' stands for a byte or a part of a word in the tokenizer's vocabulary; .* such as '<é\\*>'"),
+        ("É", "cat", "stands for a byte or a part of a word"),
+        ("Ġ", "cat", "stands for a byte or a part of a word"),
+        ("<e\u0301*>", "cat", "which the tokenizer reads as '<é\\*>', expected a word that it leaves as it is"),
+        ("<" + "x" * 64, "cat", "found '<x+' of 65 characters, expected at most 64, all of them printable"),
+        ("<\u200b>", "cat", "all of them printable"),
+        ("<x*>", "cat " * 33, "of 132 characters, expected at most 128"),
+        ("<x*>", "!?" * 60, r"which is \d+ tokens, expected 32 at most"),
+    ],
+)
+def test_words_that_no_tokenizer_takes_whole_are_refused_before_anything_is_touched(
+    pipe: StableDiffusionPipeline, placeholder: str, superclass: str, message: str
+) -> None:
+    with pytest.raises(TokenError, match=message):
+        check_word(pipe.tokenizer, placeholder, superclass)
+    with pytest.raises(TokenError, match=message):
+        add_word(pipe, TOWERS, placeholder, superclass)
+
+
+@pytest.mark.parametrize("placeholder", ["<é*>", "<É*>", "猫*", "<ß*>", "x" * 64])
+def test_other_letters_are_taken(pipe: StableDiffusionPipeline, placeholder: str) -> None:
+    for vectors in (1, 2):
+        word = add_word(pipe, TOWERS, placeholder, "cat", vectors)
+        first = len(pipe.tokenizer) - vectors
+        assert sum(i >= first for i in pipe.tokenizer(f"a photo of {placeholder} in the snow").input_ids) == vectors
+        word.remove()
+
+
+def test_a_word_that_cannot_be_added_leaves_no_trace(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog = add_word(pipe, TOWERS, "<dog*>", "dog")
+    known = dict(pipe.tokenizer.added_tokens_encoder)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("perfusion.editing.tokens._teach", fail)
+        with pytest.raises(RuntimeError):
+            add_word(pipe, TOWERS, "<cat*>", "cat")
+    table = pipe.text_encoder.get_input_embeddings()
+    assert len(table.words) == 1 and dict(pipe.tokenizer.added_tokens_encoder) == known
+    dog.remove()

@@ -35,6 +35,9 @@ function bars(rows, axis) {
   return { type: "data", symmetric: false, array: side(2, 1), arrayminus: side(1, -1), thickness: 1, width: 0 };
 }
 
+// Plotly takes <b>, <br> and the like in its texts for markup, and &lt; for a letter.
+const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+
 function draw() {
   const [x, y] = [byId("x").value, byId("y").value];
   const rows = visible().filter((row) => row.scores[x] && row.scores[y]);
@@ -49,20 +52,20 @@ function draw() {
         line: { color: method.colour, width: 2 }, opacity: 0.7, hoverinfo: "skip", showlegend: false });
     }
     // A mark of its own for the legend, which else would look like the method's first point, chosen or hollow.
-    traces.push({ ...common, x: [null], y: [null], mode: "markers", name: method.title,
+    traces.push({ ...common, x: [null], y: [null], mode: "markers", name: plain(method.title),
       marker: { symbol: method.symbol, color: method.colour, size: 10 } });
     const many = mine.length > 16;
     traces.push({ ...common, showlegend: false, x: mine.map((r) => r.scores[x][0]), y: mine.map((r) => r.scores[y][0]),
       customdata: mine.map((r) => data.rows.indexOf(r)), mode: many ? "markers" : "markers+text",
-      text: mine.map((r) => r.label), textposition: "top right", textfont: { size: 10.5, color: "#667078" },
+      text: mine.map((r) => plain(r.label)), textposition: "top right", textfont: { size: 10.5, color: "#667078" },
       error_x: { ...bars(mine, x), color: method.colour + "55" }, error_y: { ...bars(mine, y), color: method.colour + "55" },
       marker: { symbol: method.symbol, opacity: 1, size: mine.map((r) => (r === chosen ? 17 : 10)),
         color: mine.map((r) => (front.includes(r) ? method.colour : "#ffffff")),
         line: { color: mine.map((r) => (r === chosen ? "#1d2125" : method.colour)), width: mine.map((r) => (r === chosen ? 2.5 : 1.5)) } },
-      hovertext: mine.map((r) => `<b>${name(r)}</b><br>${measureOf[x].title} ${number(r.scores[x][0])}<br>${measureOf[y].title} ${number(r.scores[y][0])}`),
+      hovertext: mine.map((r) => `<b>${plain(name(r))}</b><br>${plain(measureOf[x].title)} ${number(r.scores[x][0])}<br>${plain(measureOf[y].title)} ${number(r.scores[y][0])}`),
       hoverinfo: "text" });
   });
-  const axis = (m) => ({ title: { text: measureOf[m].title + (measureOf[m].higher ? "  →" : "  (lower is better)"), font: { size: 14 } },
+  const axis = (m) => ({ title: { text: plain(measureOf[m].title) + (measureOf[m].higher ? "  →" : "  (lower is better)"), font: { size: 14 } },
     gridcolor: "#eceff1", zeroline: false, linecolor: "#9aa3a9", ticks: "outside", tickcolor: "#9aa3a9" });
   const layout = { margin: { l: 64, r: 14, t: 14, b: 52 }, paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, color: "#1d2125" }, xaxis: axis(x), yaxis: axis(y),

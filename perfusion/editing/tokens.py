@@ -19,17 +19,43 @@ T = TypeVar("T")
 
 _LARGE = 1000  # entries
 
+# What a word may have at most.
+MAX_PLACEHOLDER = 64  # characters
+MAX_SUPERCLASS = 128
+MAX_SUPERCLASS_TOKENS = 32  # of the 75 of a prompt
+
+
+def check_spelling(placeholder: str, superclass: str) -> None:
+    """Raise TokenError for words that no tokenizer is asked about: long ones, ones that cannot be shown, and none."""
+    if not placeholder or placeholder.split() != [placeholder]:
+        raise TokenError(
+            f"concept.placeholder: found {_shown(placeholder)}, expected one word without spaces, such as '<cat*>'"
+        )
+    if not superclass.strip():
+        raise TokenError(f"concept.superclass: found {superclass!r}, expected one or several words, such as 'cat'")
+    for key, word, most in (
+        ("placeholder", placeholder, MAX_PLACEHOLDER),
+        ("superclass", superclass, MAX_SUPERCLASS),
+    ):
+        if len(word) > most or not word.isprintable():
+            raise TokenError(
+                f"concept.{key}: found {_shown(word)} of {len(word):,} characters, expected at most {most}, all of "
+                "them printable"
+            )
+
+
+def _shown(word: str) -> str:
+    return repr(word if len(word) <= MAX_SUPERCLASS else f"{word[:MAX_PLACEHOLDER]}…")
+
 
 def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass: str) -> None:
     """Raise TokenError unless `placeholder` can be added and `superclass` can be read.
 
-    A placeholder is new (upper or lower case makes no word new for CLIP), without spaces and not empty; a superclass is
-    one or several words that the tokenizer knows, whole or in pieces.
+    A placeholder is new (upper or lower case makes no word new for CLIP), without spaces and not empty, and stays as it
+    is when the tokenizer normalizes text; a superclass is one or several words that the tokenizer knows, whole or in
+    pieces.
     """
-    if not placeholder or placeholder.split() != [placeholder]:
-        raise TokenError(
-            f"concept.placeholder: found {placeholder!r}, expected one word without spaces, such as '<cat*>'"
-        )
+    check_spelling(placeholder, superclass)
     pieces = tokenizer.tokenize(placeholder)
     added: Any = tokenizer.added_tokens_encoder
     unknown = any(piece == tokenizer.unk_token for piece in pieces) and placeholder != tokenizer.unk_token
@@ -41,9 +67,34 @@ def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass:
             f"concept.placeholder: {placeholder!r} is already a word of the tokenizer's vocabulary; expected a new "
             f"one, such as {fresh!r}"
         )
-    if not superclass.strip():
-        raise TokenError(f"concept.superclass: found {superclass!r}, expected one or several words, such as 'cat'")
-    token_ids(tokenizer, superclass)
+    if _is_entry(tokenizer, placeholder):
+        raise TokenError(
+            f"concept.placeholder: {placeholder!r} stands for a byte or a part of a word in the tokenizer's "
+            f"vocabulary; expected a new one, such as '<{placeholder}*>'"
+        )
+    if (normal := _normalized(tokenizer, placeholder)) != placeholder.lower():
+        raise TokenError(
+            f"concept.placeholder: found {placeholder!r}, which the tokenizer reads as {normal!r}, expected a word "
+            "that it leaves as it is, such as '<cat*>'"
+        )
+    if len(ids := token_ids(tokenizer, superclass)) > MAX_SUPERCLASS_TOKENS:
+        raise TokenError(
+            f"concept.superclass: found {superclass!r}, which is {len(ids)} tokens, expected "
+            f"{MAX_SUPERCLASS_TOKENS} at most"
+        )
+
+
+def _is_entry(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    """Whether the vocabulary has `word` as it is, or in small letters, also where text that has it is read otherwise:
+    "é" is the name of a byte, and the letter é is two bytes."""
+    ids: Any = tokenizer.convert_tokens_to_ids([word, word.lower()])
+    return any(i is not None and i != tokenizer.unk_token_id for i in ids)
+
+
+def _normalized(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
+    rust = getattr(tokenizer, "_tokenizer", None)
+    known = isinstance(rust, tokenizers.Tokenizer) and rust.normalizer is not None
+    return rust.normalizer.normalize_str(word) if known else word.lower()  # type: ignore[union-attr]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
@@ -136,7 +187,8 @@ def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> None:
     added: Any = [tokenizers.AddedToken(name, normalized=True, single_word=whole) for name in names]
     tokenizer.add_tokens(added)
     ids = tokenizer.convert_tokens_to_ids(names)
-    assert ids == [*range(first, first + vectors)], f"{names} got the ids {ids}, expected them from {first} on"
+    if ids != [*range(first, first + vectors)]:
+        raise TokenError(f"{word!r}: found its tokens {_shown(' '.join(names))} in the vocabulary, expected new ones")
 
 
 def _fill(tokenizer: PreTrainedTokenizerBase, count: int) -> None:

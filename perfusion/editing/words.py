@@ -19,6 +19,7 @@ import copy
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -249,6 +250,11 @@ class Words(nn.Module):
                 return
         self.words.append(word)
 
+    def drop_last_removed(self) -> None:
+        """Forget removed words behind which there is no other, whose places nobody needs."""
+        while self.words[-1].standing.removed:  # type: ignore[union-attr]
+            del self.words[-1]
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A copy of the stock tokenizer that knows the added words, with ids in the order of their vectors.
 
@@ -387,6 +393,7 @@ class AddedWord:
             word.standing.removed = True
             table.forget()
             if table.present():
+                table.drop_last_removed()
                 setattr(self._pipe, self._towers[encoder], table.tokenizer())
             else:
                 table.close(getattr(self._pipe, encoder))
@@ -399,8 +406,8 @@ class AddedWord:
         table = module.get_input_embeddings()
         if not isinstance(table, Words):
             table = Words(module, getattr(self._pipe, tokenizer), pools)
+        self._words[encoder] = table, word  # first: what fails from here on is taken back by `remove`
         table.place(word)
-        self._words[encoder] = table, word
         setattr(self._pipe, tokenizer, table.tokenizer())
         for name in _LOADERS:
             if name not in vars(self._pipe) and hasattr(self._pipe, name):
@@ -431,16 +438,20 @@ def add_word(
         raise TokenError(f"vectors of {placeholder!r}: found {vectors}, expected at least 1")
     check_pipeline(pipe, towers, placeholder, superclass)
     added = AddedWord(pipe, towers)
-    for encoder, name in towers.items():
-        tokenizer = getattr(pipe, name)
-        table = getattr(pipe, encoder).get_input_embeddings()
-        ids = token_ids(tokenizer, superclass)
-        with torch.no_grad():
-            initial = table(torch.tensor(ids, device=table.weight.device)).float()
-            if vectors is not None:
-                initial = initial.mean(0).expand(vectors, -1)
-        stock = table.stock_tokenizer if isinstance(table, Words) else tokenizer
-        added._add(encoder, WordVectors(placeholder, ids, _spelled(stock, placeholder), initial), encoder == pooling)
+    with ExitStack() as undo:
+        undo.callback(added.remove)
+        for encoder, name in towers.items():
+            tokenizer = getattr(pipe, name)
+            table = getattr(pipe, encoder).get_input_embeddings()
+            ids = token_ids(tokenizer, superclass)
+            with torch.no_grad():
+                initial = table(torch.tensor(ids, device=table.weight.device)).float()
+                if vectors is not None:
+                    initial = initial.mean(0).expand(vectors, -1)
+            stock = table.stock_tokenizer if isinstance(table, Words) else tokenizer
+            word = WordVectors(placeholder, ids, _spelled(stock, placeholder), initial)
+            added._add(encoder, word, encoder == pooling)
+        undo.pop_all()
     return added
 
 

@@ -219,7 +219,7 @@ class Perfusion(Method):
         for other in self._edit.gates:
             if other is own:
                 continue
-            angle = math.degrees(math.acos(min(1.0, cosines([own, other])[0, 1].item())))
+            angle = math.degrees(math.acos(max(-1.0, min(1.0, cosines([own, other])[0, 1].item()))))
             if angle < TWINS:
                 warnings.warn(
                     f"{own.label} and {other.label} are nearly one to the text encoder: angle of their i* "
