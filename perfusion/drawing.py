@@ -89,6 +89,8 @@ def stream(
     trained = pipe.scheduler.config.num_train_timesteps
     if not 1 <= steps <= trained:
         raise SamplingError(f"steps: found {steps}, expected 1 to {trained}, as many as in training")
+    if not math.isfinite(guidance):
+        raise SamplingError(f"guidance: found {guidance}, expected a finite number")
     if beyond := [seed for seed in seeds if seed not in _SEEDS]:
         raise SamplingError(f"seed: found {beyond[0]}, expected {_SEEDS.start} to {_SEEDS.stop - 1}")
     if exact and pipe.device.type == "cpu":
