@@ -98,6 +98,7 @@ PAIR_PROMPTS: tuple[Alternatives, ...] = (
 )
 TABLE_SEEDS = (0, 1, 2, 3)
 TUNING_SEEDS = (100,)
+SCHEDULER = "DPMSolverMultistepScheduler"  # of diffusers, for all pictures
 
 
 @dataclass(frozen=True)

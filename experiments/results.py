@@ -19,6 +19,7 @@ from eval.looks import title
 from eval.score_kinds import BY_NAME, ordered, score_kind
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding
+from experiments.protocol import SCHEDULER
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 
@@ -61,6 +62,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "concepts": [{"name": toy.name, **asdict(toy.looks)} for toy in evidence.toys],
         "prompts": [list(alternatives) for alternatives in experiment.prompts(protocol)],
         "seeds": list(protocol.seeds),
+        "scheduler": SCHEDULER,
         "steps": protocol.steps,
         "guidance": protocol.guidance,
     }
@@ -221,7 +223,8 @@ def _protocol(results: Sequence[Mapping[str, Any]]) -> list[str]:
         "## What was drawn",
         "",
         f"{len(protocol['concepts'])} concepts, {len(protocol['prompts'])} prompts and {len(protocol['seeds'])} seeds "
-        f"for every setting; {protocol['steps']} DDIM steps, guidance {protocol['guidance']:g}.",
+        f"for every setting; {protocol['steps']} {protocol.get('scheduler', 'DDIM')} steps, guidance "
+        f"{protocol['guidance']:g}.",
         "",
         f"Concepts, with the seeds of their looks: {toys}.",
         "",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.record import Point
 from experiments.pool import Outcome, Task
-from experiments.protocol import Protocol, Toy, filled
+from experiments.protocol import SCHEDULER, Protocol, Toy, filled
 from experiments.settings import Setting, Training, config_of, snapshot_file, step_of
 from perfusion import toyland
 from perfusion.config import BackboneConfig, ConfigError, TrainConfig, checked
@@ -338,7 +338,7 @@ def _scorers() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _backbone(config: str) -> Backbone:
-    from diffusers import DPMSolverMultistepScheduler
+    import diffusers
 
     from perfusion.backbones import backbone_class
     from perfusion.training.trainer import quieten
@@ -346,7 +346,7 @@ def _backbone(config: str) -> Backbone:
     quieten()
     chosen = checked(BackboneConfig, json.loads(config))
     backbone = backbone_class(chosen.name).load(chosen)
-    backbone.pipe.scheduler = DPMSolverMultistepScheduler.from_config(backbone.pipe.scheduler.config)
+    backbone.pipe.scheduler = getattr(diffusers, SCHEDULER).from_config(backbone.pipe.scheduler.config)
     return backbone
 
 

@@ -140,6 +140,20 @@ class TestFindImages:
         with pytest.raises(ConceptImageError, match=r"notes.txt'?: expected a JPEG, PNG or WebP file, found"):
             find_images("photos/notes.txt")
 
+    def test_pictures_of_other_kinds_are_passed_over_and_named(self, photos, capsys):
+        (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+        assert len(find_images(str(photos))) == 5
+        assert "passed over IMG_1.HEIC: only JPEG, PNG and WebP are read" in capsys.readouterr().err
+
+    def test_a_mask_among_the_pictures_is_an_error(self, photos):
+        for name in ("2_mask.png", "10-mask.jpg"):
+            _save(photos / name)
+            with pytest.raises(ConceptImageError, match=f"found {name} beside a picture .*concept.masks"):
+                find_images(str(photos))
+            (photos / name).unlink()
+        _save(photos / "carnival_mask.png")  # of nobody here
+        assert len(find_images(str(photos))) == 6
+
     def test_a_broken_link_is_not_passed_over(self, photos):
         (photos / "6.jpg").symlink_to(photos / "gone.jpg")
         with pytest.raises(ConceptImageError, match=r"6.jpg: cannot be opened: No such file"):

@@ -109,7 +109,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encoder_parameters(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Tensor]]:
     """`base_parameters` of a text encoder, without the rows that textual inversions added to its embedding table."""
-    table: Tensor = base_module(encoder).get_input_embeddings().weight  # type: ignore[operator]
+    table: Tensor = encoder.get_input_embeddings().weight  # type: ignore[operator]
     size = vocabulary_size(tokenizer)
     for name, value in base_parameters(encoder):
         grown = size < len(tokenizer) == len(table) and value.data_ptr() == table.data_ptr()
