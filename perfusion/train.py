@@ -79,13 +79,21 @@ def train(config: TrainConfig) -> RunFolder:
     prior_for = prior_of(config.concept, method.options, config.trainer.get("enable_progress_bar", True))
 
     folder = RunFolder.of(config)
-    if config.run.overwrite and (folder.finished or not folder.holds(config)):
-        folder.clear()
-    folder.check(config)
-    if folder.finished:
+    folder.check_place()
+    if rank == 0:
+        folder.settle()
+    # What is finished stays until what replaces it is finished, too.
+    replaces = config.run.overwrite and folder.config.exists() and (folder.finished or not folder.holds(config))
+    place = folder.replacement if replaces else folder
+    if replaces and rank == 0 and not place.holds(config):
+        place.clear()
+    place.check(config)
+    if place.finished:
         print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
         return folder
 
+    if replaces:
+        print(f"{folder.path} stays as it is until the new run is finished")
     quieten()
     backbone = kind.load(dataclasses.replace(config.backbone, device=device))
     prior = prior_for(backbone)
@@ -94,20 +102,22 @@ def train(config: TrainConfig) -> RunFolder:
     method.attach(backbone)
     try:
         if rank == 0:
-            folder.begin(config)
-        metrics = _fit(config, folder, method, backbone, examples, prior)
+            place.begin(config)
+        metrics = _fit(config, place, method, backbone, examples, prior)
         if rank > 0:
             return folder
-        concept = save_concept(folder.concept, Concept.of(method, backbone, config.seed))
+        concept = save_concept(place.concept, Concept.of(method, backbone, config.seed))
         method.load_state({name: tensor.float() for name, tensor in concept.tensors.items()})  # rounded, as in the file
-        exported = method.export(folder.diffusers)
+        exported = [file.relative_to(place.path) for file in method.export(place.diffusers)]
     finally:
         method.detach()
-    _draw_samples(config, folder, concept, backbone, examples, metrics)
+    _draw_samples(config, place, concept, backbone, examples, metrics)
     seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
     made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
-    folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
-    _say_where(config, folder, exported)
+    place.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
+    if replaces:
+        folder.settle()
+    _say_where(config, folder, [folder.path / file for file in exported])
     return folder
 
 

@@ -117,19 +117,107 @@ def test_files_that_no_run_wrote_stay(tmp_path: Path) -> None:
     """`run.dir=.` beside a user's own models."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
-    own = folder.checkpoints / "sd15.safetensors"
-    mine = [own, folder.metrics, folder.samples]
+    mine = [folder.checkpoints / "sd15.safetensors", folder.checkpoints / "step-abc.safetensors", tmp_path / "notes"]
     for file in mine:
         file.write_text("mine")
     folder.clear()
-    assert all(file.read_text() == "mine" for file in mine)
+    folder.check_place()
     folder.config.write_text("mine: 1\n")
-    with pytest.raises(ConfigError, match="was not written by a run, so nothing is removed"):
-        folder.clear()
-    assert all(file.exists() for file in [*mine, folder.config])
+    for refuses in (folder.clear, folder.check_place):
+        with pytest.raises(ConfigError, match="was not written by a run, so it stays"):
+            refuses()
+    assert all(file.read_text() == "mine" for file in mine)
+    folder.begin(CONFIG)
     (folder.checkpoints / "step-000004.safetensors").touch()
     folder.finish({})
-    assert [*folder.checkpoints.iterdir()] == [own]
+    assert sorted(folder.checkpoints.iterdir()) == sorted(mine[:2])
+
+
+@pytest.mark.parametrize(
+    "name", ["concept.safetensors", "metrics.json", "DONE", "checkpoints/step-000002.safetensors", "diffusers/x"]
+)
+def test_what_a_run_would_replace_is_no_place_for_one(name: str, tmp_path: Path) -> None:
+    """A user's own files, or those of a run whose config is gone, so that nobody knows which it was."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    for refuses in (RunFolder(tmp_path).check_place, RunFolder(tmp_path).clear):
+        with pytest.raises(ConfigError, match=f"holds {name.removesuffix('/x')}, and no config.yaml that says"):
+            refuses()
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_folder_of_photos_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "cat.JPG").touch()
+    with pytest.raises(ConfigError, match=r"no run's folder, for it holds pictures \(cat\.JPG\)"):
+        RunFolder(tmp_path).check_place()
+    assert os.listdir(tmp_path) == ["cat.JPG"]
+    RunFolder(tmp_path / "run").check_place()
+    RunFolder(tmp_path).begin(CONFIG)  # as former versions let it happen
+    RunFolder(tmp_path).check_place()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def finished_with_a_replacement(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    for run, seed in ((folder, 0), (folder.replacement, 1)):
+        run.begin(changed(seed=seed))
+        for name in ("concept.safetensors", "progress/1.png", "tensorboard/events"):
+            (run.path / name).parent.mkdir(exist_ok=True)
+            (run.path / name).write_text(f"{name} of {seed}")
+        run.finish({})
+    (path / "diffusers").mkdir()
+    for name in ("notes.txt", "tensorboard/notes.txt", "diffusers/old"):
+        (path / name).write_text("mine")
+    return folder
+
+
+def test_a_replacement_takes_the_place_of_the_run_and_leaves_other_files(tmp_path: Path) -> None:
+    folder = finished_with_a_replacement(tmp_path)
+    folder.settle()
+    assert folder.finished and folder.holds(changed(seed=1)) and not folder.unsettled
+    found = contents(tmp_path)
+    assert {"notes.txt", "tensorboard/notes.txt", "DONE"} < {*found} and "diffusers/old" not in found
+    assert not [name for name in found if name.startswith(".")] and found["progress/1.png"] == "progress/1.png of 1"
+    folder.settle()
+    assert contents(tmp_path) == found
+
+
+def test_a_kill_at_any_moment_leaves_one_of_the_two_and_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every change that is made on the disk, all that follow are left out in turn."""
+    finished_with_a_replacement(tmp_path / "whole").settle()
+    expected = contents(tmp_path / "whole")
+    for moment in range(100):
+        folder, left = finished_with_a_replacement(tmp_path / str(moment)), [moment]
+
+        def dying(change: Any, left: list[int] = left) -> Any:
+            def change_or_die(*args: Any, **keywords: Any) -> Any:
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return change(*args, **keywords)
+
+            return change_or_die
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rmdir")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                folder.settle()
+                break
+            except KeyboardInterrupt:
+                pass
+        found, concept = contents(folder.path), "concept.safetensors"
+        assert f"{concept} of 1" in [found.get(f"{place}{concept}") for place in ("", ".new/", ".ready/")]
+        assert not folder.finished or found[concept] == f"{concept} of {read_config(folder.config).seed}"
+        RunFolder(folder.path).check_place()
+        folder.settle()
+        assert contents(folder.path) == expected
+    assert 8 < moment < 99
 
 
 def test_replacing_a_run_is_not_asked_for_again_by_its_config(tmp_path: Path) -> None:

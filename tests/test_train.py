@@ -147,6 +147,55 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     assert len(Path("whole/metrics.csv").read_text().splitlines()) == 2
 
 
+def test_a_run_stays_until_the_one_that_replaces_it_is_finished(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever keeps the new one from that; and the new one goes on where it was stopped."""
+    words += ["run.dir=run", "run.overwrite=true"]
+    assert run(*words) == 0
+    before = {file: file.read_bytes() for file in Path("run").rglob("*")}
+
+    def stays() -> bool:
+        return all(file.read_bytes() == content for file, content in before.items())
+
+    assert run(*words, "seed=1", "callbacks=select") == 2
+    assert "callbacks.select.scorer" in capfd.readouterr().err and stays()
+    assert run(*words, "seed=1", "trainer.accelerator=gpu") == 2
+    assert "trainer.accelerator=gpu: the backbone is on cpu" in capfd.readouterr().err and stays()
+    step = PersonalizationModule.training_step
+
+    def stopping(self: PersonalizationModule, *args: Any) -> Any:
+        if self.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(PersonalizationModule, "training_step", stopping)
+    assert run(*words, "seed=1") == 130 and stays()
+    assert "the same command goes on at step 2" in capfd.readouterr().err
+    monkeypatch.setattr(PersonalizationModule, "training_step", step)
+    assert run(*words) == 0, "the old one, again; the stopped one is given up"
+    assert "(going on" not in capfd.readouterr().out
+    monkeypatch.setattr(PersonalizationModule, "training_step", stopping)
+    assert run(*words, "seed=1") == 130
+    monkeypatch.setattr(PersonalizationModule, "training_step", step)
+    capfd.readouterr()
+    assert run(*words, "seed=1") == 0
+    said = capfd.readouterr().out
+    assert "run stays as it is until" in said and "(going on at step 2)" in said
+    assert "concept: run/concept.safetensors" in said
+    assert "seed: 1" in Path("run/config.yaml").read_text() and {*Path("run").rglob("*")} == {*before}
+
+
+def test_a_folder_of_photos_is_not_trained_in(
+    words: list[str], photos: Path, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(photos.rglob("*"))
+    for overwrite in ("false", "true"):
+        assert run(*words, f"run.dir={photos} run.overwrite={overwrite}") == 2
+        assert "is no run's folder, for it holds pictures (a.jpg, b.png)" in capfd.readouterr().err
+    assert sorted(photos.rglob("*")) == before
+
+
 def test_gradient_checkpointing_trains_the_same_concept(
     words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@
 - progress/: what callbacks drew while training
 - checkpoints/: while training only
 - DONE: everything above is complete
+- .new/: the run that takes this one's place when it is finished (run.overwrite=true); .ready/ while it does so
 
 A job of a sweep leaves two files more: output.log, what its process said, and ERROR, why its last attempt ended.
 """
@@ -19,6 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -36,6 +38,9 @@ from perfusion.files import atomic_write_text
 
 CHECKPOINTS = "checkpoints"  # folder below that of the run
 
+_CHECKPOINT = re.compile(r"step-\d+\.safetensors")
+# As in `perfusion.data.images`, which takes a while to import.
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _HEADER = "# Train this again, or with changes:  python -m perfusion.train from=<this file> [key=value ...]\n"
 
 # What does not change the result: where it goes, who watches, how often it is saved, what is computed twice.
@@ -76,6 +81,7 @@ class RunFolder:
     error = _Below("ERROR")
     log = _Below("output.log")
     marker = _Below("DONE")
+    progress = _Below("progress")
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:
@@ -89,12 +95,66 @@ class RunFolder:
     def finished(self) -> bool:
         return self.marker.exists()
 
+    @property
+    def replacement(self) -> RunFolder:
+        """Where the run grows that shall take the place of the one that lies here."""
+        return RunFolder(self.path / ".new")
+
+    @property
+    def _ready(self) -> RunFolder:
+        """The replacement, once what was here is removed."""
+        return RunFolder(self.path / ".ready")
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a process was killed while a finished replacement took its place; `settle` goes on with it."""
+        return self.replacement.finished or self._ready.path.exists()
+
+    def settle(self) -> None:
+        """Put a finished replacement in the place of what a run wrote here; nothing where there is none.
+
+        At every moment one of the two lies on the disk as a whole, and a second call goes on where a kill ended the
+        first. Other files stay.
+        """
+        if self.replacement.finished and not self._ready.path.exists():
+            self.clear()
+            os.replace(self.replacement.path, self._ready.path)
+        if self._ready.path.exists():
+            _move_into(self._ready.path, self.path, last=self.marker.name)
+
     def holds(self, config: TrainConfig) -> bool:
         """Whether the run that lies here, finished or not, is the one of `config`."""
         try:
             return config_hash(read_config(self.config)) == config_hash(config)
         except ConfigError:
             return False
+
+    def check_place(self) -> None:
+        """Hold that a run may write here.
+
+        Raises:
+            ConfigError: the folder is no run's, and holds pictures, or files that a run would replace; or a config.yaml
+                that no run wrote.
+        """
+        if self.config.exists():
+            if not self.config.read_text(encoding="utf-8", errors="replace").startswith(_HEADER):
+                raise ConfigError(f"{self.config} was not written by a run, so it stays; choose another run.dir=")
+            return
+        if self.unsettled or not self.path.is_dir():
+            return
+        written = [file.name for file in (*self._files, *self._folders) if file.exists() and file != self.error]
+        written += [f"{CHECKPOINTS}/{file.name}" for file in self._steps()]
+        if written:
+            raise ConfigError(
+                f"{self.path} holds {written[0]}, and no config.yaml that says of which run, so nothing is replaced "
+                "there: move it away, or choose another run.dir="
+            )
+        pictures = sorted(file.name for file in self.path.iterdir() if file.suffix.lower() in _PICTURES)
+        if pictures:
+            raise ConfigError(
+                f"{self.path} is no run's folder, for it holds pictures ({', '.join(pictures[:3])}) and no config.yaml"
+                "; choose another run.dir="
+            )
 
     def check(self, config: TrainConfig) -> None:
         """Hold that a run that lies here already is the one of `config`.
@@ -124,24 +184,21 @@ class RunFolder:
         atomic_write_text(self.config, _HEADER + OmegaConf.to_yaml(dataclasses.asdict(kept)))
 
     def clear(self) -> None:
-        """Remove what a run wrote here, the marker first; other files stay, and all of them where there was no run.
+        """Remove what a run wrote here, the marker first and the config last; other files stay, and all of them where
+        there was no run.
 
         Raises:
             ConfigError: there is a config.yaml that no run wrote.
         """
+        self.check_place()
         if not self.config.exists():
             return
-        if not self.config.read_text(encoding="utf-8", errors="replace").startswith(_HEADER):
-            raise ConfigError(
-                f"{self.config} was not written by a run, so nothing is removed for run.overwrite=true; choose another "
-                "run.dir="
-            )
         self.marker.unlink(missing_ok=True)
-        for file in (self.metrics, self.concept, self.samples, self.metrics_csv, self.config, self.error):
-            file.unlink(missing_ok=True)
         self._remove_checkpoints()
-        for made in (self.diffusers, self.path / "progress"):
+        for made in self._folders:
             shutil.rmtree(made, ignore_errors=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write `metrics.json`, remove the checkpoints and set the marker, in this order."""
@@ -149,9 +206,21 @@ class RunFolder:
         self._remove_checkpoints()
         atomic_write_text(self.marker, "")
 
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        """What a run writes, in the order in which it is removed."""
+        return (self.marker, self.metrics, self.concept, self.samples, self.metrics_csv, self.error, self.config)
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return (self.diffusers, self.progress)
+
+    def _steps(self) -> list[Path]:
+        return [file for file in self.checkpoints.glob("*") if _CHECKPOINT.fullmatch(file.name) and file.is_file()]
+
     def _remove_checkpoints(self) -> None:
         """Of the training; a folder of this name may hold a user's own files as well."""
-        for file in self.checkpoints.glob("step-*.safetensors"):
+        for file in self._steps():
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty, or not there
             self.checkpoints.rmdir()
@@ -181,6 +250,17 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _move_into(source: Path, target: Path, last: str) -> None:
+    """Move all that lies in `source` into `target`, the file `last` at the end, and remove `source`."""
+    for path in sorted(source.iterdir(), key=lambda path: (path.name == last, path.name)):
+        place = target / path.name
+        if path.is_dir() and place.is_dir():  # one with a user's files in it
+            _move_into(path, place, last)
+        else:
+            os.replace(path, place)
+    source.rmdir()
 
 
 def _plain(name: str) -> str:
