@@ -133,8 +133,9 @@ def _fit(
     from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
     from perfusion.training.devices import rank_of
-    from perfusion.training.module import ConceptData, PersonalizationModule
-    from perfusion.training.trainer import build, results
+    from perfusion.training.module import ConceptData, PersonalizationModule, TrainingError
+    from perfusion.training.run_folder import config_hash
+    from perfusion.training.trainer import TimeLimit, build, results
 
     checkpoint = newest_readable(folder.checkpoints)
     resumed = step_of(checkpoint) if checkpoint else 0
@@ -147,14 +148,17 @@ def _fit(
         logger.log_hyperparams(dataclasses.asdict(config))
     started = time.monotonic()
     try:
-        trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=checkpoint)
+        trainer.fit(PersonalizationModule(method, backbone, config_hash(config)), datamodule=data, ckpt_path=checkpoint)
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has switched off
         kept = newest_readable(folder.checkpoints)
         at = f"goes on at step {step_of(kept)}" if kept else "starts anew (no checkpoint was due yet)"
-        raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same command {at}") from error
+        why = " by trainer.max_time" if any(isinstance(c, TimeLimit) and c.over for c in trainer.callbacks) else ""
+        raise KeyboardInterrupt(f"stopped at step {trainer.global_step}{why}; the same command {at}") from error
     finally:
         loggers.close()
+    if trainer.global_step < options.steps and not trainer.should_stop:  # which callbacks set that end a training early
+        raise TrainingError(f"trainer: the training ended at step {trainer.global_step} of {options.steps}")
     seconds = time.monotonic() - started
     return {"steps": options.steps, **results(trainer), "resumed_at_step": resumed, "seconds": seconds}
 

@@ -26,6 +26,7 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import loggers
 from perfusion.training.module import PersonalizationModule
+from perfusion.training.trainer import TimeLimit, check_keywords
 from tests.pipelines import tiny_pipeline_folder
 from tests.scorers import make_scorer
 from tests.segmenters import clipseg_folder
@@ -147,6 +148,67 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     assert len(Path("whole/metrics.csv").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("select", [False, True], ids=["plain", "validated"])
+def test_a_time_limit_is_one_of_each_process_and_loses_no_step(
+    select: bool, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, "trainer.max_time=00:00:00:10", "callbacks.checkpoint.every=100"]
+    if select:
+        words += [f"callbacks=select callbacks.select.scorer={make_scorer(here / 'scorer')}"]
+        words += ["callbacks.select.every=2 callbacks.select.steps=1"]
+    assert run(*words, "run.dir=whole") == 0
+    steps: list[int] = []
+    step = PersonalizationModule.training_step
+
+    def noted(self: PersonalizationModule, *args: Any) -> Any:
+        steps.append(self.global_step + 1)
+        return step(self, *args)
+
+    monkeypatch.setattr(PersonalizationModule, "training_step", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": 9 if len(steps) % 2 else 10)
+        for at in (2, 4):
+            assert run(*words, "run.dir=run") == 130
+            said = f"stopped at step {at} by trainer.max_time; the same command goes on at step {at}"
+            assert capfd.readouterr().err.splitlines()[-1] == said and not Path("run/DONE").exists()
+        assert run(*words, "run.dir=run") == 0
+    assert steps == [1, 2, 3, 4, 5] and Path("run/DONE").exists()
+    assert Concept.load("run/concept.safetensors").hash == Concept.load("whole/concept.safetensors").hash
+    assert Path("run/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
+
+
+def stopped_at(step: int) -> Any:
+    """A training step that has the process stopped before the one after `step`."""
+    whole = PersonalizationModule.training_step
+
+    def training_step(self: PersonalizationModule, *args: Any) -> Any:
+        if self.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *args)
+
+    return training_step
+
+
+@pytest.mark.parametrize("other", ["method=lora", "seed=1"])
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(
+    other: str, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words, "run.dir=run") == 130
+        others = [word.replace("method=perfusion", other) for word in words] if "method" in other else [*words, other]
+        assert run(*others, "run.dir=other") == 130
+    capfd.readouterr()
+    name = "checkpoints/step-000002.safetensors"
+    Path("other", name).replace(Path("run", name))
+    assert run(*words, "run.dir=run") == 2
+    said = capfd.readouterr().err
+    assert f"{name}: expected a checkpoint of this run" in said and "Traceback" not in said
+    Path("run/config.yaml").unlink()
+    assert run(*words, "run.dir=run", "method.value_rate=0.5") == 2
+    assert "and no config.yaml that says of which run" in capfd.readouterr().err
+
+
 def test_a_run_stays_until_the_one_that_replaces_it_is_finished(
     words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,22 +224,15 @@ def test_a_run_stays_until_the_one_that_replaces_it_is_finished(
     assert "callbacks.select.scorer" in capfd.readouterr().err and stays()
     assert run(*words, "seed=1", "trainer.accelerator=gpu") == 2
     assert "trainer.accelerator=gpu: the backbone is on cpu" in capfd.readouterr().err and stays()
-    step = PersonalizationModule.training_step
-
-    def stopping(self: PersonalizationModule, *args: Any) -> Any:
-        if self.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(PersonalizationModule, "training_step", stopping)
-    assert run(*words, "seed=1") == 130 and stays()
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words, "seed=1") == 130 and stays()
     assert "the same command goes on at step 2" in capfd.readouterr().err
-    monkeypatch.setattr(PersonalizationModule, "training_step", step)
     assert run(*words) == 0, "the old one, again; the stopped one is given up"
     assert "(going on" not in capfd.readouterr().out
-    monkeypatch.setattr(PersonalizationModule, "training_step", stopping)
-    assert run(*words, "seed=1") == 130
-    monkeypatch.setattr(PersonalizationModule, "training_step", step)
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words, "seed=1") == 130
     capfd.readouterr()
     assert run(*words, "seed=1") == 0
     said = capfd.readouterr().out
@@ -327,6 +382,12 @@ def truncated(folder: Path) -> None:
         (None, "backbone.covariance.matrix=no.npy", ["backbone.covariance.matrix", "no.npy", "No such file"]),
         (None, "method.beat=1", ["method.beat", "'beta'"]),
         (None, "method.steps=0", ["method.steps", "at least 1"]),
+        (None, "trainer.max_steps=2", ["trainer.max_steps", "method.steps instead"]),
+        (None, "trainer.limit_train_batches=0", ["trainer.limit_train_batches=0", "method.steps instead"]),
+        (None, "trainer.limit_train_batches=1", ["trainer.limit_train_batches=1:", "method.steps instead"]),
+        (None, "trainer.fast_dev_run=true", ["trainer.fast_dev_run=True", "method.steps instead"]),
+        (None, "trainer.overfit_batches=1", ["trainer.overfit_batches=1", "method.steps instead"]),
+        (None, "trainer.overfit_batches=0.5", ["trainer.overfit_batches=0.5", "method.steps instead"]),
         (None, "seed=-1", ["seed=-1", "from 0"]),
         (None, "seed=20240101123456", ["seed=20240101123456", "4294967295"]),
         (
@@ -364,6 +425,11 @@ def test_mistakes_are_answered_before_a_model_is_loaded(
     assert shown.err.startswith("error: ") and "Traceback" not in shown.err and not shown.out
     assert all(part in shown.err for part in parts), shown.err
     assert not Path("runs").exists()
+
+
+def test_words_that_shorten_no_training_are_taken() -> None:
+    check_keywords({"limit_train_batches": 1.0, "fast_dev_run": False, "overfit_batches": 0})
+    check_keywords({"limit_train_batches": None, "max_time": "00:01:00:00"})
 
 
 def test_help_says_what_there_is(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ class _Below:
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run, and its states: new, begun (has a config), finished (has the marker)."""
+    """Paths of a run, and its states: new, begun (has a config), finished (has the marker and the concept)."""
 
     path: Path
     concept = _Below("concept.safetensors")
@@ -93,7 +93,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.marker.exists()
+        return self.marker.exists() and self.concept.is_file()
 
     @property
     def replacement(self) -> RunFolder:
@@ -143,7 +143,7 @@ class RunFolder:
         if self.unsettled or not self.path.is_dir():
             return
         written = [file.name for file in (*self._files, *self._folders) if file.exists() and file != self.error]
-        written += [f"{CHECKPOINTS}/{file.name}" for file in self._steps()]
+        written += [f"{CHECKPOINTS}/{file.name}" for file in checkpoints_in(self.checkpoints)]
         if written:
             raise ConfigError(
                 f"{self.path} holds {written[0]}, and no config.yaml that says of which run, so nothing is replaced "
@@ -178,7 +178,8 @@ class RunFolder:
     def begin(self, config: TrainConfig) -> None:
         """Make the folder and write its config; what a former attempt died of counts no more."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.error.unlink(missing_ok=True)
+        for former in (self.error, self.marker):  # that of a run whose concept was removed
+            former.unlink(missing_ok=True)
         # Who starts from this config does not mean to replace a run once more.
         kept = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False))
         atomic_write_text(self.config, _HEADER + OmegaConf.to_yaml(dataclasses.asdict(kept)))
@@ -215,15 +216,18 @@ class RunFolder:
     def _folders(self) -> tuple[Path, ...]:
         return (self.diffusers, self.progress)
 
-    def _steps(self) -> list[Path]:
-        return [file for file in self.checkpoints.glob("*") if _CHECKPOINT.fullmatch(file.name) and file.is_file()]
-
     def _remove_checkpoints(self) -> None:
         """Of the training; a folder of this name may hold a user's own files as well."""
-        for file in self._steps():
-            file.unlink(missing_ok=True)
+        for file in checkpoints_in(self.checkpoints):
+            if file.is_file():
+                file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty, or not there
             self.checkpoints.rmdir()
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """What is called `step-<number>.safetensors` in a folder, in no order."""
+    return [path for path in folder.glob("*") if _CHECKPOINT.fullmatch(path.name)]
 
 
 def config_hash(config: TrainConfig) -> str:
