@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import signal
@@ -80,45 +81,49 @@ def train(config: TrainConfig) -> RunFolder:
 
     folder = RunFolder.of(config)
     folder.check_place()
-    if rank == 0:
-        folder.settle()
-    # What is finished stays until what replaces it is finished, too.
-    replaces = config.run.overwrite and folder.config.exists() and (folder.finished or not folder.holds(config))
-    place = folder.replacement if replaces else folder
-    if replaces and rank == 0 and not place.holds(config):
-        place.clear()
-    place.check(config)
-    if place.finished:
-        print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
-        return folder
-
-    if replaces:
-        print(f"{folder.path} stays as it is until the new run is finished")
-    quieten()
-    backbone = kind.load(dataclasses.replace(config.backbone, device=device))
-    prior = prior_for(backbone)
-    # For what a method starts from, and what a third party's callback may draw: training's own draws have other seeds.
-    seed_everything(config.seed, verbose=False)
-    method.attach(backbone)
-    try:
-        if rank == 0:
-            place.begin(config)
-        metrics = _fit(config, place, method, backbone, examples, prior)
-        if rank > 0:
+    with contextlib.ExitStack() as held:
+        if rank == 0 and (config.run.overwrite or folder.unsettled or not folder.finished):
+            held.enter_context(folder.held())
+            folder.settle()
+        # What is finished stays until what replaces it is finished, too.
+        replaces = config.run.overwrite and folder.config.exists() and (folder.finished or not folder.holds(config))
+        place = folder.replacement if replaces else folder
+        if replaces and rank == 0 and not place.holds(config):
+            place.clear()
+        place.check(config)
+        if place.finished:
+            print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
             return folder
-        concept = save_concept(place.concept, Concept.of(method, backbone, config.seed))
-        method.load_state({name: tensor.float() for name, tensor in concept.tensors.items()})  # rounded, as in the file
-        exported = [file.relative_to(place.path) for file in method.export(place.diffusers)]
-    finally:
-        method.detach()
-    _draw_samples(config, place, concept, backbone, examples, metrics)
-    seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
-    made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
-    place.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
-    if replaces:
-        folder.settle()
-    _say_where(config, folder, [folder.path / file for file in exported])
-    return folder
+
+        if replaces:
+            print(f"{folder.path} stays as it is until the new run is finished")
+        quieten()
+        backbone = kind.load(dataclasses.replace(config.backbone, device=device))
+        prior = prior_for(backbone)
+        # For what a method starts from, and what a third party's callback may draw: training's own draws have other
+        # seeds.
+        seed_everything(config.seed, verbose=False)
+        method.attach(backbone)
+        try:
+            if rank == 0:
+                place.begin(config)
+            metrics = _fit(config, place, method, backbone, examples, prior)
+            if rank > 0:
+                return folder
+            concept = save_concept(place.concept, Concept.of(method, backbone, config.seed))
+            rounded = {name: tensor.float() for name, tensor in concept.tensors.items()}  # as in the file
+            method.load_state(rounded)
+            exported = [file.relative_to(place.path) for file in method.export(place.diffusers)]
+        finally:
+            method.detach()
+        _draw_samples(config, place, concept, backbone, examples, metrics)
+        seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
+        made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
+        place.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
+        if replaces:
+            folder.settle()
+        _say_where(config, folder, [folder.path / file for file in exported])
+        return folder
 
 
 def _fit(

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +242,35 @@ def test_a_kill_at_any_moment_leaves_one_of_the_two_and_is_gone_on_with(
         folder.settle()
         assert contents(folder.path) == expected
     assert 8 < moment < 99
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    holds = f"""
+import sys, time
+from pathlib import Path
+from perfusion.training.run_folder import RunFolder
+with RunFolder(Path({str(folder.path)!r})).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(ConfigError, match=rf"process {other.pid} on {socket.gethostname()} trains there"):
+            folder.held().__enter__()
+    finally:
+        other.kill()
+        other.wait()
+    assert os.listdir(folder.path) == [".training"], "what a killed one leaves holds nobody"
+    with folder.held():
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+            folder.held().__enter__()
+        folder.begin(CONFIG)
+    assert os.listdir(folder.path) == ["config.yaml"]
+    with RunFolder(tmp_path / "other").held():
+        pass
+    assert os.listdir(tmp_path) == ["run"], "a folder that nothing was written to is not left"
 
 
 def test_replacing_a_run_is_not_asked_for_again_by_its_config(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import loggers
 from perfusion.training.module import PersonalizationModule
+from perfusion.training.run_folder import RunFolder
 from perfusion.training.trainer import TimeLimit, check_keywords
 from tests.pipelines import tiny_pipeline_folder
 from tests.scorers import make_scorer
@@ -187,6 +189,18 @@ def stopped_at(step: int) -> Any:
         return whole(self, *args)
 
     return training_step
+
+
+def test_a_second_process_says_which_the_first_is_and_stops(
+    words: list[str], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder(Path("run")).held():
+        assert run(*words, "run.dir=run") == 2
+    assert f"error: run: process {os.getpid()} on {socket.gethostname()} trains there" in capfd.readouterr().err
+    assert run(*words, "run.dir=run", "method.steps=1") == 0
+    with RunFolder(Path("run")).held():
+        assert run(*words, "run.dir=run", "method.steps=1") == 0, "what is finished is not written to"
+        assert run(*words, "run.dir=run", "run.overwrite=true") == 2
 
 
 @pytest.mark.parametrize("other", ["method=lora", "seed=1"])

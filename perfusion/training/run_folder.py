@@ -9,6 +9,7 @@
 - progress/: what callbacks drew while training
 - checkpoints/: while training only
 - DONE: everything above is complete
+- .training: while training only; which process it is
 - .new/: the run that takes this one's place when it is finished (run.overwrite=true); .ready/ while it does so
 
 A job of a sweep leaves two files more: output.log, what its process said, and ERROR, why its last attempt ended.
@@ -18,16 +19,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import re
 import resource
 import shutil
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -121,6 +124,28 @@ class RunFolder:
             os.replace(self.replacement.path, self._ready.path)
         if self._ready.path.exists():
             _move_into(self._ready.path, self.path, last=self.marker.name)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder, made if missing, against other processes; however this one ends, it is free then.
+
+        Raises:
+            ConfigError: another process holds it; the message says which.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / ".training"
+        try:
+            with _locked(lock) as file:
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):  # not empty
+                self.path.rmdir()
 
     def holds(self, config: TrainConfig) -> bool:
         """Whether the run that lies here, finished or not, is the one of `config`."""
@@ -254,6 +279,25 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """The open file at `path`, made if missing, locked for this process, which may remove it."""
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                who = file.read() or "of an unknown number"
+                raise ConfigError(f"{path.parent}: process {who} trains there; wait for it, or stop it") from None
+            except OSError:  # a file system without locks
+                yield file
+                return
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # not removed meanwhile
+                yield file
+                return
 
 
 def _move_into(source: Path, target: Path, last: str) -> None:
