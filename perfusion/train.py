@@ -54,6 +54,7 @@ def train(config: TrainConfig) -> RunFolder:
     from perfusion.methods.base import Word, build
     from perfusion.provenance import provenance
     from perfusion.training.devices import device_count, device_of, rank_of
+    from perfusion.training.inputs import inputs_of
     from perfusion.training.module import examples_of, part_size
     from perfusion.training.prior import prior_of
     from perfusion.training.run_folder import RunFolder, peak_memory_bytes
@@ -79,6 +80,7 @@ def train(config: TrainConfig) -> RunFolder:
         kind.check_covariance(config.backbone)
     prior_for = prior_of(config.concept, method.options, config.trainer.get("enable_progress_bar", True))
 
+    inputs = inputs_of(config, method)
     folder = RunFolder.of(config)
     folder.check_place()
     with contextlib.ExitStack() as held:
@@ -86,11 +88,13 @@ def train(config: TrainConfig) -> RunFolder:
             held.enter_context(folder.held())
             folder.settle()
         # What is finished stays until what replaces it is finished, too.
-        replaces = config.run.overwrite and folder.config.exists() and (folder.finished or not folder.holds(config))
+        replaces = (
+            config.run.overwrite and folder.config.exists() and (folder.finished or not folder.holds(config, inputs))
+        )
         place = folder.replacement if replaces else folder
-        if replaces and rank == 0 and not place.holds(config):
+        if replaces and rank == 0 and not place.holds(config, inputs):
             place.clear()
-        place.check(config)
+        place.check(config, inputs)
         if place.finished:
             print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
             return folder
@@ -106,7 +110,7 @@ def train(config: TrainConfig) -> RunFolder:
         method.attach(backbone)
         try:
             if rank == 0:
-                place.begin(config)
+                place.begin(config, inputs)
             metrics = _fit(config, place, method, backbone, examples, prior)
             if rank > 0:
                 return folder

@@ -244,6 +244,41 @@ def test_a_kill_at_any_moment_leaves_one_of_the_two_and_is_gone_on_with(
     assert 8 < moment < 99
 
 
+def test_what_a_run_has_read_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = RunFolder(tmp_path), {"concept.images": {"a.png": "1", "b.png": "2"}}
+    folder.begin(CONFIG)
+    folder.check(CONFIG, read)  # of a former version
+    monkeypatch.chdir(tmp_path)
+    folder.begin(CONFIG, read)
+    folder.check(CONFIG, read)
+    folder.check(CONFIG)
+    other = {"concept.images": {"a.png": "3", "c.png": "2"}, "concept.masks": {"a.png": "1"}}
+    assert folder.holds(CONFIG, read) and not folder.holds(CONFIG, other)
+    changes = "concept.images: a.png is another; concept.images: b.png is gone; concept.images: c.png is new; .* is new"
+    with pytest.raises(ConfigError, match=changes):
+        folder.check(CONFIG, other)
+    for text in ("[", "[]", '{"files": 3}'):
+        folder.inputs.write_text(text)
+        with pytest.raises(ConfigError, match=r"inputs\.json: "):
+            folder.check(CONFIG, read)
+    folder.clear()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_runs_pictures_are_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config stays as it was written, so that it is the same run."""
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "photos").mkdir()
+    concept = dataclasses.replace(CONFIG.concept, images=["photos", "/x/y"], masks="clipseg", prior="~/prior")
+    monkeypatch.chdir(tmp_path)
+    folder.begin(changed(concept=concept), {})
+    monkeypatch.chdir("/")
+    found = read_config(folder.config).concept
+    assert found.images == [str(tmp_path / "photos"), "/x/y"] and (found.masks, found.prior) == ("clipseg", "~/prior")
+    assert folder.holds(changed(concept=concept), {})
+    folder.check(changed(concept=concept), {})
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     holds = f"""

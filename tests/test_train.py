@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import loggers
 from perfusion.training.module import PersonalizationModule
-from perfusion.training.run_folder import RunFolder
+from perfusion.training.run_folder import RunFolder, read_config
 from perfusion.training.trainer import TimeLimit, check_keywords
 from tests.pipelines import tiny_pipeline_folder
 from tests.scorers import make_scorer
@@ -90,7 +91,8 @@ def test_the_command_makes_every_file(words: list[str], tmp_path: Path) -> None:
     (folder,) = (tmp_path / "default").iterdir()
     assert folder.name.startswith("photos-perfusion-")
     assert sorted(os.listdir(folder)) == [
-        *("DONE", "concept.safetensors", "config.yaml", "metrics.csv", "metrics.json", "progress", "samples.png")
+        *("DONE", "concept.safetensors", "config.yaml", "inputs.json", "metrics.csv", "metrics.json", "progress"),
+        "samples.png",
     ]
     concept = Concept.load(folder / "concept.safetensors")
     assert (concept.superclass, concept.placeholder, concept.settings["steps"]) == ("teddy bear", "<bear*>", STEPS)
@@ -201,6 +203,70 @@ def test_a_second_process_says_which_the_first_is_and_stops(
     with RunFolder(Path("run")).held():
         assert run(*words, "run.dir=run", "method.steps=1") == 0, "what is finished is not written to"
         assert run(*words, "run.dir=run", "run.overwrite=true") == 2
+
+
+def test_a_run_is_its_config_and_what_it_has_read(
+    words: list[str],
+    pipeline: Path,
+    photos: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Photos of the same path that were replaced are found before a run is gone on with, and before it is finished
+    already; run.overwrite=true trains with them."""
+    shutil.copytree(photos, "photos")
+    shutil.copytree(pipeline, "model")
+    np.save("C.npy", np.eye(32))
+    (here / "elsewhere").mkdir()
+    words += [f"concept.images=photos concept.masks=photos/mask run.root={here}/runs backbone.path={here}/model"]
+    words += [f"backbone.covariance.matrix={here}/C.npy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words) == 130
+    image, mask = Path("photos/a.jpg").read_bytes(), Path("photos/mask/b.png").read_bytes()
+    (folder,) = (here / "runs/default").iterdir()
+    for stage in ("begun", "finished"):
+        capfd.readouterr()
+        Image.new("RGB", (96, 80)).save("photos/a.jpg")
+        Image.new("L", (50, 70), 200).save("photos/mask/b.png")
+        np.save("C.npy", np.eye(32) * 2)
+        weights = next(Path("model/unet").glob("*.safetensors"))
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert run(*words) == 2
+        said = capfd.readouterr().err
+        for key, name in (
+            ("backbone.covariance.matrix", "C.npy"),
+            ("backbone.path", f"unet/{weights.name}"),
+            ("concept.images", "a.jpg"),
+            ("concept.masks", "b.png"),
+        ):
+            assert f"{key}: {name} is another" in said, stage
+        assert "b.jpg" not in said and "b.png is another); put those back" in said
+        weights.write_bytes(before)
+        np.save("C.npy", np.eye(32))
+        Path("photos/a.jpg").write_bytes(image)
+        Path("photos/mask/b.png").write_bytes(mask)
+        assert run(*words) == 0, "what was put back is the same, whenever it was written"
+        assert ("going on at step 2" if stage == "begun" else "finished already") in capfd.readouterr().out
+    Image.new("RGB", (96, 80)).save("photos/a.jpg")
+    monkeypatch.chdir("elsewhere")
+    assert read_config(folder / "config.yaml").concept.images == str(here / "photos")
+    shutil.copytree(photos, "photos")
+    assert run(*words) == 0 and "finished already" in capfd.readouterr().out, "the same pictures"
+    Path("photos/b.png").unlink()
+    Path("photos/mask/b.png").unlink()
+    assert (
+        run(*words) == 2 and "(concept.images: b.png is gone; concept.masks: b.png is gone)" in capfd.readouterr().err
+    )
+    assert run(*words, "run.overwrite=true") == 0
+    assert run(*words) == 0 and list(folder.parent.iterdir()) == [folder]
+    assert json.loads((folder / "metrics.json").read_text())["images"] == ["a.jpg"]
+    (folder / "inputs.json").unlink()
+    shutil.copy(photos / "b.png", "photos")
+    shutil.copy(photos / "mask/b.png", "photos/mask")
+    assert run(*words) == 0, "a run of a former version, which does not say what it has read"
 
 
 @pytest.mark.parametrize("other", ["method=lora", "seed=1"])

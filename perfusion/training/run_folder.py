@@ -3,6 +3,7 @@
 - concept.safetensors: the trained concept
 - diffusers/: the same in the format that stock diffusers loads, where the method has one
 - config.yaml: the whole config, resolved
+- inputs.json: digests of the files that the config names, and the working directory
 - metrics.csv: what was logged at every step
 - metrics.json: final scores, step kept, seconds, peak memory, what it was made with
 - samples.png: fixed prompts, the base model beside the concept
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -59,6 +61,9 @@ _IGNORED = (
 )
 
 
+Inputs = Mapping[str, Mapping[str, str]]  # key of the config -> name of a file -> digest
+
+
 class _Below:
     """A path in the folder of a run."""
 
@@ -77,6 +82,7 @@ class RunFolder:
     concept = _Below("concept.safetensors")
     diffusers = _Below("diffusers")
     config = _Below("config.yaml")
+    inputs = _Below("inputs.json")
     metrics_csv = _Below("metrics.csv")
     metrics = _Below("metrics.json")
     samples = _Below("samples.png")
@@ -147,10 +153,10 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not empty
                 self.path.rmdir()
 
-    def holds(self, config: TrainConfig) -> bool:
-        """Whether the run that lies here, finished or not, is the one of `config`."""
+    def holds(self, config: TrainConfig, inputs: Inputs | None = None) -> bool:
+        """Whether the run that lies here, finished or not, is the one of `config`, and read these `inputs`."""
         try:
-            return config_hash(read_config(self.config)) == config_hash(config)
+            return config_hash(_as_written(self.config)) == config_hash(config) and not self._changed(inputs)
         except ConfigError:
             return False
 
@@ -167,7 +173,11 @@ class RunFolder:
             return
         if self.unsettled or not self.path.is_dir():
             return
-        written = [file.name for file in (*self._files, *self._folders) if file.exists() and file != self.error]
+        written = [
+            file.name
+            for file in (*self._files, *self._folders)
+            if file.exists() and file not in (self.error, self.inputs)
+        ]
         written += [f"{CHECKPOINTS}/{file.name}" for file in checkpoints_in(self.checkpoints)]
         if written:
             raise ConfigError(
@@ -181,17 +191,22 @@ class RunFolder:
                 "; choose another run.dir="
             )
 
-    def check(self, config: TrainConfig) -> None:
-        """Hold that a run that lies here already is the one of `config`.
+    def check(self, config: TrainConfig, inputs: Inputs | None = None) -> None:
+        """Hold that a run that lies here already is the one of `config`, and read what it would read now.
+
+        Args:
+            inputs: see `perfusion.training.inputs`; runs of former versions do not say what they read, and pass.
 
         Raises:
-            ConfigError: it is another one; the message names the keys that differ.
+            ConfigError: it is another one; the message names the keys, or the files, that differ.
         """
-        if self.config.exists() and not self.holds(config):
-            then, now = _flat(read_config(self.config)), _flat(config)
-            # By their JSON, as the hash: 1 and 1.0 are equal, and yet differ.
-            texts = [{key: json.dumps(value) for key, value in values.items()} for values in (then, now)]
-            differing = [key for key in sorted({*then, *now}) if texts[0].get(key) != texts[1].get(key)]
+        if not self.config.exists() or self.holds(config, inputs):
+            return
+        then, now = _flat(_as_written(self.config)), _flat(config)
+        # By their JSON, as the hash: 1 and 1.0 are equal, and yet differ.
+        texts = [{key: json.dumps(value) for key, value in values.items()} for values in (then, now)]
+        differing = [key for key in sorted({*then, *now}) if texts[0].get(key) != texts[1].get(key)]
+        if differing:
             key = differing[0]
             found = f"{key} is {then.get(key)!r} there and {now.get(key)!r} here"
             more = f", {len(differing) - 1} more keys differ" if len(differing) > 1 else ""
@@ -199,12 +214,34 @@ class RunFolder:
                 f"{self.path} holds a run of another config ({found}{more}); "
                 "choose another run.dir=, or replace that run with run.overwrite=true"
             )
+        raise ConfigError(
+            f"{self.path} holds a run that has read other files ({'; '.join(self._changed(inputs))}); "
+            "put those back, choose another run.dir=, or replace that run with run.overwrite=true"
+        )
 
-    def begin(self, config: TrainConfig) -> None:
-        """Make the folder and write its config; what a former attempt died of counts no more."""
+    def _changed(self, now: Inputs | None) -> list[str]:
+        """Which of the files that the run has read are others now, and how."""
+        said = _read_inputs(self.inputs)
+        if said is None or now is None:
+            return []
+        then: Inputs = said["files"]
+        changed = []
+        for key in sorted({*then, *now}):
+            before, after = then.get(key, {}), now.get(key, {})
+            for name in sorted({*before, *after}):
+                if before.get(name) != after.get(name):
+                    how = "is gone" if name not in after else "is new" if name not in before else "is another"
+                    changed.append(f"{key}: {name} {how}")
+        return changed
+
+    def begin(self, config: TrainConfig, inputs: Inputs | None = None) -> None:
+        """Make the folder and write its config, and what it reads; what a former attempt died of counts no more."""
         self.path.mkdir(parents=True, exist_ok=True)
         for former in (self.error, self.marker):  # that of a run whose concept was removed
             former.unlink(missing_ok=True)
+        if inputs is not None:
+            said = {"directory": os.getcwd(), "files": inputs}
+            atomic_write_text(self.inputs, json.dumps(said, indent=2) + "\n")
         # Who starts from this config does not mean to replace a run once more.
         kept = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False))
         atomic_write_text(self.config, _HEADER + OmegaConf.to_yaml(dataclasses.asdict(kept)))
@@ -235,7 +272,16 @@ class RunFolder:
     @property
     def _files(self) -> tuple[Path, ...]:
         """What a run writes, in the order in which it is removed."""
-        return (self.marker, self.metrics, self.concept, self.samples, self.metrics_csv, self.error, self.config)
+        return (
+            self.marker,
+            self.metrics,
+            self.concept,
+            self.samples,
+            self.metrics_csv,
+            self.error,
+            self.inputs,
+            self.config,
+        )
 
     @property
     def _folders(self) -> tuple[Path, ...]:
@@ -261,15 +307,48 @@ def config_hash(config: TrainConfig) -> str:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The checked config in a `config.yaml`.
+    """The checked config in a `config.yaml`. Its pictures are those that the run has read, wherever this process works.
 
     Raises:
         ConfigError: the file cannot be read, or does not fit the schema.
     """
+    config = _as_written(path)
+    said = _read_inputs(RunFolder(path.parent).inputs)
+    if said is not None:
+        concept = config.concept
+        places = {key: _seen_from(said["directory"], getattr(concept, key)) for key in ("images", "masks", "prior")}
+        config.concept = dataclasses.replace(concept, **places)
+    return config
+
+
+def _as_written(path: Path) -> TrainConfig:
     try:
         return checked(TrainConfig, OmegaConf.load(path))
     except (OSError, YAMLError, OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{path}: not a readable config: {error}") from error
+
+
+def _read_inputs(path: Path) -> dict[str, Any] | None:
+    """What inputs.json says; None where there is none."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+    if not (isinstance(said, dict) and isinstance(said.get("files"), dict) and isinstance(said.get("directory"), str)):
+        raise ConfigError(f"{path}: expected 'directory' and 'files', found another kind of file")
+    return said
+
+
+def _seen_from(directory: str, value: Any) -> Any:
+    """A path, or several, as seen from a directory; what is nothing there stays as it is."""
+    if isinstance(value, list):
+        return [_seen_from(directory, one) for one in value]
+    if not isinstance(value, str) or value.startswith("~"):
+        return value
+    place = os.path.join(directory, value)
+    return place if os.path.exists(place) or glob.glob(place, recursive=True) else value
 
 
 def peak_memory_bytes() -> int:
