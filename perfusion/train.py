@@ -42,8 +42,9 @@ def train(config: TrainConfig) -> RunFolder:
 
     Raises:
         ConfigError, ConceptImageError, TokenError, BackboneError, CovarianceError: the config cannot be trained. Its
-            pictures, masks, words, captions and matrix are checked before a model is loaded.
-        TrainingError: the loss became NaN.
+            pictures, masks, words, captions and matrix are checked before a model is loaded. Or another process trains
+            in the run's folder, or that holds another run, one that has read other files, or what is no run's.
+        TrainingError: the loss became NaN, or a checkpoint is another run's.
         KeyboardInterrupt: stopped; its message says how to go on.
     """
     started = time.monotonic()

@@ -29,6 +29,12 @@ from perfusion.training.devices import device_count, rank_of
 from perfusion.training.progress import StepProgress
 from perfusion.training.run_folder import RunFolder
 
+# What ends a training before its last step, and the values that do not.
+_SHORTER = {
+    "limit_train_batches": ("None", "1.0"),
+    "fast_dev_run": ("None", "False", "0"),
+    "overfit_batches": ("None", "0", "0.0"),
+}
 # What is decided elsewhere, and the key that decides it.
 _ELSEWHERE = {
     "max_steps": "method.steps",
@@ -42,12 +48,6 @@ _ELSEWHERE = {
     "use_distributed_sampler": "trainer.devices",
     "val_check_interval": "callbacks.select.every",
     "check_val_every_n_epoch": "callbacks.select.every",
-}
-# What ends a training before its last step, and the values that do not.
-_SHORTER = {
-    "limit_train_batches": ("None", "1.0"),
-    "fast_dev_run": ("None", "False", "0"),
-    "overfit_batches": ("None", "0", "0.0"),
 }
 _STRATEGIES = {"auto": False, "ddp": False, "ddp_find_unused_parameters_true": True}  # for several devices
 _ACCELERATORS = {"cpu": ("cpu",), "cuda": ("gpu", "cuda"), "mps": ("gpu", "mps")}  # torch device -> Lightning's names
@@ -65,12 +65,6 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"trainer.{key}: no keyword of lightning.Trainer{hint}. Known: {', '.join(sorted(known))}"
             )
-    for key, harmless in _SHORTER.items():
-        if str(trainer.get(key)) not in harmless:
-            raise ConfigError(
-                f"trainer.{key}={trainer[key]}: the training would end before its last step, and a part of it would "
-                "pass for the whole; set method.steps instead"
-            )
     precision = str(trainer.get("precision") or "")
     if precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise ConfigError(
@@ -84,6 +78,12 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
         )
     if trainer.get("num_nodes") not in (None, 1, "1"):
         raise ConfigError(f"trainer.num_nodes={trainer['num_nodes']}: a concept trains on one machine, expected 1")
+    for key, harmless in _SHORTER.items():
+        if str(trainer.get(key)) not in harmless:
+            raise ConfigError(
+                f"trainer.{key}={trainer[key]}: the training would end before its last step, and a part of it would "
+                "pass for the whole; set method.steps instead"
+            )
 
 
 def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.device, resumed: int) -> Trainer:
