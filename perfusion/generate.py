@@ -8,8 +8,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ The base model beside them, its superclass in the concept's place:  beta=0.5,0.7
 """
 
 GRID = "grid.png"
+_GRID_OF = "grid_of"  # key of the PNG text that says which concept a grid shows
 AUTO = "auto"
 _SLUG = 48  # characters of a prompt in the name of a file
 
@@ -82,7 +83,8 @@ def main(argv: Sequence[str]) -> None:
 def generate(config: GenerateConfig) -> Path:
     """Draw, and write each picture, `manifest.json` and `grid.png` into one folder; returns it.
 
-    What lies there from former runs stays, and stays in the manifest; a picture is replaced by the same picture only.
+    What lies there stays: a picture is replaced by the same picture only, and `grid.png` by one of the same concept.
+    Where another file has the name, the new one is called `...-2.png`.
 
     Raises:
         ConfigError: an option that cannot be used, one that no concept's method has, or no such backbone.
@@ -132,12 +134,14 @@ def generate(config: GenerateConfig) -> Path:
         records = named(
             (ImageRecord("", prompt, seed, dials=recorded(attached, row), **common) for prompt, row, seed in wanted),
             known,
+            (path.name for path in out.glob("*")),
         )
         shots = [Shot(record, out, row) for record, (_, row, _) in zip(records, wanted, strict=True)]
         images = draw(backbone.pipe, attached, shots, config.batch, progress=True)
-    _write_grid(out / GRID, records, images, config.num)
+    grid = _grid_path(out, records[0])
+    _write_grid(grid, records, images, config.num)
     print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")
-    print(f"all together: {out / GRID}")
+    print(f"all together: {grid}")
     return out
 
 
@@ -146,24 +150,32 @@ def slug(text: str) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:_SLUG].rstrip("-") or "image"
 
 
-def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord]) -> list[ImageRecord]:
+def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord], there: Iterable[str] = ()) -> list[ImageRecord]:
     """The records with a file name each: `<prompt>-<seed>.png`, counted on where another picture has that name.
 
     Where they differ in a dial, it is part of the name.
+
+    Args:
+        known: records of the folder.
+        there: names of all files in it.
     """
-    taken = {record.file: record for record in known}
+    taken: dict[str, ImageRecord | None] = {**dict.fromkeys(there), **{record.file: record for record in known}}
     records = list(records)
     differing = _differing(records)
     result: list[ImageRecord] = []
     for record in records:
         dials = "".join(f"-{name}-{_shown(record.dials[name])}" for name in differing)
         stem = f"{slug(record.prompt)}-{record.seed:04d}{dials}"
-        suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-        choices = (replace(record, file=f"{stem}{suffix}.png") for suffix in suffixes)
+        choices = (replace(record, file=name) for name in _numbered(stem))
         free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
         taken[free.file] = free
         result.append(free)
     return result
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    """`<stem>.png`, `<stem>-2.png`, and so on."""
+    return (f"{stem}{suffix}.png" for suffix in itertools.chain([""], (f"-{k}" for k in itertools.count(2))))
 
 
 def _differing(records: Sequence[ImageRecord]) -> list[str]:
@@ -288,8 +300,25 @@ def _best(config: GenerateConfig, attached: Attached) -> float:
     return beta
 
 
+def _grid_path(folder: Path, record: ImageRecord) -> Path:
+    """Where the grid goes: no file is there, or one that shows the same concept."""
+    from PIL import Image
+
+    for path in (folder / name for name in _numbered(Path(GRID).stem)):
+        if not path.exists():
+            return path
+        with suppress(OSError):  # no picture
+            if path.is_file():
+                with Image.open(path) as image:
+                    if getattr(image, "text", {}).get(_GRID_OF) == record.concept_hash:
+                        return path
+    raise AssertionError
+
+
 def _write_grid(path: Path, records: Sequence[ImageRecord], images: Sequence[Image], columns: int) -> None:
     """All pictures, those that differ in their seed alone in one row."""
+    from PIL.PngImagePlugin import PngInfo
+
     from perfusion.contact_sheet import captioned_sheet
     from perfusion.files import atomic_path
     from perfusion.manifest import spelled
@@ -300,8 +329,10 @@ def _write_grid(path: Path, records: Sequence[ImageRecord], images: Sequence[Ima
         first = records[start]
         dials = ", ".join(spelled(name, first.dials[name]) for name in differing)
         groups.append((f"{first.prompt}   {dials}".rstrip(), images[start : start + columns]))
+    info = PngInfo()
+    info.add_itxt(_GRID_OF, records[0].concept_hash or "")
     with atomic_path(path) as temporary:
-        captioned_sheet(groups).save(temporary)
+        captioned_sheet(groups).save(temporary, pnginfo=info)
 
 
 if __name__ == "__main__":

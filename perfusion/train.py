@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import signal
@@ -41,8 +42,9 @@ def train(config: TrainConfig) -> RunFolder:
 
     Raises:
         ConfigError, ConceptImageError, TokenError, BackboneError, CovarianceError: the config cannot be trained. Its
-            pictures, masks, words, captions and matrix are checked before a model is loaded.
-        TrainingError: the loss became NaN.
+            pictures, masks, words, captions and matrix are checked before a model is loaded. Or another process trains
+            in the run's folder, or that holds another run, one that has read other files, or what is no run's.
+        TrainingError: the loss became NaN, or a checkpoint is another run's.
         KeyboardInterrupt: stopped; its message says how to go on.
     """
     started = time.monotonic()
@@ -53,6 +55,7 @@ def train(config: TrainConfig) -> RunFolder:
     from perfusion.methods.base import Word, build
     from perfusion.provenance import provenance
     from perfusion.training.devices import device_count, device_of, rank_of
+    from perfusion.training.inputs import inputs_of
     from perfusion.training.module import examples_of, part_size
     from perfusion.training.prior import prior_of
     from perfusion.training.run_folder import RunFolder, peak_memory_bytes
@@ -78,37 +81,54 @@ def train(config: TrainConfig) -> RunFolder:
         kind.check_covariance(config.backbone)
     prior_for = prior_of(config.concept, method.options, config.trainer.get("enable_progress_bar", True))
 
+    inputs = inputs_of(config, method)
     folder = RunFolder.of(config)
-    if config.run.overwrite and (folder.finished or not folder.holds(config)):
-        folder.clear()
-    folder.check(config)
-    if folder.finished:
-        print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
-        return folder
-
-    quieten()
-    backbone = kind.load(dataclasses.replace(config.backbone, device=device))
-    prior = prior_for(backbone)
-    # For what a method starts from, and what a third party's callback may draw: training's own draws have other seeds.
-    seed_everything(config.seed, verbose=False)
-    method.attach(backbone)
-    try:
-        if rank == 0:
-            folder.begin(config)
-        metrics = _fit(config, folder, method, backbone, examples, prior)
-        if rank > 0:
+    folder.check_place()
+    with contextlib.ExitStack() as held:
+        if rank == 0 and (config.run.overwrite or folder.unsettled or not folder.finished):
+            held.enter_context(folder.held())
+            folder.settle()
+        # What is finished stays until what replaces it is finished, too.
+        replaces = (
+            config.run.overwrite and folder.config.exists() and (folder.finished or not folder.holds(config, inputs))
+        )
+        place = folder.replacement if replaces else folder
+        if replaces and rank == 0 and not place.holds(config, inputs):
+            place.clear()
+        place.check(config, inputs)
+        if place.finished:
+            print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
             return folder
-        concept = save_concept(folder.concept, Concept.of(method, backbone, config.seed))
-        method.load_state({name: tensor.float() for name, tensor in concept.tensors.items()})  # rounded, as in the file
-        exported = method.export(folder.diffusers)
-    finally:
-        method.detach()
-    _draw_samples(config, folder, concept, backbone, examples, metrics)
-    seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
-    made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
-    folder.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
-    _say_where(config, folder, exported)
-    return folder
+
+        if replaces:
+            print(f"{folder.path} stays as it is until the new run is finished")
+        quieten()
+        backbone = kind.load(dataclasses.replace(config.backbone, device=device))
+        prior = prior_for(backbone)
+        # For what a method starts from, and what a third party's callback may draw: training's own draws have other
+        # seeds.
+        seed_everything(config.seed, verbose=False)
+        method.attach(backbone)
+        try:
+            if rank == 0:
+                place.begin(config, inputs)
+            metrics = _fit(config, place, method, backbone, examples, prior)
+            if rank > 0:
+                return folder
+            concept = save_concept(place.concept, Concept.of(method, backbone, config.seed))
+            rounded = {name: tensor.float() for name, tensor in concept.tensors.items()}  # as in the file
+            method.load_state(rounded)
+            exported = [file.relative_to(place.path) for file in method.export(place.diffusers)]
+        finally:
+            method.detach()
+        _draw_samples(config, place, concept, backbone, examples, metrics)
+        seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
+        made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
+        place.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
+        if replaces:
+            folder.settle()
+        _say_where(config, folder, [folder.path / file for file in exported])
+        return folder
 
 
 def _fit(
@@ -123,8 +143,9 @@ def _fit(
     from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
     from perfusion.training.devices import rank_of
-    from perfusion.training.module import ConceptData, PersonalizationModule
-    from perfusion.training.trainer import build, results
+    from perfusion.training.module import ConceptData, PersonalizationModule, TrainingError
+    from perfusion.training.run_folder import config_hash
+    from perfusion.training.trainer import TimeLimit, build, results
 
     checkpoint = newest_readable(folder.checkpoints)
     resumed = step_of(checkpoint) if checkpoint else 0
@@ -137,14 +158,17 @@ def _fit(
         logger.log_hyperparams(dataclasses.asdict(config))
     started = time.monotonic()
     try:
-        trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=checkpoint)
+        trainer.fit(PersonalizationModule(method, backbone, config_hash(config)), datamodule=data, ckpt_path=checkpoint)
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has switched off
         kept = newest_readable(folder.checkpoints)
         at = f"goes on at step {step_of(kept)}" if kept else "starts anew (no checkpoint was due yet)"
-        raise KeyboardInterrupt(f"stopped at step {trainer.global_step}; the same command {at}") from error
+        why = " by trainer.max_time" if any(isinstance(c, TimeLimit) and c.over for c in trainer.callbacks) else ""
+        raise KeyboardInterrupt(f"stopped at step {trainer.global_step}{why}; the same command {at}") from error
     finally:
         loggers.close()
+    if trainer.global_step < options.steps and not trainer.should_stop:  # which callbacks set that end a training early
+        raise TrainingError(f"trainer: the training ended at step {trainer.global_step} of {options.steps}")
     seconds = time.monotonic() - started
     return {"steps": options.steps, **results(trainer), "resumed_at_step": resumed, "seconds": seconds}
 

@@ -103,6 +103,16 @@ def test_the_newest_readable_one_is_taken(saved: Path, caplog: pytest.LogCapture
     assert newest_readable(saved.parent / "nowhere") is None
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "name"])
+def test_what_is_no_checkpoint_file_is_passed_over(saved: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A pipe would be waited for; a name without a number is a user's own."""
+    other = saved.with_name("step-abc.safetensors" if kind == "name" else "step-1000000.safetensors")
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "name": lambda path: path.write_bytes(saved.read_bytes())}[kind](other)
+    with caplog.at_level(logging.WARNING):
+        assert newest_readable(saved.parent) == saved
+    assert (f"{other}: expected a file" in caplog.text) == (kind != "name")
+
+
 def test_removing_is_idempotent(saved: Path) -> None:
     SafetensorsCheckpointIO().remove_checkpoint(saved)
     SafetensorsCheckpointIO().remove_checkpoint(saved)

@@ -349,6 +349,29 @@ def test_no_picture_of_a_former_run_is_lost(concept: Path) -> None:
     assert [record.seed for record in read_manifest("o")] == [0, 1]
 
 
+def test_files_of_others_are_not_replaced(concept: Path, backbone: Backbone, tmp_path: Path, capsys) -> None:
+    """A user's own, whatever they are, and the grid of another concept; the same concept's grid is made anew."""
+    own = [Path("o/a-photo-of-cat-on-the-beach-0000.png"), Path("o/grid.png"), Path("o/grid-2.png")]
+    Path("o").mkdir()
+    own[0].write_text("mine")
+    Image.new("RGB", (8, 8)).save(own[1])
+    own[2].mkdir()
+    mine = [own[0].read_bytes(), own[1].read_bytes()]
+    for seed in (0, 1):
+        assert run(concept, f"prompt={BEACH}", "num=1", f"seed={seed}", "out=o") == 0
+        assert "all together: o/grid-3.png" in capsys.readouterr().out
+    assert [record.file for record in read_manifest("o")] == [
+        "a-photo-of-cat-on-the-beach-0000-2.png",
+        "a-photo-of-cat-on-the-beach-0001.png",
+    ]
+    grid = Path("o/grid-3.png").read_bytes()
+    save_concept(tmp_path / "concept.safetensors", random_concept(backbone, Word("<cat*>", "cat"), 1, name="perfusion"))
+    assert run(tmp_path / "concept.safetensors", f"prompt={BEACH}", "num=1", "out=o") == 0
+    assert "all together: o/grid-4.png" in capsys.readouterr().out
+    assert Path("o/grid-3.png").read_bytes() == grid and [own[0].read_bytes(), own[1].read_bytes()] == mine
+    assert read_manifest("o")[-1].file == "a-photo-of-cat-on-the-beach-0000-3.png"
+
+
 def test_prompts_that_differ_in_signs_only_get_files_of_their_own(concept: Path) -> None:
     assert run(concept, "prompt=[a <cat*> asleep, 'a <cat*>, asleep!']", "num=1", "out=o") == 0
     assert [r.file for r in read_manifest("o")] == ["a-cat-asleep-0000.png", "a-cat-asleep-0000-2.png"]

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +97,31 @@ def test_finishing_leaves_metrics_and_marker_and_no_checkpoints(tmp_path: Path) 
     folder.begin(CONFIG)
     folder.checkpoints.mkdir()
     (folder.checkpoints / "step-000050.safetensors").write_bytes(b"x")
+    folder.concept.touch()
     assert not folder.finished
     folder.finish({"step_kept": 50})
     assert folder.finished and json.loads(folder.metrics.read_text()) == {"step_kept": 50}
-    assert sorted(os.listdir(folder.path)) == ["DONE", "config.yaml", "metrics.json"]
+    assert sorted(os.listdir(folder.path)) == ["DONE", "concept.safetensors", "config.yaml", "metrics.json"]
+
+
+def test_a_run_without_its_concept_is_not_finished(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(CONFIG)
+    folder.finish({})
+    assert folder.marker.exists() and not folder.finished
+    folder.begin(CONFIG)
+    folder.concept.touch()  # written before the samples are drawn
+    assert not folder.finished
+
+
+def test_what_only_looks_like_a_checkpoint_is_not_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(CONFIG)
+    for name in ("step-abc.safetensors", "step-000002.safetensors"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    (folder.checkpoints / "step-000004.safetensors").touch()
+    folder.finish({})
+    assert sorted(os.listdir(folder.checkpoints)) == ["step-000002.safetensors", "step-abc.safetensors"]
 
 
 def test_clearing_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
@@ -117,19 +141,171 @@ def test_files_that_no_run_wrote_stay(tmp_path: Path) -> None:
     """`run.dir=.` beside a user's own models."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
-    own = folder.checkpoints / "sd15.safetensors"
-    mine = [own, folder.metrics, folder.samples]
+    mine = [folder.checkpoints / "sd15.safetensors", folder.checkpoints / "step-abc.safetensors", tmp_path / "notes"]
     for file in mine:
         file.write_text("mine")
     folder.clear()
-    assert all(file.read_text() == "mine" for file in mine)
+    folder.check_place()
     folder.config.write_text("mine: 1\n")
-    with pytest.raises(ConfigError, match="was not written by a run, so nothing is removed"):
-        folder.clear()
-    assert all(file.exists() for file in [*mine, folder.config])
+    for refuses in (folder.clear, folder.check_place):
+        with pytest.raises(ConfigError, match="was not written by a run, so it stays"):
+            refuses()
+    assert all(file.read_text() == "mine" for file in mine)
+    folder.begin(CONFIG)
     (folder.checkpoints / "step-000004.safetensors").touch()
     folder.finish({})
-    assert [*folder.checkpoints.iterdir()] == [own]
+    assert sorted(folder.checkpoints.iterdir()) == sorted(mine[:2])
+
+
+@pytest.mark.parametrize(
+    "name", ["concept.safetensors", "metrics.json", "DONE", "checkpoints/step-000002.safetensors", "diffusers/x"]
+)
+def test_what_a_run_would_replace_is_no_place_for_one(name: str, tmp_path: Path) -> None:
+    """A user's own files, or those of a run whose config is gone, so that nobody knows which it was."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    for refuses in (RunFolder(tmp_path).check_place, RunFolder(tmp_path).clear):
+        with pytest.raises(ConfigError, match=f"holds {name.removesuffix('/x')}, and no config.yaml that says"):
+            refuses()
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_folder_of_photos_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "cat.JPG").touch()
+    with pytest.raises(ConfigError, match=r"no run's folder, for it holds pictures \(cat\.JPG\)"):
+        RunFolder(tmp_path).check_place()
+    assert os.listdir(tmp_path) == ["cat.JPG"]
+    RunFolder(tmp_path / "run").check_place()
+    RunFolder(tmp_path).begin(CONFIG)  # as former versions let it happen
+    RunFolder(tmp_path).check_place()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def finished_with_a_replacement(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    for run, seed in ((folder, 0), (folder.replacement, 1)):
+        run.begin(changed(seed=seed))
+        for name in ("concept.safetensors", "progress/1.png", "tensorboard/events"):
+            (run.path / name).parent.mkdir(exist_ok=True)
+            (run.path / name).write_text(f"{name} of {seed}")
+        run.finish({})
+    (path / "diffusers").mkdir()
+    for name in ("notes.txt", "tensorboard/notes.txt", "diffusers/old"):
+        (path / name).write_text("mine")
+    return folder
+
+
+def test_a_replacement_takes_the_place_of_the_run_and_leaves_other_files(tmp_path: Path) -> None:
+    folder = finished_with_a_replacement(tmp_path)
+    folder.settle()
+    assert folder.finished and folder.holds(changed(seed=1)) and not folder.unsettled
+    found = contents(tmp_path)
+    assert {"notes.txt", "tensorboard/notes.txt", "DONE"} < {*found} and "diffusers/old" not in found
+    assert not [name for name in found if name.startswith(".")] and found["progress/1.png"] == "progress/1.png of 1"
+    folder.settle()
+    assert contents(tmp_path) == found
+
+
+def test_a_kill_at_any_moment_leaves_one_of_the_two_and_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every change that is made on the disk, all that follow are left out in turn."""
+    finished_with_a_replacement(tmp_path / "whole").settle()
+    expected = contents(tmp_path / "whole")
+    for moment in range(100):
+        folder, left = finished_with_a_replacement(tmp_path / str(moment)), [moment]
+
+        def dying(change: Any, left: list[int] = left) -> Any:
+            def change_or_die(*args: Any, **keywords: Any) -> Any:
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return change(*args, **keywords)
+
+            return change_or_die
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rmdir")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                folder.settle()
+                break
+            except KeyboardInterrupt:
+                pass
+        found, concept = contents(folder.path), "concept.safetensors"
+        assert f"{concept} of 1" in [found.get(f"{place}{concept}") for place in ("", ".new/", ".ready/")]
+        assert not folder.finished or found[concept] == f"{concept} of {read_config(folder.config).seed}"
+        RunFolder(folder.path).check_place()
+        folder.settle()
+        assert contents(folder.path) == expected
+    assert 8 < moment < 99
+
+
+def test_what_a_run_has_read_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = RunFolder(tmp_path), {"concept.images": {"a.png": "1", "b.png": "2"}}
+    folder.begin(CONFIG)
+    folder.check(CONFIG, read)  # of a former version
+    monkeypatch.chdir(tmp_path)
+    folder.begin(CONFIG, read)
+    folder.check(CONFIG, read)
+    folder.check(CONFIG)
+    other = {"concept.images": {"a.png": "3", "c.png": "2"}, "concept.masks": {"a.png": "1"}}
+    assert folder.holds(CONFIG, read) and not folder.holds(CONFIG, other)
+    changes = "concept.images: a.png is another; concept.images: b.png is gone; concept.images: c.png is new; .* is new"
+    with pytest.raises(ConfigError, match=changes):
+        folder.check(CONFIG, other)
+    for text in ("[", "[]", '{"files": 3}'):
+        folder.inputs.write_text(text)
+        with pytest.raises(ConfigError, match=r"inputs\.json: "):
+            folder.check(CONFIG, read)
+    folder.clear()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_runs_pictures_are_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config stays as it was written, so that it is the same run."""
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "photos").mkdir()
+    concept = dataclasses.replace(CONFIG.concept, images=["photos", "/x/y"], masks="clipseg", prior="~/prior")
+    monkeypatch.chdir(tmp_path)
+    folder.begin(changed(concept=concept), {})
+    monkeypatch.chdir("/")
+    found = read_config(folder.config).concept
+    assert found.images == [str(tmp_path / "photos"), "/x/y"] and (found.masks, found.prior) == ("clipseg", "~/prior")
+    assert folder.holds(changed(concept=concept), {})
+    folder.check(changed(concept=concept), {})
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    holds = f"""
+import sys, time
+from pathlib import Path
+from perfusion.training.run_folder import RunFolder
+with RunFolder(Path({str(folder.path)!r})).held():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen([sys.executable, "-c", holds], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(ConfigError, match=rf"process {other.pid} on {socket.gethostname()} trains there"):
+            folder.held().__enter__()
+    finally:
+        other.kill()
+        other.wait()
+    assert os.listdir(folder.path) == [".training"], "what a killed one leaves holds nobody"
+    with folder.held():
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+            folder.held().__enter__()
+        folder.begin(CONFIG)
+    assert os.listdir(folder.path) == ["config.yaml"]
+    with RunFolder(tmp_path / "other").held():
+        pass
+    assert os.listdir(tmp_path) == ["run"], "a folder that nothing was written to is not left"
 
 
 def test_replacing_a_run_is_not_asked_for_again_by_its_config(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from perfusion import sweep as command
 from perfusion.cli import run_cli
@@ -130,6 +132,26 @@ def crashes(launcher: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_crash_costs_its_own_job_alone(capfd: pytest.CaptureFixture[str]) -> None:
     crashes([], capfd)
+
+
+def test_a_run_that_could_not_be_replaced_is_done_once_nobody_wants_to(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("concept.name=whole", "seed=0") == 0
+    folder_of("whole").error.write_text("no GPU\n")
+    capfd.readouterr()
+    assert run("concept.name=whole", "seed=0") == 0
+    assert "0 failed" in capfd.readouterr().out and attempts("whole") == 1 and not folder_of("whole").error.exists()
+
+
+def test_a_folder_of_photos_is_no_place_for_a_job(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("photos").mkdir()
+    Path("photos/a.jpg").touch()
+    assert run("run.dir=photos") == 2
+    assert "photos is no run's folder" in capfd.readouterr().err and os.listdir("photos") == ["a.jpg"]
+    config = Path("config.yaml")
+    config.write_text(OmegaConf.to_yaml(asdict(combined("run.dir=photos").configs[0])))
+    with pytest.raises(ConfigError, match="photos is no run's folder"):
+        run_apart(config, STUB)
+    assert os.listdir("photos") == ["a.jpg"]
 
 
 HALVING = """

@@ -3,7 +3,9 @@
 import json
 import os
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +28,8 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import loggers
 from perfusion.training.module import PersonalizationModule
+from perfusion.training.run_folder import RunFolder, read_config
+from perfusion.training.trainer import TimeLimit, check_keywords
 from tests.pipelines import tiny_pipeline_folder
 from tests.scorers import make_scorer
 from tests.segmenters import clipseg_folder
@@ -87,7 +91,8 @@ def test_the_command_makes_every_file(words: list[str], tmp_path: Path) -> None:
     (folder,) = (tmp_path / "default").iterdir()
     assert folder.name.startswith("photos-perfusion-")
     assert sorted(os.listdir(folder)) == [
-        *("DONE", "concept.safetensors", "config.yaml", "metrics.csv", "metrics.json", "progress", "samples.png")
+        *("DONE", "concept.safetensors", "config.yaml", "inputs.json", "metrics.csv", "metrics.json", "progress"),
+        "samples.png",
     ]
     concept = Concept.load(folder / "concept.safetensors")
     assert (concept.superclass, concept.placeholder, concept.settings["steps"]) == ("teddy bear", "<bear*>", STEPS)
@@ -145,6 +150,185 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
     whole, other = load_file("whole/concept.safetensors"), load_file("stopped/concept.safetensors")
     assert not torch.equal(whole["values"], other["values"])
     assert len(Path("whole/metrics.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("select", [False, True], ids=["plain", "validated"])
+def test_a_time_limit_is_one_of_each_process_and_loses_no_step(
+    select: bool, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, "trainer.max_time=00:00:00:10", "callbacks.checkpoint.every=100"]
+    if select:
+        words += [f"callbacks=select callbacks.select.scorer={make_scorer(here / 'scorer')}"]
+        words += ["callbacks.select.every=2 callbacks.select.steps=1"]
+    assert run(*words, "run.dir=whole") == 0
+    steps: list[int] = []
+    step = PersonalizationModule.training_step
+
+    def noted(self: PersonalizationModule, *args: Any) -> Any:
+        steps.append(self.global_step + 1)
+        return step(self, *args)
+
+    monkeypatch.setattr(PersonalizationModule, "training_step", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": 9 if len(steps) % 2 else 10)
+        for at in (2, 4):
+            assert run(*words, "run.dir=run") == 130
+            said = f"stopped at step {at} by trainer.max_time; the same command goes on at step {at}"
+            assert capfd.readouterr().err.splitlines()[-1] == said and not Path("run/DONE").exists()
+        assert run(*words, "run.dir=run") == 0
+    assert steps == [1, 2, 3, 4, 5] and Path("run/DONE").exists()
+    assert Concept.load("run/concept.safetensors").hash == Concept.load("whole/concept.safetensors").hash
+    assert Path("run/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
+
+
+def stopped_at(step: int) -> Any:
+    """A training step that has the process stopped before the one after `step`."""
+    whole = PersonalizationModule.training_step
+
+    def training_step(self: PersonalizationModule, *args: Any) -> Any:
+        if self.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *args)
+
+    return training_step
+
+
+def test_a_second_process_says_which_the_first_is_and_stops(
+    words: list[str], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder(Path("run")).held():
+        assert run(*words, "run.dir=run") == 2
+    assert f"error: run: process {os.getpid()} on {socket.gethostname()} trains there" in capfd.readouterr().err
+    assert run(*words, "run.dir=run", "method.steps=1") == 0
+    with RunFolder(Path("run")).held():
+        assert run(*words, "run.dir=run", "method.steps=1") == 0, "what is finished is not written to"
+        assert run(*words, "run.dir=run", "run.overwrite=true") == 2
+
+
+def test_a_run_is_its_config_and_what_it_has_read(
+    words: list[str],
+    pipeline: Path,
+    photos: Path,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Photos of the same path that were replaced are found before a run is gone on with, and before it is finished
+    already; run.overwrite=true trains with them."""
+    shutil.copytree(photos, "photos")
+    shutil.copytree(pipeline, "model")
+    np.save("C.npy", np.eye(32))
+    (here / "elsewhere").mkdir()
+    words += [f"concept.images=photos concept.masks=photos/mask run.root={here}/runs backbone.path={here}/model"]
+    words += [f"backbone.covariance.matrix={here}/C.npy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words) == 130
+    image, mask = Path("photos/a.jpg").read_bytes(), Path("photos/mask/b.png").read_bytes()
+    (folder,) = (here / "runs/default").iterdir()
+    for stage in ("begun", "finished"):
+        capfd.readouterr()
+        Image.new("RGB", (96, 80)).save("photos/a.jpg")
+        Image.new("L", (50, 70), 200).save("photos/mask/b.png")
+        np.save("C.npy", np.eye(32) * 2)
+        weights = next(Path("model/unet").glob("*.safetensors"))
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        assert run(*words) == 2
+        said = capfd.readouterr().err
+        for key, name in (
+            ("backbone.covariance.matrix", "C.npy"),
+            ("backbone.path", f"unet/{weights.name}"),
+            ("concept.images", "a.jpg"),
+            ("concept.masks", "b.png"),
+        ):
+            assert f"{key}: {name} is another" in said, stage
+        assert "b.jpg" not in said and "b.png is another); put those back" in said
+        weights.write_bytes(before)
+        np.save("C.npy", np.eye(32))
+        Path("photos/a.jpg").write_bytes(image)
+        Path("photos/mask/b.png").write_bytes(mask)
+        assert run(*words) == 0, "what was put back is the same, whenever it was written"
+        assert ("going on at step 2" if stage == "begun" else "finished already") in capfd.readouterr().out
+    Image.new("RGB", (96, 80)).save("photos/a.jpg")
+    monkeypatch.chdir("elsewhere")
+    assert read_config(folder / "config.yaml").concept.images == str(here / "photos")
+    shutil.copytree(photos, "photos")
+    assert run(*words) == 0 and "finished already" in capfd.readouterr().out, "the same pictures"
+    Path("photos/b.png").unlink()
+    Path("photos/mask/b.png").unlink()
+    assert (
+        run(*words) == 2 and "(concept.images: b.png is gone; concept.masks: b.png is gone)" in capfd.readouterr().err
+    )
+    assert run(*words, "run.overwrite=true") == 0
+    assert run(*words) == 0 and list(folder.parent.iterdir()) == [folder]
+    assert json.loads((folder / "metrics.json").read_text())["images"] == ["a.jpg"]
+    (folder / "inputs.json").unlink()
+    shutil.copy(photos / "b.png", "photos")
+    shutil.copy(photos / "mask/b.png", "photos/mask")
+    assert run(*words) == 0, "a run of a former version, which does not say what it has read"
+
+
+@pytest.mark.parametrize("other", ["method=lora", "seed=1"])
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(
+    other: str, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words, "run.dir=run") == 130
+        others = [word.replace("method=perfusion", other) for word in words] if "method" in other else [*words, other]
+        assert run(*others, "run.dir=other") == 130
+    capfd.readouterr()
+    name = "checkpoints/step-000002.safetensors"
+    Path("other", name).replace(Path("run", name))
+    assert run(*words, "run.dir=run") == 2
+    said = capfd.readouterr().err
+    assert f"{name}: expected a checkpoint of this run" in said and "Traceback" not in said
+    Path("run/config.yaml").unlink()
+    assert run(*words, "run.dir=run", "method.value_rate=0.5") == 2
+    assert "and no config.yaml that says of which run" in capfd.readouterr().err
+
+
+def test_a_run_stays_until_the_one_that_replaces_it_is_finished(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever keeps the new one from that; and the new one goes on where it was stopped."""
+    words += ["run.dir=run", "run.overwrite=true"]
+    assert run(*words) == 0
+    before = {file: file.read_bytes() for file in Path("run").rglob("*")}
+
+    def stays() -> bool:
+        return all(file.read_bytes() == content for file, content in before.items())
+
+    assert run(*words, "seed=1", "callbacks=select") == 2
+    assert "callbacks.select.scorer" in capfd.readouterr().err and stays()
+    assert run(*words, "seed=1", "trainer.accelerator=gpu") == 2
+    assert "trainer.accelerator=gpu: the backbone is on cpu" in capfd.readouterr().err and stays()
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words, "seed=1") == 130 and stays()
+    assert "the same command goes on at step 2" in capfd.readouterr().err
+    assert run(*words) == 0, "the old one, again; the stopped one is given up"
+    assert "(going on" not in capfd.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words, "seed=1") == 130
+    capfd.readouterr()
+    assert run(*words, "seed=1") == 0
+    said = capfd.readouterr().out
+    assert "run stays as it is until" in said and "(going on at step 2)" in said
+    assert "concept: run/concept.safetensors" in said
+    assert "seed: 1" in Path("run/config.yaml").read_text() and {*Path("run").rglob("*")} == {*before}
+
+
+def test_a_folder_of_photos_is_not_trained_in(
+    words: list[str], photos: Path, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(photos.rglob("*"))
+    for overwrite in ("false", "true"):
+        assert run(*words, f"run.dir={photos} run.overwrite={overwrite}") == 2
+        assert "is no run's folder, for it holds pictures (a.jpg, b.png)" in capfd.readouterr().err
+    assert sorted(photos.rglob("*")) == before
 
 
 def test_gradient_checkpointing_trains_the_same_concept(
@@ -278,6 +462,12 @@ def truncated(folder: Path) -> None:
         (None, "backbone.covariance.matrix=no.npy", ["backbone.covariance.matrix", "no.npy", "No such file"]),
         (None, "method.beat=1", ["method.beat", "'beta'"]),
         (None, "method.steps=0", ["method.steps", "at least 1"]),
+        (None, "trainer.max_steps=2", ["trainer.max_steps", "method.steps instead"]),
+        (None, "trainer.limit_train_batches=0", ["trainer.limit_train_batches=0", "method.steps instead"]),
+        (None, "trainer.limit_train_batches=1", ["trainer.limit_train_batches=1:", "method.steps instead"]),
+        (None, "trainer.fast_dev_run=true", ["trainer.fast_dev_run=True", "method.steps instead"]),
+        (None, "trainer.overfit_batches=1", ["trainer.overfit_batches=1", "method.steps instead"]),
+        (None, "trainer.overfit_batches=0.5", ["trainer.overfit_batches=0.5", "method.steps instead"]),
         (None, "seed=-1", ["seed=-1", "from 0"]),
         (None, "seed=20240101123456", ["seed=20240101123456", "4294967295"]),
         (
@@ -315,6 +505,11 @@ def test_mistakes_are_answered_before_a_model_is_loaded(
     assert shown.err.startswith("error: ") and "Traceback" not in shown.err and not shown.out
     assert all(part in shown.err for part in parts), shown.err
     assert not Path("runs").exists()
+
+
+def test_words_that_shorten_no_training_are_taken() -> None:
+    check_keywords({"limit_train_batches": 1.0, "fast_dev_run": False, "overfit_batches": 0})
+    check_keywords({"limit_train_batches": None, "max_time": "00:01:00:00"})
 
 
 def test_help_says_what_there_is(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

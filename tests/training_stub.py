@@ -31,4 +31,5 @@ while config.concept.name == "slow" and not Path("go").exists():
     time.sleep(0.02)
 rate = float(config.method.get("value_rate", 0))
 scores = {"harmonic": 1 - (rate - 0.01) ** 2, "clip_i": 0.5 + config.seed}
+folder.concept.touch()
 folder.finish({"seconds": {"training": 1.0, "total": 12.3}, "scores": scores})

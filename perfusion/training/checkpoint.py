@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perfusion.files import PathLike, atomic_path
-from perfusion.training.run_folder import CHECKPOINTS
+from perfusion.training.run_folder import CHECKPOINTS, checkpoints_in
 
 FORMAT = "perfusion-checkpoint-1"
 SUFFIX = ".safetensors"
@@ -57,6 +57,8 @@ class SafetensorsCheckpointIO(CheckpointIO):
             CheckpointError: unreadable, truncated, damaged, or another kind of file.
         """
         try:
+            if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+                raise CheckpointError(f"{path}: expected a file, found a folder or a device")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -102,13 +104,23 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save a step, unless it is validated now: then it is saved afterwards, with what the validation found."""
-        due = trainer.should_stop or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
-        if not (due and sum(trainer.num_val_batches)):
+        if not validated_after(trainer, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
         super().on_validation_end(trainer, pl_module)  # which saves what the line above may put off, the last step
+
+    def save(self, trainer: Trainer) -> None:
+        """Save this step, due or not, unless it is saved already."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def validated_after(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the training is validated after this batch."""
+    due = trainer.should_stop or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+    return due and bool(sum(trainer.num_val_batches))
 
 
 def newest_readable(folder: Path) -> Path | None:
@@ -116,7 +128,7 @@ def newest_readable(folder: Path) -> Path | None:
 
     A damaged one is passed over with a warning: training goes on from the one before it.
     """
-    for path in sorted(folder.glob(f"{_STEM}*{SUFFIX}"), reverse=True):
+    for path in sorted(checkpoints_in(folder), key=step_of, reverse=True):
         try:
             SafetensorsCheckpointIO().load_checkpoint(path)
         except CheckpointError as error:

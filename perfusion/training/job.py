@@ -42,16 +42,17 @@ def run_apart(file: Path, command: Sequence[str] = TRAIN, show: bool = True) -> 
         The run's folder: finished, or with an ERROR file.
 
     Raises:
-        ConfigError: `file` holds no config.
+        ConfigError: `file` holds no config, or the folder is no place for a run.
         KeyboardInterrupt: this process was stopped; the job was stopped, too, and has no ERROR file.
     """
     config = read_config(file)
     folder = RunFolder.of(config)
+    folder.check_place()
     folder.path.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as lock, lease(config) as (environment, leases):
-        if folder.finished and not config.run.overwrite:
-            return folder
         folder.error.unlink(missing_ok=True)
+        if folder.finished and not config.run.overwrite:  # an attempt to replace it may have failed
+            return folder
         search = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH")) if part)
         with open(folder.log, "wb") as log:
             process = subprocess.Popen(

@@ -249,6 +249,7 @@ class PersonalizationModule(LightningModule):
     Args:
         method: attached to `backbone`.
         backbone: frozen.
+        run: what tells this run from others; its checkpoints say it, too.
 
     Attributes:
         validation: the callback that has the training validated, which draws and scores.
@@ -256,13 +257,32 @@ class PersonalizationModule(LightningModule):
         scores: their scores, in every process.
     """
 
-    def __init__(self, method: Method, backbone: Backbone) -> None:
+    def __init__(self, method: Method, backbone: Backbone, run: str | None = None) -> None:
         super().__init__()
         self.method = method
         self.backbone = backbone
+        self.run = run
         self.validation: SelectBestStep | None = None
         self.drawn: list[Image.Image] = []
         self.scores: dict[str, float] = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.run
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Hold that a checkpoint is this run's; those of former versions do not say whose they are, but hold tensors.
+
+        Raises:
+            TrainingError: it is another run's.
+        """
+        here, there = (
+            {k: v.shape for k, v in state.items()} for state in (self.state_dict(), checkpoint["state_dict"])
+        )
+        if here != there or checkpoint.get("run", self.run) != self.run:
+            raise TrainingError(
+                f"{self.trainer.ckpt_path}: expected a checkpoint of this run, found one of another method or config; "
+                "remove it"
+            )
 
     def training_step(self, batch: tuple[Batch, list[str]], batch_idx: int) -> Tensor:
         """The sum of the method's loss terms, a scalar; the second part of the batch names its pictures.

@@ -131,10 +131,11 @@ def plan(jobs: Multirun, words: Sequence[str]) -> Sweep:
     """Write down the jobs of a command: their list, and a config file for each.
 
     Raises:
-        ConfigError: two jobs have one folder.
+        ConfigError: two jobs have one folder, or one that is no place for a run.
     """
     folders = [RunFolder.of(config) for config in jobs.configs]
     for k, folder in enumerate(folders):
+        folder.check_place()
         first = folders.index(folder)
         if first != k:
             raise ConfigError(
@@ -210,7 +211,7 @@ def _task(sweep: Sweep | None, command: Sequence[str], show: bool) -> Callable[[
         else:
             number = HydraConfig.get().job.num
             job, place = sweep.jobs[number], f"[{number + 1}/{len(sweep.jobs)}] "
-        if job.run.finished and not config.run.overwrite:
+        if job.run.finished and not config.run.overwrite and not error_of(job.run):
             return result_of(job).scores.get("harmonic")
         started = time.monotonic()
         print(f"{place}{job.overrides or job.config}", flush=True)

@@ -16,7 +16,7 @@ import torch
 import transformers
 from hydra.errors import InstantiationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -25,11 +25,17 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from perfusion.config import ConfigError, TrainConfig
 from perfusion.training import loggers
-from perfusion.training.checkpoint import SafetensorsCheckpointIO
+from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO, validated_after
 from perfusion.training.devices import device_count, rank_of
 from perfusion.training.progress import StepProgress
 from perfusion.training.run_folder import RunFolder
 
+# What ends a training before its last step, and the values that do not.
+_SHORTER = {
+    "limit_train_batches": ("None", "1.0"),
+    "fast_dev_run": ("None", "False", "0"),
+    "overfit_batches": ("None", "0", "0.0"),
+}
 # What is decided elsewhere, and the key that decides it.
 _ELSEWHERE = {
     "max_steps": "method.steps",
@@ -79,6 +85,12 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
         )
     if trainer.get("num_nodes") not in (None, 1, "1"):
         raise ConfigError(f"trainer.num_nodes={trainer['num_nodes']}: a concept trains on one machine, expected 1")
+    for key, harmless in _SHORTER.items():
+        if str(trainer.get(key)) not in harmless:
+            raise ConfigError(
+                f"trainer.{key}={trainer[key]}: the training would end before its last step, and a part of it would "
+                "pass for the whole; set method.steps instead"
+            )
 
 
 def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.device, resumed: int) -> Trainer:
@@ -101,11 +113,12 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
     if rank_of(config.trainer) == 0:
         log.append(loggers.MetricsCSV(folder.metrics_csv, keep_until=resumed))
         log += [loggers.build(name, spec, folder.path) for name, spec in config.logger.items()]
+    given = {key: value for key, value in config.trainer.items() if key != "max_time"}
     keywords = {
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "inference_mode": False,  # what is kept of a validation may be used by the next training step
-        **config.trainer,
+        **given,
         **_hardware(config.trainer, device),
     }
     # Within SLURM, too, a run is one task, which starts its processes itself and is not requeued by Lightning.
@@ -115,6 +128,8 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
         # Buffers move alike in all processes, and are replaced rather than written: there is nothing to send.
         keywords["strategy"] = DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
     try:
+        if config.trainer.get("max_time") is not None:
+            callbacks.append(TimeLimit(config.trainer["max_time"]))
         trainer = Trainer(
             **keywords,
             max_steps=steps,
@@ -129,6 +144,47 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
     return trainer
+
+
+class TimeLimit(Timer):
+    """`trainer.max_time`, of one process: it is stopped as by Ctrl-C, but after a checkpoint of its last step.
+
+    Lightning's own ends the training, counts the time of former processes as well, and validates once more, which a
+    training that never stopped would not do.
+    """
+
+    def __init__(self, duration: Any) -> None:
+        super().__init__(duration, verbose=False)
+        self.over = False
+
+    def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None: ...
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole_step and not validated_after(trainer, batch_idx):
+            self._save_if_over(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._save_if_over(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.over:  # now the step before has been logged, too
+            raise KeyboardInterrupt
+
+    def _save_if_over(self, trainer: Trainer) -> None:
+        self.over = trainer.strategy.broadcast((self.time_remaining() or 0) <= 0)
+        if self.over and not trainer.should_stop and trainer.global_step < trainer.max_steps:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Checkpoints):
+                    callback.save(trainer)
 
 
 def quieten() -> None:
