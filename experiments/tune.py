@@ -42,7 +42,7 @@ from perfusion.scoring import harmonic_mean
 
 USAGE = """
 Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna, the
-extra `search` of this project. About 80 seconds for a trial on two cores: 80 minutes for 12 trials
+extra `search` of this project. About two and a half minutes of one core for a trial: 75 minutes for 12
 of the 5 methods.
 
   python -m experiments.tune                                    all methods

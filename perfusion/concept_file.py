@@ -109,7 +109,7 @@ def entry(path: PathLike, metadata: Mapping[str, str], field: str, kind: type = 
     if type(found) is not kind:
         expected = "a JSON object" if kind is dict else "a whole number"
         raise ConceptFileError(f"{where}: metadata {field!r}: found {shown(repr(text), 80)}, expected {expected}")
-    if kind is int and not abs(found) < 2**64:
+    if isinstance(found, int) and not abs(found) < 2**64:
         raise ConceptFileError(f"{where}: metadata {field!r}: found {len(text)} digits, expected less than 2⁶⁴")
     return found
 

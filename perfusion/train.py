@@ -163,7 +163,8 @@ def _fit(
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning has switched off
         kept = newest_readable(folder.checkpoints)
         at = f"goes on at step {step_of(kept)}" if kept else "starts anew (no checkpoint was due yet)"
-        why = " by trainer.max_time" if any(isinstance(c, TimeLimit) and c.over for c in trainer.callbacks) else ""
+        limits = [c for c in trainer.callbacks if isinstance(c, TimeLimit)]  # type: ignore[attr-defined]
+        why = " by trainer.max_time" if any(limit.over for limit in limits) else ""
         raise KeyboardInterrupt(f"stopped at step {trainer.global_step}{why}; the same command {at}") from error
     finally:
         loggers.close()

@@ -94,7 +94,7 @@ def test_a_tag_takes_safetensors_from_the_hub_and_its_own_preprocessing(
 ) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def from_cache(*what: str) -> str:
+    def from_cache(*what: str, local_files_only: bool) -> str:
         asked.append(what)
         return str(folder / "open_clip_model.safetensors")
 

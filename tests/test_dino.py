@@ -72,7 +72,7 @@ def test_a_name_takes_safetensors_from_the_hub(tmp_path: Path, monkeypatch):
     save_file(timm.create_model(NAME, num_classes=0).state_dict(), tmp_path / "w.safetensors")
     asked = []
 
-    def from_cache(*what: str) -> str:
+    def from_cache(*what: str, local_files_only: bool) -> str:
         asked.append(what)
         return str(tmp_path / "w.safetensors")
 

@@ -38,7 +38,7 @@ def test_layouts_have_their_known_sizes(layout: str) -> None:
     assert parameters(pipe.unet) == unet and parameters(pipe.vae) == vae
     assert tuple(parameters(encoder) for encoder in backbone.text_encoders().values()) == encoders
     parts = (pipe.unet, pipe.vae, *backbone.text_encoders().values())
-    assert all(p.is_meta and not p.requires_grad for part in parts for p in part.parameters())
+    assert all(p.is_meta for part in parts for p in part.parameters())
     sites = backbone.edit_sites()
     assert [site.kind for site in sites] == ["k", "v"] * attentions
     assert len({site.name for site in sites}) == 2 * attentions

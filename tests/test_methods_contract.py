@@ -314,7 +314,7 @@ def test_masks_count_where_the_options_say_so(method: Method, backbone: Backbone
         ("perfusion", {"vectors": 0}, "method.vectors: found 0, expected at least 1"),
         ("perfusion", {"key_lock": "sideways"}, r"method.key_lock: .*sideways.*local, global, none"),
         ("perfusion", {"betta": 0.5}, "method.betta: unknown key; did you mean 'beta'"),
-        ("lora", {"rank": 0}, "method.rank: found 0, expected at least 1"),
+        ("lora", {"rank": 0}, "method.rank: found 0, expected 1 to 1024"),
         ("lora", {"alpha": 0.0}, "method.alpha: found 0.0, expected more than 0"),
         ("lora", {"targets": []}, r"method.targets: found \[\], expected ends of names"),
         ("lora", {"identifier": " "}, "method.identifier: found ' ', expected one or several words"),

@@ -88,14 +88,14 @@ def test_it_learns_to_read() -> None:
     scenes = [sample_scene(s) for s in range(32)]
     pixels, right = draw_batch(list(range(32)))[0], label_tensors(scenes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    first = float(reading_loss(model, pixels, right).detach())
+    first = float(reading_loss(model(pixels), right).detach())
     for _ in range(40):
         optimizer.zero_grad()
-        reading_loss(model, pixels, right).backward()
+        reading_loss(model(pixels), right).backward()
         optimizer.step()
     found = accuracy(model.eval().read(pixels), right)
     assert found.keys() == {*SCENE_HEADS, *OBJECT_HEADS}
-    assert float(reading_loss(model, pixels, right).detach()) < first / 4
+    assert float(reading_loss(model(pixels), right).detach()) < first / 4
     assert min(found.values()) > 0.7
 
 

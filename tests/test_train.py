@@ -473,7 +473,7 @@ def truncated(folder: Path) -> None:
         (
             None,
             "concept.images=null concept.masks=null concept.superclass=cat concept.toyland.instance=-1",
-            ["concept.toyland.instance=-1", "from 0"],
+            ["concept.toyland.instance: found -1", "at least 0"],
         ),
         (None, "method.name=prefusion", ["method.name", "'prefusion'", "perfusion"]),
         (None, "backbone.path=no/such", ["backbone.path", "no/such"]),

@@ -136,8 +136,8 @@ class LatentDiffusionBackbone(Backbone):
         channels, latents = stock.unet.config.in_channels, stock.vae.config.latent_channels
         if channels != latents:
             raise BackboneError(
-                f"found a denoiser of {channels} channels, expected the {latents} of the latents: a model for inpainting "
-                "takes a picture and its mask besides, which a training has not"
+                f"found a denoiser of {channels} channels, expected the {latents} of the latents: a model for "
+                "inpainting takes a picture and its mask besides, which a training has not"
             )
         if (steps := stock.scheduler.config.num_train_timesteps) < 1:
             raise BackboneError(f"the pipeline's scheduler: found num_train_timesteps {steps}, expected at least 1")

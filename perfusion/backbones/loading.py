@@ -123,7 +123,8 @@ def read_pipeline(cls: type[P], origin: Source, dtype: torch.dtype, tokenizers: 
 
 def _read_text_encoder(cls: type[P], origin: Source, name: str, how: Mapping[str, Any]) -> Any:
     """The text encoder `name`. Raises OSError if weights of it are missing, in whose place transformers puts noise."""
-    made: Any = getattr(transformers, cls.load_config(origin.name, local_files_only=how["local_files_only"])[name][1])
+    index: Any = cls.load_config(origin.name, local_files_only=how["local_files_only"])
+    made: Any = getattr(transformers, index[name][1])
     encoder, report = made.from_pretrained(origin.name, subfolder=name, output_loading_info=True, **how)
     if report["missing_keys"]:
         raise OSError(_incomplete(name, sorted(report["missing_keys"])))
