@@ -190,3 +190,10 @@ def test_user_errors_are_one_line_with_status_2(capsys: pytest.CaptureFixture[st
     assert run_cli(lambda argv: None, []) == 0
     with pytest.raises(ValueError, match="a bug"):
         run_cli(breaks, [])
+
+
+def test_a_superclass_that_keeps_another_one_s_word_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["+experiment=cat_oneshot", "concept.superclass=dog"]
+    for more, said in (([], True), (["concept.placeholder=<dog*>"], False)):
+        composition.run([*words, *more], lambda config: None)
+        assert ("note: concept.placeholder stays <cat*> for a dog" in capsys.readouterr().err) == said

@@ -83,6 +83,11 @@ def test_absent(prompt, placeholder):
     assert replace_placeholder(prompt, placeholder, "toy") == prompt
 
 
+def test_a_modifier_before_the_superclass_is_one_word_with_it():
+    assert replace_placeholder("a <new1> cat, a <new1>  Cat, <new1>", "<new1>", "cat") == "a cat, a cat, cat"
+    assert replace_placeholder("a <new1> catfish", "<new1>", "cat") == "a cat catfish"
+
+
 def test_replace_all_occurrences_and_several_words():
     prompt = "<bear*> and <BEAR*>'s friend <bear*2>, no bear"
     replaced = "teddy bear and teddy bear's friend <bear*2>, no bear"

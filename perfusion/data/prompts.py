@@ -140,8 +140,9 @@ def contains(prompt: str, placeholder: str) -> bool:
 
 def replace_placeholder(prompt: str, placeholder: str, superclass: str) -> str:
     """`prompt` with each whole-word `placeholder` (see `contains`) replaced by `superclass`, of one or several words;
-    without any, the prompt as it is."""
-    return _whole_word(placeholder).sub(lambda _: superclass, prompt)
+    without any, the prompt as it is. "<new1> cat", as prompts with modifier tokens have it, is one "cat"."""
+    followed = rf"(?:{_whole_word(placeholder).pattern})(?:\s+{re.escape(superclass)}(?!\w))?"
+    return re.sub(followed, lambda _: superclass, prompt, flags=re.IGNORECASE)
 
 
 def _whole_word(placeholder: str) -> re.Pattern[str]:

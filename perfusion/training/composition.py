@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from perfusion.config import CONF, ConfigError, TrainConfig, check_ranges, checked
+from perfusion.config import CONF, ConceptConfig, ConfigError, TrainConfig, check_ranges, checked
 
 _COMPLETION = ("-sc", "--shell_completion")
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
@@ -56,10 +56,23 @@ def run(argv: Sequence[str], task: Callable[[TrainConfig], object]) -> None:
     hydra_main(words, job)
     for values in composed:  # none after --help or --cfg
         config = checked_config(values)
-        if config.concept.images is not None and (word := next((w for w in words if "concept.toyland." in w), None)):
-            key = word.partition("=")[0].lstrip("+")
-            raise ConfigError(f"{key}: found it beside concept.images, where it would not count; give one of them")
+        _check_beside(words, config.concept)
         task(config)
+
+
+def _check_beside(words: Sequence[str], concept: ConceptConfig) -> None:
+    """Say what of a command line would not count beside the rest of it.
+
+    Raises:
+        ConfigError: how Toyland draws pictures, beside pictures.
+    """
+    keys = [word.partition("=")[0].lstrip("+") for word in words]
+    drawn = [key for key in keys if key.startswith("concept.toyland.")]
+    if drawn and concept.images is not None:
+        raise ConfigError(f"{drawn[0]}: found it beside concept.images, where it would not count; give one of them")
+    alone = "concept.superclass" in keys and "concept" not in keys and "concept.placeholder" not in keys
+    if alone and concept.superclass not in concept.placeholder:
+        print(f"note: concept.placeholder stays {concept.placeholder} for a {concept.superclass}", file=sys.stderr)
 
 
 def hydra_main(words: Sequence[str], job: Callable[[DictConfig], object]) -> None:
