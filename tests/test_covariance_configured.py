@@ -142,6 +142,18 @@ def test_a_foreign_matrix_is_used_as_it_is(pipe: Any, tmp_path: Path) -> None:
     assert backbone.covariance == f"matrix@{backbone.moment().digest}:0"
 
 
+def test_the_inverse_of_c_is_refused(pipe: Any, tmp_path: Path) -> None:
+    """Other implementations save C⁻¹, which is as symmetric and as positive."""
+    backbone = around(pipe, tmp_path)
+    own = backbone.moment(progress=False).C
+    ridge = 1e-3 * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype)
+    np.save(tmp_path / "C.npy", own.numpy())
+    np.save(tmp_path / "inverse.npy", torch.linalg.inv(own + ridge).numpy())
+    around(pipe, tmp_path, matrix=str(tmp_path / "C.npy")).moment(progress=False)
+    with pytest.raises(CovarianceError, match=r"inverse.npy: found the inverse of a second moment .*expected C itself"):
+        around(pipe, tmp_path, matrix=str(tmp_path / "inverse.npy")).moment(progress=False)
+
+
 def test_a_matrix_of_another_text_encoder_is_warned_of(
     pipe: Any, measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

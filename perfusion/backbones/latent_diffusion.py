@@ -32,6 +32,7 @@ from perfusion.editing.places import EditSite, base_module
 from perfusion.editing.tokens import TokenMemory, check_word, last_tokens, token_ids
 from perfusion.editing.words import AddedWord, Words, add_word, check_pipeline
 
+_SAMPLE = 64  # captions that tell a second moment from its inverse
 BUILT_IN_SAMPLE = 256  # captions of a built-in set that tell its version from others
 _KINDS: tuple[Literal["k"], Literal["v"]] = ("k", "v")
 
@@ -236,6 +237,10 @@ class LatentDiffusionBackbone(Backbone):
         }
         if settings.matrix is not None:
             matrix = configured.imported(settings, key)
+            if "matrix" in matrix.origin:  # nothing else is known of it
+                captions = islice(self.captions_of(self.defaults().covariance), _SAMPLE)
+                with torch.no_grad():
+                    configured.check_not_inverse(settings, matrix, self._encode_captions([*captions]))
         else:
             key |= {"captions": self._captions_digest(), "count": settings.count, "positions": settings.positions}
             adapted = any(fingerprint.has_adapters(encoder) for encoder in encoders.values())

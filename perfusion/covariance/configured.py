@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from perfusion.config import ConfigError, CovarianceConfig
@@ -100,6 +101,29 @@ def imported(settings: CovarianceConfig, encoder: Mapping[str, object] | None = 
             origin = {}
     known = {"name", "count", "positions"} <= {*origin}
     return Matrix(matrix.C, matrix.count, origin if known else {"matrix": matrix.digest})
+
+
+def check_not_inverse(settings: CovarianceConfig, matrix: Matrix, encodings: Tensor) -> None:
+    """Hold that a matrix from a file is C, not C⁻¹, which other implementations save, and which is as positive.
+
+    C has its large directions where encodings (..., d) of the model have theirs, C⁻¹ its small ones: the cosine between
+    either and their second moment tells.
+
+    Raises:
+        CovarianceError: the inverse is like them, and the matrix is not.
+    """
+    sample = encodings.detach().cpu().double().flatten(0, -2)
+    C = matrix.C
+    if C.shape[0] != sample.shape[1]:
+        return  # `factorise` says so
+    own = sample.T @ sample
+    small = 1e-6 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+    likeness = [float((own * A).sum() / (own.norm() * A.norm())) for A in (C, torch.linalg.pinv(C + small))]
+    if likeness[1] > 0.5 > 2 * likeness[0]:
+        raise CovarianceError(
+            f"{_KEY}.matrix: {settings.matrix}: found the inverse of a second moment (its own inverse is like that of "
+            f"this model's encodings, cosine {likeness[1]:.2f}, and it is not, {likeness[0]:.2f}), expected C itself"
+        )
 
 
 def factorised(settings: CovarianceConfig, matrix: Matrix, dimension: int | None) -> Factorised:
