@@ -258,6 +258,7 @@ def _is_there(shot: Shot) -> bool:
     try:
         with Image.open(shot.folder / shot.record.file) as image:
             image.load()
-            return getattr(image, "text", {}).get("concept_hash") == shot.record.concept_hash
+            said = getattr(image, "text", {})
+            return (said.get("prompt"), said.get("concept_hash")) == (shot.record.prompt, shot.record.concept_hash)
     except OSError:
         return False

@@ -132,7 +132,7 @@ def test_nothing_is_made_twice_and_what_is_missing_is(
         image.save(lost)  # without its text: nobody knows what made it
     assert run(folder, "only=mask", "report=false") == 0
     with Image.open(lost) as image:
-        assert "concept_hash" in getattr(image, "text", {})
+        assert "prompt" in getattr(image, "text", {})
 
 
 def test_the_report_has_all_points(ran: Path, folder: Path) -> None:
