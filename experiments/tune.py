@@ -42,8 +42,8 @@ from perfusion.scoring import harmonic_mean
 
 USAGE = """
 Find settings of every method on Toyland, with the same number of trials for each. Needs Optuna, the
-extra `search` of this project. About two and a half minutes of one core for a trial: 75 minutes for 12
-of the 5 methods.
+extra `search` of this project. A trial trains six toys and draws 200 pictures or fewer: some minutes of a
+core.
 
   python -m experiments.tune                                    all methods
   python -m experiments.tune methods=perfusion,lora trials=20

@@ -213,8 +213,8 @@ def _check_header(path: PathLike, where: str, size: int) -> None:
 
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _unreadable(where, f"{size:,} bytes, of which {length:,} were the header")
+        if length > size - 8:
+            raise _unreadable(where, f"{size:,} bytes are too few" + (f" for a header of {length:,}" * (size >= 8)))
         if length > MAX_HEADER:
             raise ConceptFileError(f"{where}: found a header of {length:,} bytes, expected {MAX_HEADER:,} at most")
         content = file.read(length)
