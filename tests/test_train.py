@@ -27,6 +27,7 @@ from perfusion.covariance.matrix import Matrix
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import loggers
+from perfusion.training.checkpoint import SafetensorsCheckpointIO
 from perfusion.training.module import PersonalizationModule
 from perfusion.training.run_folder import RunFolder, read_config
 from perfusion.training.trainer import TimeLimit, check_keywords
@@ -170,15 +171,37 @@ def test_a_time_limit_is_one_of_each_process_and_loses_no_step(
 
     monkeypatch.setattr(PersonalizationModule, "training_step", noted)
     with monkeypatch.context() as patch:
-        patch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train": 9 if len(steps) % 2 else 10)
         for at in (2, 4):
+            patch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train", at=at: 10 if len(steps) == at else 9)
             assert run(*words, "run.dir=run") == 130
             said = f"stopped at step {at} by trainer.max_time; the same command goes on at step {at}"
             assert capfd.readouterr().err.splitlines()[-1] == said and not Path("run/DONE").exists()
-        assert run(*words, "run.dir=run") == 0
+    assert run(*words, "run.dir=run") == 0
     assert steps == [1, 2, 3, 4, 5] and Path("run/DONE").exists()
     assert Concept.load("run/concept.safetensors").hash == Concept.load("whole/concept.safetensors").hash
     assert Path("run/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("select", [False, True], ids=["plain", "validated"])
+def test_what_is_stopped_while_it_is_saved_has_every_step_in_its_curve(
+    select: bool, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is the last thing of its step: a training that goes on from it does not log that step again."""
+    if select:
+        words += [f"callbacks=select callbacks.select.scorer={make_scorer(here / 'scorer')}"]
+        words += ["callbacks.select.every=2 callbacks.select.steps=1"]
+    save = SafetensorsCheckpointIO.save_checkpoint
+
+    def stopping(self: SafetensorsCheckpointIO, checkpoint: Any, path: Any, **more: Any) -> None:
+        save(self, checkpoint, path, **more)
+        if checkpoint["global_step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SafetensorsCheckpointIO, "save_checkpoint", stopping)
+    assert run(*words, "run.dir=stopped") == 130
+    monkeypatch.setattr(SafetensorsCheckpointIO, "save_checkpoint", save)
+    assert run(*words, "run.dir=stopped") == 0 and run(*words, "run.dir=whole") == 0
+    assert Path("stopped/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
 
 
 def stopped_at(step: int) -> Any:

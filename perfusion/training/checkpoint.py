@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -100,27 +99,22 @@ class Checkpoints(ModelCheckpoint):
         self.dirpath = str(Path(trainer.default_root_dir).resolve() / CHECKPOINTS)
         super().setup(trainer, pl_module, stage)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save a step, unless it is validated now: then it is saved afterwards, with what the validation found."""
-        if not validated_after(trainer, batch_idx):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Nothing: what is logged and validated of this step comes after it."""
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_batch_end(trainer, pl_module, None, None, 0)
-        super().on_validation_end(trainer, pl_module)  # which saves what the line above may put off, the last step
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save the step before, if it is due: a training that goes on from there does not log it again."""
+        if trainer.global_step % self._every_n_train_steps == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, due or not."""
+        self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save this step, due or not, unless it is saved already."""
+        """Save the step that was done last, unless it is saved already."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-
-def validated_after(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the training is validated after this batch."""
-    due = trainer.should_stop or (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
-    return due and bool(sum(trainer.num_val_batches))
 
 
 def newest_readable(folder: Path) -> Path | None:

@@ -87,8 +87,11 @@ class SelectBestStep(Callback):
         examples: Examples = trainer.datamodule.examples  # type: ignore[attr-defined]
         self.references = self.scorer.image_embeddings(examples.pictures())
         _trained(pl_module).validation = self
-        trainer.val_check_interval = self.every * trainer.accumulate_grad_batches  # counts batches
-        trainer.check_val_every_n_epoch = None
+        every = min(self.every, trainer.max_steps)
+        trainer.val_check_interval = every * trainer.accumulate_grad_batches  # counts batches
+        trainer.check_val_every_n_epoch = (
+            1  # in it: a step that has begun while a checkpoint is saved counts for nothing
+        )
 
     def draw(self, backbone: Backbone, numbers: Sequence[int]) -> list[Image]:
         """Pictures of some of the prompts, in the backbone's present state."""

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from perfusion.config import ConfigError, TrainConfig
 from perfusion.training import loggers
-from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO, validated_after
+from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO
 from perfusion.training.devices import device_count, rank_of
 from perfusion.training.progress import StepProgress
 from perfusion.training.run_folder import RunFolder
@@ -159,32 +159,25 @@ class TimeLimit(Timer):
 
     def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None: ...
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
-    ) -> None:
-        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole_step and not validated_after(trainer, batch_idx):
-            self._save_if_over(trainer)
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None: ...
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        super().on_validation_end(trainer, pl_module)
-        self._save_if_over(trainer)
+    def on_validation_end(self, *_: Any) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self.over:  # now the step before has been logged, too
-            raise KeyboardInterrupt
-
-    def _save_if_over(self, trainer: Trainer) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Between two steps, when all of the first is logged."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
         self.over = trainer.strategy.broadcast((self.time_remaining() or 0) <= 0)
-        if self.over and not trainer.should_stop and trainer.global_step < trainer.max_steps:
+        if self.over:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Checkpoints):
                     callback.save(trainer)
+            raise KeyboardInterrupt
 
 
 def quieten() -> None:
