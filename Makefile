@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logica
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format toyland toyland-report bench paper constraints clean
+.PHONY: help setup demo test test-slow trust lint format toyland toyland-report bench paper constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ test: setup ## Run the tests
 
 test-slow: setup ## Run the tests that `make test` leaves out because they take long
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+trust: setup ## Kill trainings, read hostile files, soak, ... and write docs/reliability.md (about 45 minutes)
+	$(PYTHON) -m tests.trust $(ARGS)
 
 lint: setup ## Check style, formatting, imports and types
 	$(PYTHON) -m ruff check $(SOURCES)

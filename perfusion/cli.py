@@ -27,6 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from perfusion.config import ConfigError, checked
 
+# Threads that wait for others sleep instead of spinning: beside other work they would spin against it, and a sampling
+# step took five times as long. Read when torch is loaded, which commands do after this module.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 T = TypeVar("T")
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130

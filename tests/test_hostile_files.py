@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -446,12 +447,14 @@ def mutated(valid: bytes, draw: np.random.Generator) -> bytes:
     return bytes(content)
 
 
-def fuzzed(backbone: Backbone, valid: bytes, encodings: torch.Tensor, folder: Path, examples: int) -> None:
-    path = folder / "x.safetensors"
+def fuzzed(backbone: Backbone, valid: bytes, encodings: torch.Tensor, folder: Path, examples: int) -> int:
+    """Twice `examples` files, half of them Hypothesis's; gives how many there were."""
+    path, tried = folder / "x.safetensors", itertools.count()
 
     @settings(max_examples=examples, **FUZZ)
     @given(headers(valid))
     def refused_or_drawn(content: bytes) -> None:
+        next(tried)
         path.write_bytes(content)
         answer(backbone, path, encodings)
 
@@ -462,16 +465,22 @@ def fuzzed(backbone: Backbone, valid: bytes, encodings: torch.Tensor, folder: Pa
         path.write_bytes(mutated(valid, draw))
         answers.append(answer(backbone, path, encodings))
     assert "" in answers and len(set(answers)) > 5
+    return next(tried) + len(answers)
 
 
 def test_any_file_is_refused_or_drawn(
     backbone: Backbone, valid: bytes, encodings: torch.Tensor, tmp_path: Path
 ) -> None:
-    fuzzed(backbone, valid, encodings, tmp_path, examples=250)
+    assert fuzzed(backbone, valid, encodings, tmp_path, examples=250) >= 400
 
 
 @pytest.mark.slow
+@pytest.mark.trust
 def test_many_files_are_refused_or_drawn(
-    backbone: Backbone, valid: bytes, encodings: torch.Tensor, tmp_path: Path
+    backbone: Backbone,
+    valid: bytes,
+    encodings: torch.Tensor,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    fuzzed(backbone, valid, encodings, tmp_path, examples=5000)
+    record_property("files", fuzzed(backbone, valid, encodings, tmp_path, examples=5000))
