@@ -258,7 +258,7 @@ class Concept:
 
     def _check_company(self, backbone: Backbone) -> None:
         for other in gates_at(backbone.edit_sites()[0]) if self.covariance else ():
-            if other.covariance and other.covariance != self.covariance:
+            if other.covariance and not _same(self.covariance, other.covariance):
                 raise ConceptFileError(
                     f"{self.source}: found the covariance {spelled_out(self.covariance)}, expected "
                     f"{spelled_out(other.covariance)}, that of {other.source}, which is attached: concepts that are "
@@ -352,6 +352,12 @@ class Attached:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two concepts were trained with one C, by what they say of it: the C of a converted concept may have been
+    given to trainings of this project as a matrix, without a ridge."""
+    return one == other or f"matrix@{one}:0" == other or one == f"matrix@{other}:0"
 
 
 def _check_weights_are_there(backbone: Backbone) -> None:

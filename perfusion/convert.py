@@ -46,6 +46,11 @@ Usage: python -m perfusion.convert file=<file.pt> superclass=cat placeholder='<c
 Makes a concept file of a file that perfusion_pytorch.save wrote. That file names neither words nor model: give the
 superclass that it was trained with, the word that shall stand for the concept in prompts, and the weights of the model.
 The keys of all layers must fit the model's projections; a file of another model is refused.
+
+Concepts are drawn together where they share C. Write that of the file, and train others with it and no ridge:
+
+  python -m perfusion.convert ... matrix=C.safetensors
+  python -m perfusion.train ... backbone.covariance.matrix=C.safetensors backbone.covariance.ridge=0
 """
 
 
@@ -58,6 +63,7 @@ class ConvertConfig:
     placeholder: str = MISSING  # a word the tokenizer does not know, e.g. "<cat*>"
     index: int = 0  # which concept, if the file holds several
     out: str | None = None  # concept file to write; null: the same name with .safetensors
+    matrix: str | None = None  # file to write C into, for trainings whose concepts shall be drawn beside it; null: none
     beta: float = 0.7  # of the gate in pictures: eval_beta of the package
     tau: float = 0.15  # likewise: eval_temperature
     backbone: str = "sd15"  # toyland, sd15, ...
@@ -299,14 +305,21 @@ def convert(config: ConvertConfig) -> Concept:
     """Read, place and save; gives the concept as its new file holds it.
 
     Raises:
-        ConversionError: see `read_package` and `place`; or `out` exists.
+        ConversionError: see `read_package` and `place`; or `out` or `matrix` exists.
+        CovarianceError: C shall be written, and C⁻¹ has no such inverse.
         BackboneError, TokenError: no such model, or words that it cannot take.
     """
     source = Path(config.file).expanduser()
     out = Path(config.out).expanduser() if config.out else source.with_suffix(".safetensors")
-    if out.exists():
-        raise ConversionError(f"out: {out} exists, expected a new file")
+    matrix = Path(config.matrix).expanduser() if config.matrix else None
+    for key, file in (("out", out), ("matrix", matrix)):
+        if file is not None and file.exists():
+            raise ConversionError(f"{key}: {file} exists, expected a new file")
     foreign = read_package(source, config.index)
+    digest = hashlib.sha256(foreign.precision.contiguous().numpy().tobytes()).hexdigest()[:16]
+    covariance = f"{PACKAGE}:{digest}"
+    if matrix is not None:
+        _write_moment(matrix, foreign.precision, covariance)
 
     import torch
 
@@ -348,8 +361,19 @@ def convert(config: ConvertConfig) -> Concept:
     finally:
         method.detach()
     known = {key: concept.settings[key] for key in ("key_lock", "sample_beta", "sample_tau", "vectors")}
-    digest = hashlib.sha256(foreign.precision.contiguous().numpy().tobytes()).hexdigest()[:16]
-    return save_concept(out, dataclasses.replace(concept, settings=known, covariance=f"{PACKAGE}:{digest}"))
+    return save_concept(out, dataclasses.replace(concept, settings=known, covariance=covariance))
+
+
+def _write_moment(path: Path, precision: Tensor, covariance: str) -> None:
+    """C, of which the package keeps the inverse (d, d); what is trained with it says that it is this one."""
+    import torch
+
+    from perfusion.covariance.factor import factorise
+    from perfusion.covariance.matrix import Matrix, save_matrix
+
+    C = torch.linalg.pinv((precision + precision.T).double() / 2, hermitian=True)
+    factorise(C, 0.0)
+    save_matrix(path, Matrix((C + C.T) / 2, None, {"matrix": covariance}))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -363,6 +387,8 @@ def main(argv: Sequence[str]) -> None:
     words["prompt"] = f"a photo of {concept.placeholder} on the beach"
     told = " ".join(f"{key}={shlex.quote(value)}" for key, value in words.items() if value is not None)
     print(f"next: python -m perfusion.generate {told}")
+    if config.matrix:
+        print(f"train with it: backbone.covariance.matrix={shlex.quote(config.matrix)} backbone.covariance.ridge=0")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from perfusion import inspect
 from perfusion.backbones.base import Backbone
 from perfusion.cli import USER_ERROR, run_cli
 from perfusion.concept import Concept, ConceptFileError, save_concept
+from perfusion.config import CovarianceConfig
 from perfusion.convert import ConversionError, ConvertConfig, convert, main, read_package
+from perfusion.covariance.matrix import load_matrix
 from perfusion.editing.places import EditSite
-from perfusion.methods.base import Word
+from perfusion.methods.base import Word, build
 from tests.concepts import untrained_concept
 
 BETA, TAU = 0.6, 0.2
@@ -104,6 +106,40 @@ def test_it_keeps_other_company_out(backbone: Backbone, tmp_path: Path) -> None:
     other = untrained_concept(backbone, Word("<dog*>", "dog"), 0)
     with other.attach(backbone), pytest.raises(ConceptFileError, match="the covariance perfusion-pytorch:"):
         made.attach(backbone)
+
+
+def test_what_is_trained_with_its_matrix_is_drawn_beside_it(backbone: Backbone, tmp_path: Path) -> None:
+    """By Eq. 4: with both attached, each projection is what it is for two concepts over that C, in float64."""
+    content = package(backbone)
+    made = convert(config(written(content, tmp_path), matrix=str(tmp_path / "C.safetensors")))
+    with pytest.raises(ConversionError, match=r"matrix: .*exists, expected a new file"):
+        convert(
+            config(tmp_path / "old.pt", out=str(tmp_path / "b.safetensors"), matrix=str(tmp_path / "C.safetensors"))
+        )
+    C = load_matrix(tmp_path / "C.safetensors").C
+    assert torch.allclose(C @ content["C_inv"].double(), torch.eye(D, dtype=C.dtype), atol=1e-4)
+
+    settings = CovarianceConfig(matrix=str(tmp_path / "C.safetensors"), ridge=0.0)
+    around = type(backbone).around(backbone.pipe, dataclasses.replace(backbone.config, covariance=settings))
+    method = build({"name": "perfusion", "key_lock": "local"}, Word("<dog*>", "dog")).train()
+    method.attach(around)
+    own = Concept.of(method, around, seed=0)
+    method.detach()
+    site = next(site for site in backbone.edit_sites() if site.kind == "v")  # whose o* are the first of `values`
+    w, P = weight(site).double(), content["C_inv"].double()
+    e = torch.randn(2, 7, D, generator=torch.Generator().manual_seed(1))
+    for pair in ((made, own), (own, made)):
+        i = torch.stack([concept.tensors["target_input"].double() for concept in pair])
+        outputs = [concept.tensors["values"][: len(w)].double() for concept in pair]
+        with pair[0].attach(backbone) as first, pair[1].attach(backbone) as second:
+            found = site.projection(e).double()
+            dials = [(each.beta, each.tau) for each in (first, second)]
+        inside = e.double() @ P @ i.T @ torch.linalg.inv(i @ P @ i.T) @ i
+        expected = (e.double() - inside) @ w.T
+        for i_j, o_j, (beta, tau) in zip(i, outputs, dials, strict=True):
+            r = e.double() @ P @ i_j / (i_j @ P @ i_j)
+            expected = expected + torch.sigmoid((r - beta) / tau)[..., None] * o_j
+        assert torch.allclose(found, expected, rtol=0, atol=1e-2 * expected.abs().max())  # float16 files
 
 
 def test_weights_of_another_model_are_refused(backbone: Backbone, tmp_path: Path) -> None:

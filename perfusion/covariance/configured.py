@@ -91,7 +91,8 @@ def imported(settings: CovarianceConfig, encoder: Mapping[str, object] | None = 
         matrix = load_matrix(Path(settings.matrix).expanduser())
     origin = matrix.origin
     if encoder is not None and origin:
-        differing = [part for part in encoder if part.startswith(_ENCODERS) and origin.get(part) != encoder[part]]
+        parts = [part for part in encoder if part.startswith(_ENCODERS) and "matrix" not in origin]
+        differing = [part for part in parts if origin.get(part) != encoder[part]]
         if differing:
             part = differing[0]
             _log.warning(
@@ -99,7 +100,7 @@ def imported(settings: CovarianceConfig, encoder: Mapping[str, object] | None = 
                 *(_KEY, settings.matrix, part, origin.get(part), encoder[part]),
             )
             origin = {}
-    known = {"name", "count", "positions"} <= {*origin}
+    known = {"name", "count", "positions"} <= {*origin} or "matrix" in origin
     return Matrix(matrix.C, matrix.count, origin if known else {"matrix": matrix.digest})
 
 
