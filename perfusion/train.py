@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -69,6 +71,7 @@ def train(config: TrainConfig) -> RunFolder:
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed}: expected a whole number from 0 to {2**32 - 1}")
     check_keywords(config.trainer)
+    told = _slurm_signal() if config.run.requeue else bool
     part_size(
         method.options.batch_size, device_count(config.trainer), config.trainer.get("accumulate_grad_batches") or 1
     )
@@ -102,6 +105,8 @@ def train(config: TrainConfig) -> RunFolder:
 
         if replaces:
             print(f"{folder.path} stays as it is until the new run is finished")
+        if config.concept.masks is not None and not method.masked and rank == 0:
+            print("concept.masks: they do not count, since method.masked_loss is false")
         quieten()
         backbone = kind.load(dataclasses.replace(config.backbone, device=device))
         prior = prior_for(backbone)
@@ -112,7 +117,7 @@ def train(config: TrainConfig) -> RunFolder:
         try:
             if rank == 0:
                 place.begin(config, inputs)
-            metrics = _fit(config, place, method, backbone, examples, prior)
+            metrics = _fit(config, place, method, backbone, examples, prior, told)
             if rank > 0:
                 return folder
             concept = save_concept(place.concept, Concept.of(method, backbone, config.seed))
@@ -123,7 +128,8 @@ def train(config: TrainConfig) -> RunFolder:
             method.detach()
         _draw_samples(config, place, concept, backbone, examples, metrics)
         seconds = {"training": metrics.pop("seconds"), "total": time.monotonic() - started}
-        made_with = {"images": examples.names, "masks": examples.masks is not None, "provenance": provenance()}
+        masks = method.masked and examples.masks is not None
+        made_with = {"images": examples.names, "masks": masks, "provenance": provenance()}
         place.finish({**metrics, "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(), **made_with})
         if replaces:
             folder.settle()
@@ -138,8 +144,10 @@ def _fit(
     backbone: Backbone,
     examples: Examples,
     prior: PriorImages | None,
+    told: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Train the attached method, from the newest checkpoint if there is one; gives what metrics.json says of it."""
+    """Train the attached method, from the newest checkpoint if there is one, until it is `told` to stop; gives what
+    metrics.json says of it."""
     from perfusion.training import loggers
     from perfusion.training.checkpoint import newest_readable, step_of
     from perfusion.training.devices import rank_of
@@ -153,7 +161,7 @@ def _fit(
     if rank_of(config.trainer) == 0:
         print(f"run folder: {folder.path}" + (f" (going on at step {resumed})" if resumed else ""))
     data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed, prior)
-    trainer = build(config, folder, options.steps, backbone.device, resumed)
+    trainer = build(config, folder, options.steps, backbone.device, resumed, told)
     for logger in trainer.loggers:
         logger.log_hyperparams(dataclasses.asdict(config))
     started = time.monotonic()
@@ -165,6 +173,8 @@ def _fit(
         at = f"goes on at step {step_of(kept)}" if kept else "starts anew (no checkpoint was due yet)"
         limits = [c for c in trainer.callbacks if isinstance(c, TimeLimit)]  # type: ignore[attr-defined]
         why = " by trainer.max_time" if any(limit.over for limit in limits) else ""
+        if told() and rank_of(config.trainer) == 0:
+            why = f" by SIGUSR1, {_queued_again()}"
         raise KeyboardInterrupt(f"stopped at step {trainer.global_step}{why}; the same command {at}") from error
     finally:
         loggers.close()
@@ -222,6 +232,25 @@ def _say_where(config: TrainConfig, folder: RunFolder, exported: Sequence[Path])
         print(f"for stock diffusers: {folder.diffusers} ({size / 1000:.1f} kB)")
     print(f"samples: {folder.samples}")
     print(f"next: python -m perfusion.generate {command}")
+
+
+def _slurm_signal() -> Callable[[], bool]:
+    """Whether SIGUSR1 has arrived, by which SLURM says that a job's time is nearly over. Raises ConfigError."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError("run.requeue=true: found no SLURM_JOB_ID, expected a job of SLURM; only such a one can queue")
+    received: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda signum, frame: received.append(signum))
+    return lambda: bool(received)
+
+
+def _queued_again() -> str:
+    """Have SLURM queue this job again; what came of it."""
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not queued again ({error})"
+    return "queued again" if not done.returncode else f"not queued again ({done.stderr.strip()})"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

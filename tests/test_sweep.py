@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from perfusion import sweep as command
 from perfusion.cli import run_cli
@@ -128,6 +129,22 @@ def crashes(launcher: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
 
     assert run(NAMES, RATE, *launcher) == 0
     assert "0 done, 4 skipped, 0 failed, 0 open" in capfd.readouterr().out and attempts("whole") == 1
+
+
+def test_a_finished_job_that_has_read_other_files_is_named_before_the_first(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (here / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(here / "photos" / "a.png")
+    words = ["concept=photos", "concept.images=photos", "concept.superclass=cat", "concept.name=whole", RATE]
+    assert run(*words, "seed=0") == 0
+    folder = folder_of("whole")
+    read = {"directory": str(here), "files": {"concept.images": {"a.png": "of what lay there then"}}}
+    folder.inputs.write_text(json.dumps(read))
+    assert run(*words, "seed=0,1") == 2
+    said = f"{folder.path} holds a run that has read other files (concept.images: a.png is another"
+    assert said in capfd.readouterr().err
+    assert len(list(Path("runs").rglob("attempts"))) == 1
 
 
 def test_a_crash_costs_its_own_job_alone(capfd: pytest.CaptureFixture[str]) -> None:

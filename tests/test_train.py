@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -204,13 +205,35 @@ def test_what_is_stopped_while_it_is_saved_has_every_step_in_its_curve(
     assert Path("stopped/metrics.csv").read_text() == Path("whole/metrics.csv").read_text()
 
 
-def stopped_at(step: int) -> Any:
+@pytest.mark.parametrize("answer", [0, 1])
+def test_a_job_of_slurm_saves_its_step_and_queues_again(
+    answer: int, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, "callbacks.checkpoint.every=100", "run.dir=run", "run.requeue=true"]
+    assert run(*words) == 2 and "run.requeue=true: found no SLURM_JOB_ID" in capfd.readouterr().err
+    scontrol = here / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {here}/asked\necho not now >&2\nexit {answer}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3, signal.SIGUSR1))
+        assert run(*words) == 130
+    queued = "not queued again (not now)" if answer else "queued again"
+    said = f"stopped at step 4 by SIGUSR1, {queued}; the same command goes on at step 4"
+    assert capfd.readouterr().err.splitlines()[-1] == said
+    assert (here / "asked").read_text() == "requeue 17\n" and not Path("run/DONE").exists()
+    assert run(*words) == 0 and Path("run/DONE").exists()
+
+
+def stopped_at(step: int, number: int = signal.SIGTERM) -> Any:
     """A training step that has the process stopped before the one after `step`."""
     whole = PersonalizationModule.training_step
 
     def training_step(self: PersonalizationModule, *args: Any) -> Any:
         if self.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return whole(self, *args)
 
     return training_step
@@ -378,6 +401,12 @@ def test_gradient_checkpointing_trains_the_same_concept(
     capfd.readouterr()
     assert run(*words, "run.dir=plain", "backbone.gradient_checkpointing=true") == 0
     assert capfd.readouterr().out.startswith("finished already: plain")
+
+
+def test_masks_that_do_not_count_are_said(words: list[str], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(*words, "method=textual_inversion method.steps=1 run.dir=run") == 0
+    assert "concept.masks: they do not count, since method.masked_loss is false" in capfd.readouterr().out
+    assert json.loads(Path("run/metrics.json").read_text())["masks"] is False
 
 
 def test_a_run_with_drawn_masks_and_a_ready_matrix(words: list[str], here: Path) -> None:
@@ -575,6 +604,26 @@ def test_wandb_without_an_account_logs_offline(
     logger = loggers.build("wandb", spec, tmp_path)
     assert os.environ["WANDB_MODE"] == "offline" and logger.save_dir == str(tmp_path)
     assert capfd.readouterr().out.startswith("wandb: no account found, logging offline")
+
+
+def test_a_training_that_goes_on_is_one_run_of_its_logger(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[Any] = []
+
+    class Named(DummyLogger):
+        def __init__(self, save_dir: str, id: str | None = None) -> None:
+            super().__init__()
+            ids.append(id)
+
+    monkeypatch.setattr(loggers, "Named", Named, raising=False)
+    words = [*words, "+logger.other._target_=perfusion.training.loggers.Named", "run.dir=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
+        assert run(*words) == 130
+    assert run(*words) == 0 and run(*words, "run.overwrite=true") == 0
+    first, again, new = ids
+    assert first == again and new not in (first, None)
 
 
 def test_tensorboard_is_made_or_says_what_is_missing(tmp_path: Path) -> None:

@@ -210,9 +210,14 @@ class Method(nn.Module, ABC):
         self.start_step(backbone, batch, encoding)
         return self.terms(backbone, batch, encoding)
 
+    @property
+    def masked(self) -> bool:
+        """Whether the loss looks at masks: not, if the options have a `masked_loss` that is off."""
+        return getattr(self.options, "masked_loss", True)
+
     def adapted(self, batch: Batch) -> Batch:
-        """The batch that is trained on: here without masks, if the options have a `masked_loss` that is off."""
-        return batch if getattr(self.options, "masked_loss", True) else dataclasses.replace(batch, masks=None)
+        """The batch that is trained on: here without masks, if the loss does not look at them."""
+        return batch if self.masked else dataclasses.replace(batch, masks=None)
 
     def terms(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> dict[str, Tensor]:
         """Loss terms of an adapted batch and its prompts' encodings: here the masked denoising error, `masked_mean`."""

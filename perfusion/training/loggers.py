@@ -86,10 +86,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [{**row, "step": int(row["step"])} for row in rows]
 
 
-def build(name: str, spec: Mapping[str, Any], folder: Path) -> Logger:
+def build(name: str, spec: Mapping[str, Any], folder: Path, run: str | None = None) -> Logger:
     """The logger that the entry `logger.<name>` of a config describes; it writes into `folder` unless told otherwise.
 
-    Weights & Biases without an account logs offline, which is said in one line.
+    One that takes an `id`, as that of Weights & Biases does, is given `run`: so a training that is resumed is one run
+    there. Weights & Biases without an account logs offline, which is said in one line.
 
     Raises:
         ConfigError: it cannot be made, for example because its package is missing.
@@ -102,8 +103,8 @@ def build(name: str, spec: Mapping[str, Any], folder: Path) -> Logger:
         print(f"wandb: no account found, logging offline into {folder / 'wandb'} (`wandb sync` uploads it later)")
     try:
         accepted = inspect.signature(hydra.utils.get_class(target)).parameters
-        place = {"save_dir": str(folder)} if "save_dir" in accepted and "save_dir" not in spec else {}
-        return hydra.utils.instantiate(dict(spec), **place)
+        given = {"save_dir": str(folder), "id": run}
+        return hydra.utils.instantiate({key: value for key, value in given.items() if key in accepted} | dict(spec))
     except Exception as error:  # whatever a third party's constructor raises
         raise ConfigError(f"logger.{name}: {_reason(error)}") from error
 

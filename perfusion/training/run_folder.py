@@ -3,7 +3,7 @@
 - concept.safetensors: the trained concept
 - diffusers/: the same in the format that stock diffusers loads, where the method has one
 - config.yaml: the whole config, resolved
-- inputs.json: digests of the files that the config names, and the working directory
+- inputs.json: digests of the files that the config names, the working directory, and a name for this run
 - metrics.csv: what was logged at every step
 - metrics.json: final scores, step kept, seconds, peak memory, what it was made with
 - samples.png: fixed prompts, the base model beside the concept
@@ -27,6 +27,7 @@ import json
 import os
 import re
 import resource
+import secrets
 import shutil
 import socket
 import sys
@@ -240,11 +241,16 @@ class RunFolder:
         for former in (self.error, self.marker):  # that of a run whose concept was removed
             former.unlink(missing_ok=True)
         if inputs is not None:
-            said = {"directory": os.getcwd(), "files": inputs}
+            said = {"directory": os.getcwd(), "id": self.id or secrets.token_hex(4), "files": inputs}
             atomic_write_text(self.inputs, json.dumps(said, indent=2) + "\n")
         # Who starts from this config does not mean to replace a run once more.
         kept = dataclasses.replace(config, run=dataclasses.replace(config.run, overwrite=False))
         atomic_write_text(self.config, _HEADER + OmegaConf.to_yaml(dataclasses.asdict(kept)))
+
+    @property
+    def id(self) -> str | None:
+        """A name that no other run has, the same for all processes that go on with this one; None before `begin`."""
+        return (_read_inputs(self.inputs) or {}).get("id")
 
     def clear(self) -> None:
         """Remove what a run wrote here, the marker first and the config last; other files stay, and all of them where

@@ -131,11 +131,13 @@ def plan(jobs: Multirun, words: Sequence[str]) -> Sweep:
     """Write down the jobs of a command: their list, and a config file for each.
 
     Raises:
-        ConfigError: two jobs have one folder, or one that is no place for a run.
+        ConfigError: two jobs have one folder, or one that is no place for a run; a finished run has read other files.
     """
     folders = [RunFolder.of(config) for config in jobs.configs]
     for k, folder in enumerate(folders):
         folder.check_place()
+        if folder.finished and not jobs.configs[k].run.overwrite:
+            _check_inputs(folder, jobs.configs[k])
         first = folders.index(folder)
         if first != k:
             raise ConfigError(
@@ -151,6 +153,14 @@ def plan(jobs: Multirun, words: Sequence[str]) -> Sweep:
     text = {"words": list(words), "jobs": [asdict(job) for job in listed]}
     atomic_write_text(place / FILE, json.dumps(text, indent=2) + "\n")
     return Sweep(place / FILE, listed)
+
+
+def _check_inputs(folder: RunFolder, config: TrainConfig) -> None:
+    from perfusion.methods.base import Word, build
+    from perfusion.training.inputs import inputs_of
+
+    method = build(config.method, Word(config.concept.placeholder, config.concept.superclass))
+    folder.check(config, inputs_of(config, method))
 
 
 def read(path: Path) -> Sweep:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -93,13 +93,21 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
             )
 
 
-def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.device, resumed: int) -> Trainer:
+def build(
+    config: TrainConfig,
+    folder: RunFolder,
+    steps: int,
+    device: torch.device,
+    resumed: int,
+    told: Callable[[], bool] = lambda: False,
+) -> Trainer:
     """The trainer of a run.
 
     Args:
         steps: optimizer steps of the whole run.
         device: the backbone's.
         resumed: the step that the run goes on from, 0 for a new one.
+        told: whether to stop as soon as a step is done.
 
     Raises:
         ConfigError: a key of the three groups that cannot be used.
@@ -112,7 +120,7 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
     log: list[Logger] = []
     if rank_of(config.trainer) == 0:
         log.append(loggers.MetricsCSV(folder.metrics_csv, keep_until=resumed))
-        log += [loggers.build(name, spec, folder.path) for name, spec in config.logger.items()]
+        log += [loggers.build(name, spec, folder.path, folder.id) for name, spec in config.logger.items()]
     given = {key: value for key, value in config.trainer.items() if key != "max_time"}
     keywords = {
         "enable_model_summary": False,
@@ -128,8 +136,7 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
         # Buffers move alike in all processes, and are replaced rather than written: there is nothing to send.
         keywords["strategy"] = DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
     try:
-        if config.trainer.get("max_time") is not None:
-            callbacks.append(TimeLimit(config.trainer["max_time"]))
+        callbacks.append(TimeLimit(config.trainer.get("max_time"), told))
         trainer = Trainer(
             **keywords,
             max_steps=steps,
@@ -147,15 +154,16 @@ def build(config: TrainConfig, folder: RunFolder, steps: int, device: torch.devi
 
 
 class TimeLimit(Timer):
-    """`trainer.max_time`, of one process: it is stopped as by Ctrl-C, but after a checkpoint of its last step.
+    """`trainer.max_time`, of one process: it is stopped as by Ctrl-C, but after a checkpoint of its last step; so it is
+    when it is `told` to.
 
     Lightning's own ends the training, counts the time of former processes as well, and validates once more, which a
     training that never stopped would not do.
     """
 
-    def __init__(self, duration: Any) -> None:
+    def __init__(self, duration: Any, told: Callable[[], bool] = lambda: False) -> None:
         super().__init__(duration, verbose=False)
-        self.over = False
+        self.told, self.over = told, False
 
     def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None: ...
 
@@ -172,8 +180,9 @@ class TimeLimit(Timer):
         """Between two steps, when all of the first is logged."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        self.over = trainer.strategy.broadcast((self.time_remaining() or 0) <= 0)
-        if self.over:
+        left = self.time_remaining()
+        self.over = trainer.strategy.broadcast(left is not None and left <= 0)
+        if self.over or trainer.strategy.broadcast(self.told()):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, Checkpoints):
                     callback.save(trainer)
