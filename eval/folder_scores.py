@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +44,8 @@ from perfusion.toyland.world import SUPERCLASSES, Instance, sample_instance
 VERSION = 1  # changes when the scores of the same picture do
 _AT_ONCE = 64  # pictures in memory
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class FolderScores:
@@ -70,15 +74,21 @@ def score_folder(
     Raises:
         ScoreError: no references for a concept, no picture of the base model for a prompt.
         ConceptImageError: a picture cannot be read.
+        OSError: `cache` is no folder that can be written; nothing has been scored then.
     """
     subjects = [_subject(folder, record, references, base) for record in folder.records]
     file = None if cache is None else cache / f"{_key(subjects, scorers)}.json"
     if file is not None and file.is_file() and (kept := _read(file, len(subjects))) is not None:
         return kept, True
-    found = _scored(folder, subjects, scorers, progress)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(file, json.dumps({"scores": found.scores, "pairs": found.pairs}))
+        tempfile.TemporaryFile(dir=file.parent).close()  # that it can be written is known before it takes long
+    found = _scored(folder, subjects, scorers, progress)
+    if file is not None:
+        try:
+            atomic_write_text(file, json.dumps({"scores": found.scores, "pairs": found.pairs}))
+        except OSError as error:  # a disk that is full by now costs time later, but no score
+            _log.warning("%s: not kept for the next time: %s", file, error)
     return found, False
 
 

@@ -242,6 +242,16 @@ def without_a_weight(part: str) -> Callable[[Path], None]:
     return damage
 
 
+def with_nan(part: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (file,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(file)
+        tensors[sorted(tensors)[0]].flatten()[0] = float("nan")
+        save_file(tensors, file, {"format": "pt"})
+
+    return damage
+
+
 def with_values(file: str, **values: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         path = folder / file
@@ -264,6 +274,8 @@ def for_inpainting(folder: Path) -> None:
         (without_a_weight("unet"), "the weights of its unet are not whole: they lack "),
         (without_a_weight("vae"), "the weights of its vae are not whole: they lack "),
         (without_a_weight("text_encoder"), "the weights of its text_encoder are not whole: they lack "),
+        (with_nan("unet"), "the weights of its unet hold NaN or infinity, first in "),
+        (with_nan("text_encoder"), "the weights of its text_encoder hold NaN or infinity, first in "),
         (lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{}"), "cannot load .*pipeline: "),
         (with_values("model_index.json", unet=None), "cannot load .*pipeline: "),
         (lambda folder: (folder / "model_index.json").write_text("[]"), r"cannot read .*model_index\.json"),

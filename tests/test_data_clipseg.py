@@ -234,7 +234,7 @@ def with_nan(model: Path, tmp_path: Path) -> Path:
         (lambda model, tmp: "no/such/folder", r"concept\.clipseg: no folder no/such/folder; expected the folder of"),
         (
             lambda model, tmp: "nobody/nothing",
-            r"concept\.clipseg: nobody/nothing is no folder here, and the hub did",
+            r"concept\.clipseg: nobody/nothing is no folder here, and the hub cannot be reached",
         ),
         (lambda model, tmp: without("model.safetensors", model, tmp / "x"), r"concept\.clipseg: cannot load .*/x \("),
         (lambda model, tmp: without("config.json", model, tmp / "x"), r"concept\.clipseg: cannot load .*/x \("),

@@ -235,3 +235,22 @@ def test_the_table_says_what_is_not_there(run) -> None:
     found = summarize(points, Bootstrap(10))
     assert table(found).splitlines()[1].startswith("perfusion  ")
     assert "±" not in table(found), "one picture has no interval"
+
+
+def test_scores_are_not_lost_where_they_cannot_be_kept(
+    run, here: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """A cache that is no folder is named before anything is measured; a disk that is full afterwards costs no score."""
+    folder(Path("images"), [record("0.png", "a photo of <cat*>", 0, beta=0.4)])
+    Path("file").write_text("x")
+    scored = folder_scores._scored
+    monkeypatch.setattr(folder_scores, "_scored", lambda *_: pytest.fail("measured"))
+    with pytest.raises(OSError, match="file"):
+        run(cache="file")
+    monkeypatch.setattr(folder_scores, "_scored", scored)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_scores, "atomic_write_text", full)
+    assert run()["points"] and "not kept for the next time" in caplog.text

@@ -116,8 +116,13 @@ def read_pipeline(cls: type[P], origin: Source, dtype: torch.dtype, tokenizers: 
         for name in tokenizers:
             check_tokenizer(getattr(pipe, name))
         for name, part in pipe.components.items():  # diffusers only logs what it does not find
-            if isinstance(part, nn.Module) and (lacking := [key for key, p in part.named_parameters() if p.is_meta]):
+            if not isinstance(part, nn.Module):
+                continue
+            if lacking := [key for key, value in part.named_parameters() if value.is_meta]:
                 raise OSError(_incomplete(name, lacking))
+            for key, value in part.named_parameters():
+                if not torch.stack(value.detach().aminmax()).isfinite().all():
+                    raise OSError(f"the weights of its {name} hold NaN or infinity, first in {key}")
     return pipe
 
 

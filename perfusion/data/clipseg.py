@@ -156,7 +156,8 @@ class ClipSeg:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             where = f"cannot load {self._name}"
             if not self._local:
-                where = f"{self._name} is no folder here, and the hub did not give it"
+                hub = "cannot be reached" if offline() else "did not give it"
+                where = f"{self._name} is no folder here, and the hub {hub}"
             raise ConceptImageError(
                 f"concept.clipseg: {where} ({reason}). Expected a CLIPSeg model with safetensors weights: a folder, or "
                 "a hub id that can be reached or lies in the hub's cache. Masks of your own, concept.masks=<folder>, "
