@@ -58,12 +58,13 @@ class World:
         tau: float | Tensor = TAU,
         order: list[int] | None = None,
         kept: Tensor | None = None,
+        gated: Tensor | None = None,
     ) -> EditedEncoding:
         e = self.e if e is None else e
         i, s = (self.i, self.s) if order is None else (self.i[order], self.s[order])
         beta, tau = (torch.as_tensor(value, dtype=torch.float64).expand(len(i), len(e)) for value in (beta, tau))
         directions = precision_times(self.factor, i).to(torch.promote_types(i.dtype, torch.float32))
-        return edited_encoding(e, i, directions, s, beta, tau, kept)
+        return edited_encoding(e, i, directions, s, beta, tau, kept, gated)
 
     def edited(self, *args: object, order: list[int] | None = None, **settings: object) -> Tensor:
         """What the edit makes of the projection W e."""
@@ -158,6 +159,19 @@ def test_concepts_that_are_left_out_are_as_though_they_were_not_there() -> None:
         assert_near(found[row], w.closed_form(among)[row], 1e-9)
     assert torch.equal(w.encoding(beta=beta, kept=kept).remainder[2], w.e[2])
     assert torch.equal(found[2], w.e[2] @ w.W.T)
+
+
+@pytest.mark.parametrize("gated", [[True], [True, True], [True, False, True]])
+def test_a_gate_may_rule_what_is_taken_out_as_well(gated: list[bool]) -> None:
+    w = World(len(gated))
+    part = w.e @ w.inverse @ w.i.T @ torch.linalg.inv(w.i @ w.inverse @ w.i.T)  # (B, N, J), of the i*_j in e
+    expected = w.e @ w.W.T
+    for j, ruled in enumerate(gated):
+        g = w.g(j)[..., None]
+        expected = expected - (g if ruled else 1) * part[..., j : j + 1] * (w.W @ w.i[j]) + g * w.o[j]
+    assert_near(w.edited(gated=torch.tensor(gated)), expected, 1e-9)
+    closed = w.encoding(beta=1e4, gated=torch.tensor([True] * len(gated)))
+    assert torch.equal(closed.remainder, w.e) and torch.equal(closed.locked, w.e), "where no gate is open"
 
 
 def test_cosines_are_those_of_the_angles_in_the_metric_of_c() -> None:

@@ -18,6 +18,7 @@ from perfusion.editing import equations
 from perfusion.editing.gate import PromptGate
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.perfusion import KeyLock, Perfusion
+from tests.concepts import untrained_concept
 from tests.pipelines import tiny_pipeline
 
 WORD = Word("<bear*>", "teddy bear")
@@ -238,6 +239,23 @@ def test_the_gate_of_training_and_the_gate_of_drawing(backbone: Backbone) -> Non
     made.train()
     assert (made.beta, made.tau) == (0.6, 0.2)
     made.detach()
+
+
+@pytest.mark.parametrize("removal", ["full", "gated"])
+def test_a_closed_gate_leaves_encodings_as_they_are_where_it_rules_the_removal(
+    backbone: Backbone, removal: str
+) -> None:
+    concept = untrained_concept(backbone, Word("<bear*>", "teddy bear"), 0, removal=removal)
+    assert concept.settings["removal"] == removal
+    site = backbone.edit_sites()[1]
+    e = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = site.projection(e)
+        with concept.attach(backbone) as attached:
+            opened = site.projection(e)
+            attached.beta = 1e4
+            closed = site.projection(e)
+    assert torch.equal(closed, plain) == (removal == "gated") and not torch.equal(opened, plain)
 
 
 def test_a_loaded_concept_needs_no_second_moment(

@@ -23,6 +23,7 @@ class PromptGate(nn.Module):
     `target_inputs` (1, d) holds i*, `directions` (1, d) C⁻¹i* at any scale, since r(e) = <i*, e> / <i*, i*> has no need
     of it; `superclass_inputs` (1, d) the s of locked keys. Float32 or float64; buffers, so that checkpoints hold them.
     In place of a direction, a function can be given that takes it from the target input; it is called at first need.
+    With `gated_removal` the gate also rules what the edit takes out of an encoding, see `equations.edited_encoding`.
     """
 
     target_inputs: Tensor
@@ -36,8 +37,10 @@ class PromptGate(nn.Module):
         superclass_inputs: Tensor,
         beta: float | Tensor,
         tau: float | Tensor,
+        gated_removal: bool = False,
     ) -> None:
         super().__init__()
+        self.gated_removal = gated_removal
         self.register_buffer("target_inputs", None)
         self.register_buffer("directions", None)
         self.register_buffer("superclass_inputs", superclass_inputs.detach().clone())
@@ -127,7 +130,9 @@ def edited_encoding(gates: Sequence[PromptGate], e: Tensor) -> EditedEncoding:
     beta, tau = (torch.stack([gate.per_row(name, len(e)).to(e.device) for gate in gates]) for name in ("beta", "tau"))
     kept = ~beta.isposinf() if any(gate.leaves_out for gate in gates) else None
     i, v, s = (_together(gates, name).to(e.device) for name in ("target_inputs", "directions", "superclass_inputs"))
-    return equations.edited_encoding(e, i, v, s, beta, tau, kept)
+    removal = [gate.gated_removal for gate in gates]
+    gated = torch.tensor(removal, device=e.device) if any(removal) else None
+    return equations.edited_encoding(e, i, v, s, beta, tau, kept, gated)
 
 
 def cosines(gates: Sequence[PromptGate]) -> Tensor:

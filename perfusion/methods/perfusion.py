@@ -38,6 +38,12 @@ TWINS = 10  # degrees between the i* of two concepts
 KeyLock = Enum("KeyLock", {"local": "local", "global": "global", "none": "none"}, module=__name__)
 GLOBAL = KeyLock["global"]
 
+# What the edit takes out of the encodings e of a prompt, r(e) being the similarity to the concept and g(e) its gate.
+#   full: r i*, as in the paper, whether the gate is open or not. Where β is above 1 and the gate of the concept's own
+#     word closes, little is left of it.
+#   gated: g r i*. Where the gate is closed an encoding stays as it is: of other words, and of the concept's at a high β.
+Removal = Enum("Removal", {"full": "full", "gated": "gated"}, module=__name__)
+
 
 @dataclass
 class PerfusionOptions(MethodOptions):
@@ -53,6 +59,7 @@ class PerfusionOptions(MethodOptions):
     embedding_rate: float = 0.006
     weight_decay: float = 0.0  # AdamW's; the paper gives none, and zero is no better value for an output or a word
     key_lock: KeyLock = KeyLock.local
+    removal: Removal = Removal.full
     vectors: int = 1  # of the concept's word
     masked_loss: bool = True  # weigh the error by the masks, where there are some; the paper's ablation is without
 
@@ -90,7 +97,8 @@ class Perfusion(Method):
         check_free(projection_places(backbone))
         s = superclass_encoding(backbone, self.word.superclass)
         self._directions = _Directions(backbone)
-        self.gate = gate = PromptGate(s[None], self._directions, s[None], *self._gate_settings())
+        gated = self.options.removal is Removal.gated
+        self.gate = gate = PromptGate(s[None], self._directions, s[None], *self._gate_settings(), gated)
         gate.label = self.word.placeholder
         sites = backbone.edit_sites()
         outputs = {site.name: self._target_outputs(site, s) for site in sites}
