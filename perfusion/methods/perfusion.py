@@ -41,7 +41,7 @@ GLOBAL = KeyLock["global"]
 # What the edit takes out of the encodings e of a prompt, r(e) being the similarity to the concept and g(e) its gate.
 #   full: r i*, as in the paper, whether the gate is open or not. Where β is above 1 and the gate of the concept's own
 #     word closes, little is left of it.
-#   gated: g r i*. Where the gate is closed an encoding stays as it is: of other words, and of the concept's at a high β.
+#   gated: g r i*. Where the gate is closed an encoding stays as it is: other words, and the concept at a high β.
 Removal = Enum("Removal", {"full": "full", "gated": "gated"}, module=__name__)
 
 
