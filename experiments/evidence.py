@@ -51,17 +51,19 @@ class Evidence:
 
     Attributes:
         groups: what each picture shows: single toys, or pairs.
+        times: as of the experiment.
     """
 
     runner: Runner
     groups: Sequence[Together]
+    times: int = 1
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     _known: dict[Setting, Summary] = field(default_factory=dict)
 
     def summary(self, setting: Setting, label: str | None = None) -> Summary:
         """A setting's scores over all toys, under the name that it has in this experiment."""
         if setting not in self._known:
-            points = [self.runner.points[Wanted(setting, toys)] for toys in self.groups]
+            points = [self.runner.points[Wanted(setting, toys, self.times)] for toys in self.groups]
             self._known[setting] = summary(points, self.bootstrap)
         found = self._known[setting]
         return found if label is None else replace(found, method=label)

@@ -73,6 +73,7 @@ class Experiment:
         caveats: what the experiment cannot show.
         judge: gives the numbers; the verdict follows from them.
         pairs: whether two toys are in each picture.
+        times: how many times as many pictures of each prompt it draws as others do.
         x, y: scores of the figure, to the right and up.
         trainings: what has to be trained, drawn or not.
         notes: what people found out about a surprising verdict. Not computed.
@@ -87,6 +88,7 @@ class Experiment:
     judge: Callable[[Evidence], Finding]
     caveats: str = ""
     pairs: bool = False
+    times: int = 1
     x: str = X
     y: str = Y
     trainings: tuple[Training, ...] = ()
@@ -109,7 +111,8 @@ class Experiment:
 
     def wanted(self, protocol: Protocol) -> list[Wanted]:
         """All that has to be drawn."""
-        return [Wanted(s, toys) for one in self.series for s in one.settings for toys in self.groups(protocol)]
+        groups = self.groups(protocol)
+        return [Wanted(s, toys, self.times) for one in self.series for s in one.settings for toys in groups]
 
 
 def experiments() -> list[Experiment]:

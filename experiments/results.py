@@ -61,7 +61,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "groups": len(evidence.groups),
         "concepts": [{"name": toy.name, **asdict(toy.looks)} for toy in evidence.toys],
         "prompts": [list(alternatives) for alternatives in experiment.prompts(protocol)],
-        "seeds": list(protocol.seeds),
+        "seeds": list(protocol.seeds_of(experiment.times)),
         "scheduler": SCHEDULER,
         "steps": protocol.steps,
         "guidance": protocol.guidance,

@@ -43,14 +43,16 @@ Together = tuple[Toy, ...]  # toys in one picture
 
 @dataclass(frozen=True)
 class Wanted:
-    """Pictures of one setting."""
+    """Pictures of one setting, for an experiment that draws so many times as many of each prompt as others do."""
 
     setting: Setting
     toys: Together
+    times: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.setting.label} {self.setting.name}, {' and '.join(toy.name for toy in self.toys)}"
+        shown = f"{self.setting.label} {self.setting.name}, {' and '.join(toy.name for toy in self.toys)}"
+        return f"{shown}, {self.times} times" if self.times > 1 else shown
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,12 @@ class Runner:
         for one in dict.fromkeys(wanted):
             if (other := folders.setdefault(self.folder(one), one)) != one:
                 raise ConfigError(f"{one.name} is the same as {other.name}: expected different settings")
-            key = (one.setting.training, one.setting.share, one.setting.described, one.toys)
+            key = (one.setting.training, one.setting.share, one.setting.described, one.toys, one.times)
             groups.setdefault(key, []).append(one)
-        for (training, _, _, toys), members in groups.items():
+        for (training, _, _, toys, times), members in groups.items():
             needed = {} if training is None else {task.name: task for task in self._trainings(training, toys)}
             tasks |= needed
-            each = len(self.protocol.templates(*toys)) * len(self.protocol.seeds)
+            each = len(self.protocol.templates(*toys)) * len(self.protocol.seeds_of(times))
             at_once = max(1, _PICTURES // each)
             for start in range(0, len(members), at_once):
                 task = self._drawing(members[start : start + at_once], tuple(needed))
@@ -178,6 +180,7 @@ class Runner:
         else:
             name = "+".join(self.run_folder(training, toy).path.name for toy in wanted.toys)
         drawn = f"{self.protocol.steps}-steps-of-dpm-guidance-{self.protocol.guidance:g}"
+        drawn += f"-{wanted.times}-times" if wanted.times > 1 else ""  # two tasks never draw into one folder
         return self.root / "pictures" / name / f"{wanted.setting.name}-{drawn}"
 
     def _place(self, wanted: Wanted) -> str:
@@ -193,15 +196,17 @@ class Runner:
                 yield Task(task_name(training, toy), train, (config,), "train", config.method["steps"] * pictures)
 
     def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
-        setting, toys = members[0].setting, members[0].toys
+        setting, toys, times = members[0].setting, members[0].toys, members[0].times
         looks = tuple(Look(one, self.folder(one), self._said(one)) for one in members)
         concepts = () if setting.training is None else tuple(self._concept(setting, toy) for toy in toys)
         backbone = self.config(setting.training or _ANY, toys[0]).backbone
-        job = Job(self.protocol, backbone, concepts, looks, self.root / "measured")
+        protocol = replace(self.protocol, seeds=self.protocol.seeds_of(times))
+        job = Job(protocol, backbone, concepts, looks, self.root / "measured")
         new = sum(not (look.folder / FILE_NAME).exists() for look in looks)
-        size = new * len(job.prompts) * len(self.protocol.seeds)
+        size = new * len(job.prompts) * len(protocol.seeds)
         names = ", ".join(one.setting.name for one in members)
         name = f"draw {setting.label} {names}, {' and '.join(toy.name for toy in toys)}"
+        name += f", {times} times" if times > 1 else ""
         return Task(name, draw, (job,), "draw", max(size, 1), needs, about=tuple(members))
 
     def _concept(self, setting: Setting, toy: Toy) -> Path:

@@ -114,12 +114,12 @@ class MadeUp:
             own = np.random.default_rng([noise, len(self.points)])
             pictures, pairs = [], []
             for k, template in enumerate(self.protocol.templates(*wanted.toys)):
-                for seed in self.protocol.seeds:
+                for seed in self.protocol.seeds_of(wanted.times):
                     off = 0.1 * shared.standard_normal(2) + 0.02 * own.standard_normal(2)
                     scores = dict(zip(("prompt", "identity"), np.asarray(means[:2]) + off, strict=True))
                     scores |= {"clip_t": scores["prompt"] / 4, "clip_i": scores["identity"]}
                     pictures.append(Picture(Path(f"{len(pictures)}.png"), template, seed, "t", scores))
-                n = len(self.protocol.seeds)
+                n = wanted.times
                 pairs += [(k * n, k * n + j, means[2] + 0.001 * own.standard_normal()) for j in range(1, n)]
             setting: dict[str, Any] = {**dict(wanted.setting.dials), "setting": wanted.setting.name}
             self.points[wanted] = Point(wanted.setting.label, toys, setting, tuple(pictures), tuple(pairs))
@@ -130,7 +130,7 @@ class MadeUp:
 
 def judged(experiment: Experiment, truth: Callable[[Setting], Sequence[float] | np.ndarray], seed: int = 0) -> Verdict:
     runner: Any = MadeUp(experiment, truth, seed)
-    evidence = Evidence(runner, experiment.groups(runner.protocol), Bootstrap(80))
+    evidence = Evidence(runner, experiment.groups(runner.protocol), experiment.times, Bootstrap(80))
     return experiment.judge(evidence).verdict
 
 
@@ -196,7 +196,7 @@ def test_one_setting_beyond_the_front_is_enough_for_a_method() -> None:
         return perfusion_front(setting) - (0 if setting.label in ("perfusion", BASE) else 0.15)
 
     runner: Any = MadeUp(KNOWN["pareto"], truth)
-    evidence = Evidence(runner, KNOWN["pareto"].groups(runner.protocol), Bootstrap(80))
+    evidence = Evidence(runner, KNOWN["pareto"].groups(runner.protocol), 1, Bootstrap(80))
     finding = KNOWN["pareto"].judge(evidence)
     verdicts = {check.what: check.verdict for check in finding.checks if "DreamBooth" in check.what}
     (all_of_them,) = (what for what in verdicts if what.startswith("identity") and "above all settings" in what)
@@ -230,7 +230,7 @@ def test_intervals_over_few_toys_miss_the_truth_as_seldom_as_they_say() -> None:
             runner: Any = None
             line = Line(np.full((1, 2), values.mean()), np.broadcast_to(draws[:, None, None], (200, 1, 2)), True)
             groups: Any = [None] * n
-            interval = Evidence(runner, groups, Bootstrap(200)).number(lambda a: a[0, 0], line)
+            interval = Evidence(runner, groups, 1, Bootstrap(200)).number(lambda a: a[0, 0], line)
             assert interval.low is not None and interval.high is not None
             missed[n] += not interval.low <= 0 <= interval.high
     assert all(0.017 * 400 <= count <= 0.083 * 400 for count in missed.values()), missed
@@ -255,7 +255,7 @@ def test_one_picture_of_each_prompt_says_nothing_of_diversity() -> None:
     experiment = KNOWN["lock_types"]
     runner: Any = MadeUp(experiment, perfusion_front)
     runner.points = {wanted: replace(point, pairs=()) for wanted, point in runner.points.items()}
-    finding = experiment.judge(Evidence(runner, experiment.groups(runner.protocol), Bootstrap(20)))
+    finding = experiment.judge(Evidence(runner, experiment.groups(runner.protocol), experiment.times, Bootstrap(20)))
     assert finding.verdict is Verdict.UNDECIDED and finding.key == "diversity not comparable with global locking"
 
 
@@ -265,7 +265,7 @@ def test_one_concept_with_one_seed_decides_nothing() -> None:
     runner.protocol = replace(runner.protocol, toys=runner.protocol.toys[:1])
     for wanted, point in runner.points.items():
         runner.points[wanted] = replace(point, pictures=tuple(p for p in point.pictures if p.seed == 0), pairs=())
-    evidence = Evidence(runner, experiment.groups(runner.protocol), Bootstrap(20))
+    evidence = Evidence(runner, experiment.groups(runner.protocol), experiment.times, Bootstrap(20))
     finding = experiment.judge(evidence)
     assert finding.verdict is Verdict.UNDECIDED and all(check.value.low is None for check in finding.checks)
 
@@ -274,7 +274,7 @@ def test_the_registry() -> None:
     found = experiments()
     assert [one.id for one in found] == [
         "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types",
-        "covariance", "edited_layers",
+        "covariance", "edited_layers", "removal", "kept_step",
     ]  # fmt: skip
     assert [one.id for one in found if not one.of_paper] == ["covariance", "edited_layers"]
     assert len({one.place for one in found}) == len(found)

@@ -16,16 +16,17 @@ from experiments.protocol import (
 )
 from perfusion.data.prompts import fill
 from perfusion.toyland.captions import asked, looks_said, parse
-from perfusion.toyland.world import PLACES, STYLES, SUPPORTS, WORN
+from perfusion.toyland.world import PLACES, STYLES, SUPERCLASSES, SUPPORTS, WORN
 
 WHOLE = Protocol()
 
 
 def test_counts() -> None:
-    assert len(TABLE_TOYS) >= 8 and len({toy.superclass for toy in TABLE_TOYS}) >= 6
-    assert len(TABLE_PROMPTS) >= 16 and len(TABLE_SEEDS) == 4
+    assert len(TABLE_TOYS) >= 40 and {toy.superclass for toy in TABLE_TOYS} == {*SUPERCLASSES}
+    assert len(TABLE_PROMPTS) >= 16 and len(TABLE_SEEDS) == 1
+    assert WHOLE.seeds_of(2) == (0, 1) and TUNING.seeds_of(1) == TUNING.seeds
     assert len({toy.name for toy in (*TABLE_TOYS, *TUNING.toys)}) == len(TABLE_TOYS) + len(TUNING.toys)
-    assert len(WHOLE.pairs) == 4 and len({toy for pair in WHOLE.pairs for toy in pair}) == 8
+    assert len(WHOLE.pairs) == 20 and len({toy for pair in WHOLE.pairs for toy in pair}) == 40
 
 
 def test_toys_are_more_than_their_colour_and_chosen_by_a_rule() -> None:

@@ -32,7 +32,4 @@ EXPERIMENT = Experiment(
     series=SERIES,
     judge=judge,
     caveats="The other settings were chosen with locked keys.",
-    notes="At the same β locked keys follow the prompt far better and show less of the toy: they move along the front, "
-    "not beyond it. At β 1 local locking has lost the superclass in more than a quarter of the pictures: its keys fade "
-    "with the gate. Global locking, whose keys do not pass through the gate, keeps it in 93 %.",
 )

@@ -43,5 +43,6 @@ EXPERIMENT = Experiment(
     series=SERIES,
     judge=judge,
     y="diversity",
+    times=2,  # diversity is of pictures of one prompt
     caveats="Diversity is CLIP's. Pictures that miss the toy count as much as others; see their identity.",
 )

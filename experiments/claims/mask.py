@@ -27,6 +27,4 @@ EXPERIMENT = Experiment(
     caveats="Trained on five pictures, four of them with a background that a mask can keep out; that of the one-shot "
     "trainings is plain. Masks are exact; those of photos are not. The other settings were chosen with masks and one "
     "picture.",
-    notes="A probable reason: the five pictures show the toy in five places, so no background goes with it in all of "
-    "them, and there is little that a mask could keep out.",
 )

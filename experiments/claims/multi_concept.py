@@ -29,6 +29,4 @@ EXPERIMENT = Experiment(
     pairs=True,
     caveats="The paper compares with Custom Diffusion trained on both concepts together. Here its concepts are trained "
     "apart, as Perfusion's are, and merged by its closed form. There are half as many pairs as toys.",
-    notes="With four pairs the interval is wide. Both methods show less of each toy in pictures of two than in those "
-    "of one (Perfusion: identity 0.51 at β 0.85).",
 )

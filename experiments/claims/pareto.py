@@ -72,14 +72,4 @@ EXPERIMENT = Experiment(
     "setting that lies furthest out decides; a method's best trade-off stands beside it. The margin is the negative of "
     "the additive ε-indicator: by how much all settings could be better in both scores and still lie within the front. "
     "It is near 0 wherever a setting follows every prompt.",
-    notes="Where prompts are followed in 95 % and more, Perfusion has the highest identity of all methods (0.51 at β "
-    "0.85; Textual Inversion 0.49); where they are followed less, LoRA has, and Custom Diffusion reaches "
-    "further. Two explanations were tried. What is edited: LoRA on K and V of the text alone reaches no more "
-    "identity than Perfusion (0.59 against 0.74 on all of the attention; edited_layers). That is not all of it: "
-    "the base model that is told all looks in words has 0.64 and follows every prompt, so one word could carry "
-    "more than is learned here. Settings: on the three tuning toys these had identity 0.63 at prompt accuracy "
-    "0.99 instead of 0.51: they were chosen there, and toys differ; with another rate a word of two vectors "
-    "gave 0.63 instead of 0.58 at the same prompt accuracy, and twice the steps 0.62 (at 0.97). Above β 1 the edit "
-    "takes the superclass out of the word and puts too little in its place (it is read in 72 % of the pictures "
-    "at β 1, in 23 % at 1.15); only β = ∞ leaves it in.",
 )

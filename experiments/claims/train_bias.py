@@ -32,6 +32,4 @@ EXPERIMENT = Experiment(
     ),
     judge=judge,
     caveats=f"The other settings were chosen together with β {OWN:g}.",
-    notes="At the same β in pictures the higher one in training gives a stronger concept: more identity, less prompt "
-    "accuracy. That is another place on the same front.",
 )
