@@ -6,12 +6,15 @@ disk, and moved over the destination in one step. A symbolic link at the destina
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
+
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp(\..*)?", re.DOTALL)  # what `atomic_path` gives
 
 
 @contextmanager
@@ -50,6 +53,13 @@ def atomic_path(path: PathLike, flush: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)  # gone already after `replace`
     if flush and os.name == "posix":  # Windows has no handle of a folder to flush
         _flush(path.parent, os.O_RDONLY)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of atomic writes anywhere below `folder`; none may write there now."""
+    for path in folder.rglob(".*.tmp*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def atomic_write_bytes(path: PathLike, data: bytes | bytearray | memoryview) -> None:

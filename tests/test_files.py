@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from perfusion.files import atomic_path, atomic_write_bytes, atomic_write_text
+from perfusion.files import atomic_path, atomic_write_bytes, atomic_write_text, remove_unfinished
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_writes_and_replaces(tmp_path: Path):
@@ -97,3 +99,19 @@ def test_permissions_follow_the_umask(tmp_path: Path):
     target = tmp_path / "file"
     subprocess.run([sys.executable, "-c", script, str(target)], check=True, cwd=Path(__file__).parents[1])
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+def test_what_a_killed_process_left_can_be_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    others = [tmp_path / name for name in (".notes.tmp", "a.tmp", ".b.0123.tmp.png", ".c.0123456789abcdef.png")]
+    for other in others:
+        other.touch()
+    for target in (tmp_path / "marker", tmp_path / "checkpoints" / "step-000001.safetensors"):
+        code = (
+            f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom perfusion.files import atomic_path\n"
+            f"with atomic_path({str(target)!r}) as path:\n    path.touch()\n    os._exit(9)"
+        )
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert len([*tmp_path.rglob("*.tmp*")]) == 5
+    remove_unfinished(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)

@@ -40,7 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from perfusion.config import ConfigError, TrainConfig, checked
-from perfusion.files import atomic_write_text
+from perfusion.files import atomic_write_text, remove_unfinished
 
 CHECKPOINTS = "checkpoints"  # folder below that of the run
 
@@ -146,6 +146,7 @@ class RunFolder:
                 file.truncate(0)
                 file.write(f"{os.getpid()} on {socket.gethostname()}")
                 file.flush()
+                remove_unfinished(self.path)
                 try:
                     yield
                 finally:
