@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from perfusion.cli import run_cli
 from perfusion.config import ConfigError, TrainConfig, which_weights
 from perfusion.training import composition, sweep
+from perfusion.training.devices import join
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
@@ -50,13 +51,14 @@ def train(config: TrainConfig) -> RunFolder:
         KeyboardInterrupt: stopped; its message says how to go on.
     """
     started = time.monotonic()
+    rank = join(config.trainer)  # of the processes that train together; files and words are the first one's
     from lightning.pytorch import seed_everything
 
     from perfusion.backbones import backbone_class
     from perfusion.concept import Concept, save_concept
     from perfusion.methods.base import Word, build
     from perfusion.provenance import provenance
-    from perfusion.training.devices import device_count, device_of, rank_of
+    from perfusion.training.devices import device_count, device_of
     from perfusion.training.inputs import inputs_of
     from perfusion.training.module import examples_of, part_size
     from perfusion.training.prior import prior_of
@@ -75,7 +77,6 @@ def train(config: TrainConfig) -> RunFolder:
     part_size(
         method.options.batch_size, device_count(config.trainer), config.trainer.get("accumulate_grad_batches") or 1
     )
-    rank = rank_of(config.trainer)  # of the processes that train together; files and words are the first one's
     device = device_of(config, rank)
     examples = examples_of(config.concept, config.backbone.resolution)
     kind = backbone_class(config.backbone.name)

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,29 @@ def test_every_process_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of(config(devices=2), 1) == "auto"
     with pytest.raises(ConfigError, match=r"trainer\.devices=all: expected a number"):
         device_count({"devices": "all"})
+
+
+CHILD = (
+    "import time; from perfusion.training.devices import join; print(join({'devices': 2}), flush=True); time.sleep(60)"
+)
+FIRST = f"""
+import os, signal, subprocess, sys, time
+from perfusion.training.devices import join
+assert join({{"devices": 2}}) == 0
+told = {{**os.environ, "LOCAL_RANK": "1"}}
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=told, stdout=subprocess.PIPE, text=True)
+assert child.stdout.readline() == "1\\n"
+child.send_signal(signal.SIGINT)
+time.sleep(0.3)
+print(child.pid if child.poll() is None else "ended", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_ends_with_the_one_that_started_it_and_leaves_ctrl_c_to_it() -> None:
+    first = subprocess.run([sys.executable, "-c", FIRST], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    child, deadline = int(first.stdout), time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "it waits for a process that was killed"
+        time.sleep(0.05)

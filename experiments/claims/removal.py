@@ -14,8 +14,8 @@ HIGH = [k for k, beta in enumerate(BETAS) if beta > 1]  # where the gate of the 
 def judge(evidence: Evidence) -> Finding:
     """At the same identity; and how much of the prompt is left where the gate closes."""
     checks = gained(evidence, GATED_FRONT, FULL_FRONT, "gated removal over full")
-    high = [[front[k] for k in HIGH] for front in (GATED_FRONT, FULL_FRONT)]
-    closed = evidence.mean_difference(*high, "prompt")
+    gated, full = ([front[k] for k in HIGH] for front in (GATED_FRONT, FULL_FRONT))
+    closed = evidence.mean_difference(gated, full, "prompt")
     checks = (*checks, Check("prompt accuracy gained at β above 1", closed, decides=False))
     return Finding(checks, f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
 

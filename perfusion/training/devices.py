@@ -8,7 +8,9 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 from perfusion.config import ConfigError, TrainConfig
 
 _POLL = 0.5  # seconds between two looks at GPUs that are all taken
+_FIRST = "PERFUSION_FIRST"  # variable of the environment: the process that starts the others of its training
 
 
 @contextmanager
@@ -98,6 +101,25 @@ def device_of(config: TrainConfig, rank: int) -> str:
 def rank_of(trainer: Mapping[str, Any]) -> int:
     """Which of the processes that train one concept this is: 0 where there is one alone."""
     return int(os.environ.get("LOCAL_RANK", 0)) if device_count(trainer) > 1 else 0
+
+
+def join(trainer: Mapping[str, Any]) -> int:
+    """What `rank_of` gives; and a process that the first one started ends with it, and leaves Ctrl-C and SIGTERM to it:
+    it would wait for half an hour for one that was killed while they loaded."""
+    rank = rank_of(trainer)
+    if rank == 0:
+        os.environ[_FIRST] = str(os.getpid())  # for those that Lightning starts
+        return rank
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(int(os.environ.get(_FIRST, os.getppid())),), daemon=True).start()
+    return rank
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(1)
 
 
 def _listed(trainer: Mapping[str, Any]) -> list[int]:

@@ -152,8 +152,10 @@ def test_kills(method: str, processes: int, tmp_path: Path, record_property: Cal
                 kills += 1
         status, said = training.end(), training.said()
         assert status in (0, 130, *(-number for number in SIGNALS)), said
-        # A signal that arrives while Python calls a __del__ is not heard: then the training goes on.
-        assert "Traceback" not in said or "Exception ignored in" in said, said
+        # A signal that arrives while Python calls a __del__ is not heard: then the training goes on. And what loses the
+        # first process by SIGKILL may say so before it ends.
+        heard = "Exception ignored in" not in said and not (processes > 1 and status == -signal.SIGKILL)
+        assert "Traceback" not in said or not heard, said
         if (folder / "DONE").exists():
             compared += 1
             found = outcome(folder)
@@ -161,6 +163,7 @@ def test_kills(method: str, processes: int, tmp_path: Path, record_property: Cal
                 differences.append([name for name in expected if found.get(name) != expected[name]])
                 shutil.copytree(folder, tmp_path / f"different-{compared}")
             shutil.rmtree(folder)
+    time.sleep(1)
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
     assert not {*left} - {str(os.getpid())}, "none is left behind"
     record_property("kills", kills)
