@@ -61,7 +61,8 @@ def sample(
         n RGB pictures.
 
     Raises:
-        SamplingError: steps or batch size below 1, more steps than the schedule has, a seed beyond 64 bits.
+        SamplingError: steps or batch size below 1, more steps than the schedule has, a seed beyond 64 bits; or a
+            picture became NaN, which would be black.
     """
     return list(stream(pipe, prompts, seeds, steps, guidance, batch_size, progress, size=size, exact=exact))
 
@@ -102,9 +103,16 @@ def stream(
             if prepare is not None:
                 prepare(batch)
 
-            def count(pipe: Any, *_: Any, at_once: int = len(prompts[batch])) -> dict[str, Any]:
+            def count(
+                pipe: Any, step: int, timestep: Any, kept: dict[str, Any], at_once: int = len(prompts[batch])
+            ) -> dict[str, Any]:
                 bar.total = len(prompts) * pipe.num_timesteps  # some schedulers take one step more than asked for
                 bar.update(at_once)
+                if step == pipe.num_timesteps - 1 and not bool(kept["latents"].isfinite().all()):
+                    raise SamplingError(
+                        f"a picture became NaN or infinite, drawn in {str(kept['latents'].dtype).split('.')[-1]}: a "
+                        "concept's or model's numbers are beyond its range; float32 (dtype=float32) has a larger one"
+                    )
                 return {}
 
             own_bar = getattr(pipe, "_progress_bar_config", {})

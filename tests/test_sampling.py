@@ -101,3 +101,12 @@ def test_progress_counts_every_step_and_the_pipelines_own_bar_is_put_back(pipe, 
 def test_requests_that_cannot_be_followed(pipe, arguments, message):
     with pytest.raises(SamplingError, match=message):
         sample(pipe, **({"prompts": PROMPTS[:1], "seeds": [0]} | arguments))
+
+
+def test_a_picture_of_nan_is_an_error_and_no_black_picture(pipe):
+    hook = pipe.unet.register_forward_hook(lambda unet, args, out: (out[0] * torch.nan,))
+    try:
+        with pytest.raises(SamplingError, match="a picture became NaN or infinite, drawn in float32"):
+            sample(pipe, PROMPTS[:1], SEEDS[:1], STEPS)
+    finally:
+        hook.remove()
