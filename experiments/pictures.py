@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +22,8 @@ if TYPE_CHECKING:
 USAGE = """
 Draw the README's pictures on Toyland. What is missing is trained first, half a minute for each concept.
 
-  python -m experiments.pictures                    all three, into docs/images
-  python -m experiments.pictures only=locks out=.   one of them: strengths, locks or two
+  python -m experiments.pictures                    all, into docs/images
+  python -m experiments.pictures only=locks out=.   one of them: strengths, locks, two or attention
 """
 
 CAT = ["+experiment=cat_oneshot"]
@@ -53,7 +56,7 @@ class PicturesConfig:
     """The options of `python -m experiments.pictures`."""
 
     out: str = "docs/images"  # folder of the PNG files
-    only: str | None = None  # strengths, locks or two; null: all
+    only: str | None = None  # strengths, locks, two or attention; null: all
     root: str = "runs"  # where the concepts are trained
     seed: int = 0  # of the first picture in each row
 
@@ -124,7 +127,70 @@ def two(studio: Studio) -> list[tuple[str, list[Any]]]:
     return rows
 
 
-PICTURES = {"strengths": strengths, "locks": locks, "two": two}
+def attention(studio: Studio) -> list[tuple[str, list[Any]]]:
+    """Where the cross-attention looks for the concept's word, with locked and with trained keys, and for "cat"."""
+    cat, unlocked = studio.concept(CAT), studio.concept(TRAINED_KEYS)
+    rows = []
+    for name, word, concept in (
+        ("the base model: cat", cat.superclass, None),
+        (f"{cat.placeholder}, keys locked", cat.placeholder, cat),
+        (f"{unlocked.placeholder}, keys trained as well", unlocked.placeholder, unlocked),
+    ):
+        with concept.attach(studio.backbone) if concept else nullcontext():
+            drawn = [looked_at(studio, template.format(word), word, k) for k, template in enumerate(SCENES)]
+        rows.append((name, [picture for picture, _ in drawn]))
+        rows.append((f"{name}: attention to this word", [where for _, where in drawn]))
+    return rows
+
+
+def looked_at(studio: Studio, prompt: str, word: str, number: int) -> tuple[Any, Any]:
+    """The `number`-th picture of a row, and how much attention its places paid to `word`: the mean over all
+    cross-attention layers, heads and steps, the most of a picture in yellow."""
+    import torch
+    from matplotlib import colormaps
+    from PIL import Image
+
+    from perfusion.editing.tokens import last_tokens, token_ids
+
+    pipe: Any = studio.backbone.pipe
+    ids = pipe.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    (position,) = last_tokens(ids, token_ids(pipe.tokenizer, word))[0].nonzero()[0].tolist()
+    with watched(pipe.unet, position) as maps:
+        (picture,) = Studio(studio.backbone, studio.root, studio.seed + number).draw([prompt])
+    each = [torch.nn.functional.interpolate(one[None, None], picture.size[::-1], mode="bilinear") for one in maps]
+    mean = torch.cat(each).mean(0)[0]
+    colours = colormaps["inferno"]((mean / mean.max()).numpy())[..., :3]
+    return picture, Image.fromarray((255 * colours).astype("uint8"))
+
+
+@contextmanager
+def watched(unet: Any, position: int) -> Iterator[list[Any]]:
+    """Grows by the attention (h, w) that each cross-attention layer pays at each step to one position of the prompt, in
+    the second half of a batch, the one with the prompt; mean over heads."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    maps: list[Any] = []
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    before = [layer.processor for layer in layers]
+
+    def watch(scores: Any, *args: Any) -> Any:
+        found = scores(*args)  # (B · heads, h · w, N)
+        side = math.isqrt(found.shape[1])
+        maps.append(found[len(found) // 2 :, :, position].mean(0).view(side, side).detach().float().cpu())
+        return found
+
+    try:
+        for layer in layers:
+            layer.set_processor(AttnProcessor())  # which computes them
+            layer.get_attention_scores = functools.partial(watch, layer.get_attention_scores)
+        yield maps
+    finally:
+        for layer, processor in zip(layers, before, strict=True):
+            layer.set_processor(processor)
+            del layer.get_attention_scores
+
+
+PICTURES = {"strengths": strengths, "locks": locks, "two": two, "attention": attention}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from experiments import pictures
-from experiments.pictures import BETAS, CAT, PICTURES, SCENES, TEDDY, TRAINED_KEYS, Studio
+from experiments.pictures import BETAS, CAT, PICTURES, SCENES, TEDDY, TRAINED_KEYS, Studio, watched
 from perfusion.cli import run_cli
 from perfusion.concept import Concept
 from perfusion.config import TrainConfig
@@ -54,7 +55,7 @@ def test_what_is_trained() -> None:
     assert (teddy.concept.superclass, teddy.concept.placeholder) == ("teddy", "<teddy*>")
 
 
-@pytest.mark.parametrize(("name", "rows"), [("strengths", 1 + len(BETAS)), ("locks", 3), ("two", 4)])
+@pytest.mark.parametrize(("name", "rows"), [("strengths", 1 + len(BETAS)), ("locks", 3), ("two", 4), ("attention", 6)])
 def test_rows_differ(name: str, rows: int, studio: Studio) -> None:
     drawn = PICTURES[name](studio)
     assert len(drawn) == rows and all(len(row) == len(SCENES) for _, row in drawn)
@@ -72,4 +73,20 @@ def test_the_command_writes_one_picture(
     with Image.open(tmp_path / "images" / "locks.png") as picture:
         assert picture.width > 6 * 150
     assert run_cli(pictures.main, ["only=lock"]) != 0
-    assert "only: found 'lock', expected one of strengths, locks, two" in capsys.readouterr().err
+    assert "only: found 'lock', expected one of strengths, locks, two, attention" in capsys.readouterr().err
+
+
+def test_attention_to_a_word_is_that_of_its_position_and_nothing_stays(studio: Studio) -> None:
+    """The attention to all positions is 1 at every place; layers and processors are the stock ones afterwards."""
+    unet: Any = studio.backbone.denoiser
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    before = [(layer.processor, dict(vars(layer))) for layer in layers]
+    total = []
+    for position in range(studio.backbone.pipe.tokenizer.model_max_length):  # type: ignore[attr-defined]
+        with watched(unet, position) as maps:
+            studio.draw(["a photo of a cat"])
+        total.append(maps)
+    assert len(total[0]) == len(layers) * studio.backbone.config.steps
+    for of_one_call in zip(*total, strict=True):
+        assert torch.allclose(torch.stack(of_one_call).sum(0), torch.ones_like(of_one_call[0]), atol=1e-4)
+    assert [(layer.processor, dict(vars(layer))) for layer in layers] == before
