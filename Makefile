@@ -50,7 +50,7 @@ toyland-report: setup ## Measure the Toyland weights against their bars
 bench: setup ## Measure speed as ratios and write benchmarks/latest.json and docs/performance.md
 	$(PYTHON) -m benchmarks page=docs/performance.md $(ARGS)
 
-paper: setup ## Try every claim of the paper on Toyland and write docs/results.md (about 70 minutes)
+paper: setup ## Try every claim of the paper on Toyland and write docs/results.md (hours; ARGS=quick: less)
 	$(PYTHON) -m experiments.paper $(ARGS)
 
 constraints: ## Pin the newest versions that work together in constraints.txt
