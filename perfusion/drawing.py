@@ -35,7 +35,7 @@ def sample(
     batch_size: int = 8,
     progress: bool = False,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     exact: bool = True,
 ) -> list[Image.Image]:
     """One picture per prompt and seed, in their order.
@@ -54,7 +54,7 @@ def sample(
         guidance: classifier-free guidance; 1 switches it off.
         batch_size: pictures in one call of the denoiser.
         progress: show a progress bar that counts denoising steps, of all pictures.
-        size: height and width in pixels; default: the pipeline's own.
+        size: side in pixels, or width and height; default: the pipeline's own.
         exact: False lets a CPU take whole batches: about twice as fast for small models.
 
     Returns:
@@ -76,13 +76,14 @@ def stream(
     batch_size: int = 8,
     progress: bool = False,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     exact: bool = True,
+    negative_prompt: str | None = None,
     prepare: Callable[[slice], None] | None = None,
 ) -> Iterator[Image.Image]:
     """What `sample` gives, each picture as soon as its batch is drawn, so that it can be saved before the next.
 
-    `prepare` is called before each batch, with the place of its pictures among all.
+    `negative_prompt` is that of all. `prepare` is called before each batch, with the place of its pictures among all.
     """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
     if batch_size < 1:
@@ -96,7 +97,8 @@ def stream(
         raise SamplingError(f"seed: found {beyond[0]}, expected {_SEEDS.start} to {_SEEDS.stop - 1}")
     if exact and pipe.device.type == "cpu":
         batch_size = 1
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
+    width, height = size if isinstance(size, tuple) else (size, size)
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     with tqdm(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
@@ -122,6 +124,7 @@ def stream(
                     prompt=list(prompts[batch]),
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
                     callback_on_step_end=count,
+                    negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts[batch]),
                     **settings,
                 ).images
             finally:
@@ -150,7 +153,7 @@ def draw(
     shots: Sequence[Shot],
     batch: int = 8,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     exact: bool = True,
     progress: bool = False,
     again: bool = True,
@@ -189,6 +192,7 @@ def draw(
                 progress,
                 size=size,
                 exact=exact,
+                negative_prompt=records[0].negative_prompt,
                 prepare=prepare,
             )
             for k, image in zip(together, drawn, strict=True):
@@ -238,7 +242,8 @@ def _by_what_a_batch_shares(
             {name: value for name, value in given.items() if not one.concept.dials[name].per_picture}
             for one, given in zip(attached, dials[k], strict=True)
         ]
-        return repr((shots[k].record.steps, shots[k].record.guidance, common))
+        record = shots[k].record
+        return repr((record.steps, record.guidance, record.negative_prompt, common))
 
     groups: dict[str, list[int]] = {}
     for k in of:

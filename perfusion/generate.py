@@ -41,6 +41,7 @@ The strength with the best harmonic mean of CLIP-I and CLIP-T:  beta=auto
 Several concepts:  concept='[cat.safetensors, teddy.safetensors]' prompt='<cat*> and <teddy*> on the beach'
   with strengths of their own:  beta='[[0.6, 0.4]]', and gates of their own softness:  tau='[[0.15, 0.1]]'
 The base model beside them, its superclass in the concept's place:  beta=0.5,0.7,inf
+What others made for the same model:  lora=style.safetensors lora_scale=0.8 embedding=sketchy.safetensors
 """
 
 GRID = "grid.png"
@@ -53,7 +54,7 @@ _SLUG = 48  # characters of a prompt in the name of a file
 class GenerateConfig:
     """The options of `python -m perfusion.generate`."""
 
-    concept: Any = MISSING  # concept file, or a list of files that are drawn together
+    concept: Any = MISSING  # concept file, or the folder of its run; or a list of these that are drawn together
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
     dials: dict[str, Any] = field(default_factory=dict)  # see above; beta=0.6 is short for dials.beta=0.6
     num: int = 4  # pictures of each prompt, and of each beta
@@ -66,6 +67,13 @@ class GenerateConfig:
     device: str = "auto"  # auto: cuda, then mps, then cpu
     steps: int | None = None  # denoising steps; null: the backbone's
     guidance: float | None = None  # classifier-free guidance; null: the backbone's
+    negative_prompt: str | None = None  # what guidance leads away from
+    width: int | None = None  # pixels; null: the backbone's
+    height: int | None = None  # pixels; null: the backbone's
+    scheduler: str | None = None  # ddim, dpm++, unipc or euler; null: DDIM
+    lora: Any = None  # .safetensors file of a LoRA for the model, or a list
+    lora_scale: Any = 1.0  # their strength, or a list of as many
+    embedding: Any = None  # file of a textual inversion, or a list; its word can then stand in prompts
     references: Any = None  # for beta=auto: pictures of the concept; null: those that it was trained on
     scorer: str | None = None  # for beta=auto: toyland, an open_clip name, or a folder; null: Toyland's own on Toyland
     pretrained: str | None = None  # for beta=auto: the scorer's weights, a file or a tag
@@ -73,6 +81,7 @@ class GenerateConfig:
 
 
 _KEYS = [field.name for field in fields(GenerateConfig)]
+_TEXTS = ("concept", "prompt", "lora", "embedding")  # a text, or a list of them
 
 
 def main(argv: Sequence[str]) -> None:
@@ -92,6 +101,7 @@ def generate(config: GenerateConfig) -> Path:
         TokenError: a prompt is so long that a concept's placeholder would be cut off; nothing is drawn then.
         BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
     """
+    from perfusion import addons
     from perfusion.backbones import load_backbone
     from perfusion.concept import Concept
     from perfusion.drawing import Shot, described, draw, recorded
@@ -104,7 +114,10 @@ def generate(config: GenerateConfig) -> Path:
         raise ConfigError("beta=auto: found several concepts, expected one; find the strength of each on its own")
     if config.num < 1:
         raise ConfigError(f"num: found {config.num}, expected at least 1")
-    concepts = [Concept.load(Path(file).expanduser()) for file in files]
+    loras, scales = _loras(config)
+    embeddings = [] if config.embedding is None else _texts("embedding", config.embedding, "file")
+    size = _size(config)
+    concepts = [Concept.load(_file_of(file)) for file in files]
     if auto:
         concepts[0].check_dial("beta")
         del dials["beta"]
@@ -120,6 +133,12 @@ def generate(config: GenerateConfig) -> Path:
     out = Path(config.out or Path("generated") / f"{'-'.join(names)}-{slug(prompts[0])}").expanduser()
     known = known_records(out)
     backbone = load_backbone(config, default=concepts[0].family)
+    if config.scheduler is not None:
+        addons.set_scheduler(backbone.pipe, config.scheduler)
+    addons.load_loras(backbone.pipe, loras, scales)
+    words = addons.load_embeddings(backbone.pipe, embeddings)
+    if words:
+        print(f"words of embeddings: {', '.join(words)}")
     with ExitStack() as stack:
         attached = [stack.enter_context(concept.attach(backbone)) for concept in concepts]
         backbone.check_prompts(prompts)
@@ -129,6 +148,11 @@ def generate(config: GenerateConfig) -> Path:
         common = described(backbone.pipe, concepts, names) | {
             "steps": backbone.config.steps if config.steps is None else config.steps,
             "guidance": backbone.config.guidance if config.guidance is None else config.guidance,
+            "negative_prompt": config.negative_prompt,
+            "width": config.width,
+            "height": config.height,
+            "loras": ", ".join(f"{Path(f).name} {s:g}" for f, s in zip(loras, scales, strict=True)) or None,
+            "embeddings": ", ".join(words) or None,
         }
         wanted = [(prompt, row, config.seed + k) for prompt in prompts for row in rows for k in range(config.num)]
         records = named(
@@ -137,7 +161,7 @@ def generate(config: GenerateConfig) -> Path:
             (path.name for path in out.glob("*")),
         )
         shots = [Shot(record, out, row) for record, (_, row, _) in zip(records, wanted, strict=True)]
-        images = draw(backbone.pipe, attached, shots, config.batch, progress=True)
+        images = draw(backbone.pipe, attached, shots, config.batch, size=size, progress=True)
     grid = _grid_path(out, records[0])
     _write_grid(grid, records, images, config.num)
     print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")
@@ -194,7 +218,7 @@ def _readable(word: str) -> str:
     it is a list. What is no key of this command is a dial of the concept's method.
     """
     key, equals, value = word.removeprefix("backbone.").partition("=")
-    if equals and key in ("concept", "prompt") and not value.lstrip().startswith("["):
+    if equals and key in _TEXTS and not value.lstrip().startswith("["):
         value = json.dumps(value.replace("${", "\\${"), ensure_ascii=False)
     if equals and key.isidentifier() and key not in _KEYS:
         key = f"dials.{key}"
@@ -207,6 +231,36 @@ def _texts(key: str, given: Any, kind: str) -> list[str]:
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ConfigError(f"{key}: found {given!r}, expected a {kind} or a list of {kind}s")
     return texts
+
+
+def _file_of(given: str) -> Path:
+    """The concept's file, also where the folder of its run was given."""
+    from perfusion.training.run_folder import RunFolder
+
+    path = Path(given).expanduser()
+    return RunFolder(path).concept if path.is_dir() else path
+
+
+def _loras(config: GenerateConfig) -> tuple[list[str], list[float]]:
+    """Files and scales. Raises ConfigError."""
+    files = [] if config.lora is None else _texts("lora", config.lora, "file")
+    scales = _listed(config.lora_scale)
+    scales = scales * len(files) if len(scales) == 1 else scales
+    numbers = [float(s) for s in scales if isinstance(s, (int, float)) and math.isfinite(s)]
+    if len(numbers) != len(scales) or len(scales) != len(files):
+        raise ConfigError(f"lora_scale: found {config.lora_scale!r}, expected a number, or one for each lora")
+    return files, numbers
+
+
+def _size(config: GenerateConfig) -> tuple[int, int] | None:
+    """Width and height, if they were given. Raises ConfigError."""
+    given = {"width": config.width, "height": config.height}
+    for key, value in given.items():
+        if value is not None and (value < 8 or value % 8):
+            raise ConfigError(f"{key}: found {value}, expected a multiple of 8 pixels")
+    if (config.width is None) != (config.height is None):
+        raise ConfigError("width, height: found one of them, expected both or none")
+    return None if config.width is None or config.height is None else (config.width, config.height)
 
 
 def _rows(name: str, given: Any, concepts: Sequence[Concept]) -> list[tuple[Any, ...]]:

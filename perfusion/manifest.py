@@ -57,6 +57,11 @@ class ImageRecord:
     scheduler: str | None = None  # diffusers' class
     steps: int | None = None
     guidance: float | None = None
+    negative_prompt: str | None = None
+    width: int | None = None  # pixels, where they were asked for
+    height: int | None = None
+    loras: str | None = None  # their files and scales
+    embeddings: str | None = None  # words of textual inversions
     setting: str | None = None  # what else sets pictures of one method apart, e.g. "trained 200 steps"
     instance: int | None = None  # of a toy that Toyland draws: the seed of its looks, as in `concept.toyland.instance`
 

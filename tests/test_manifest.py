@@ -13,7 +13,8 @@ FULL = ImageRecord(
     file="a.png", prompt="a photo of <chat très mignon*> 猫", seed=2**63, concept="chat", concept_hash="0123456789ab",
     placeholder="<chat*>", superclass="cat", method="perfusion", backbone="toyland",
     dials={"beta": 0.65, "tau": 0.15, "key_lock": "local"}, scheduler="DDIMScheduler", steps=50, guidance=4.0,
-    setting="trained 200 steps", instance=16,
+    setting="trained 200 steps", instance=16, negative_prompt="blurry", width=64, height=128,
+    loras="style.safetensors 0.8", embeddings="<style>",
 )  # fmt: skip
 PICTURE = Image.new("RGB", (3, 2), (10, 20, 30))
 
