@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,7 @@ def _protocol(config: PaperConfig) -> Protocol:
     for key in ("seeds", "steps", "workers", "resamples"):
         if getattr(config, key) < 1:
             raise ConfigError(f"{key}: found {getattr(config, key)}, expected at least 1")
-    return replace(
-        whole,
-        toys=whole.toys[: config.concepts],
-        prompts=whole.prompts[: config.prompts],
-        pair_prompts=whole.pair_prompts[: config.prompts],
-        seeds=tuple(range(config.seeds)),
-        steps=config.steps,
-    )
+    return whole.smaller(config.concepts, config.prompts, config.seeds, config.steps)
 
 
 def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out: Path) -> list[str]:
@@ -154,7 +147,8 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
 def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
     """The tasks that an experiment waits for."""
     mine = {*wanted}
-    named = {task_name(t, toy) for t in one.trained for toy in runner.protocol.toys}
+    world = runner.protocol
+    named = {task_name(t, subject) for t in one.trained(world) for subject in world.subjects}
     return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
 
 
