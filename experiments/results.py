@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -180,15 +180,24 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda content: content["place"])
 
 
+def check_world(found: Sequence[Mapping[str, Any]], world: World) -> None:
+    """Hold that results are of this world: one page shows one. Raises ConfigError."""
+    if found and world_of(found) != world.kind:
+        raise ConfigError(
+            f"out: found results of world={world_of(found)} there, expected none, or those of {world.kind}"
+        )
+
+
 def draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path) -> None:
-    """Write `<id>` and `<id>-clip` as PNG and SVG into `folder`, and small PNG files into `images`."""
+    """Write the figures as PNG and SVG into `folder`, and small PNG files into `images`."""
     from eval.figures import draw_fronts, save_figure  # matplotlib, which takes long to import
 
     folder.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
     summaries = _summaries(experiment, evidence)
-    axes = {experiment.id: experiment.axes(evidence.world), f"{experiment.id}-clip": ("clip_t", "clip_i")}
-    for name, (right, up) in axes.items():
+    scores = {name for summary in summaries for name in summary.scores}
+    for end, (right, up) in _figures(experiment.axes(evidence.world), scores).items():
+        name = f"{experiment.id}{end}"
         x, y = score_kind(right, "x"), score_kind(up, "y")
         save_figure(draw_fronts(fronts(summaries, x, y, (0.0, 0.0), evidence.bootstrap.level), x, y), folder / name)
         with Image.open(folder / f"{name}.png") as image:
@@ -196,6 +205,14 @@ def draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path)
             small = image.convert("RGB").quantize(_COLOURS)
         with atomic_path(images / f"{name}.png") as file:
             small.save(file, "PNG", optimize=True)
+
+
+def _figures(axes: Sequence[str], scores: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """What figures are called behind the experiment's id, and their scores: to the right and up."""
+    right, up = axes
+    clip = ("clip_t", "clip_i")
+    found = {"": (right, up)} | ({"-clip": clip} if (right, up) != clip else {})
+    return found | ({"-dino": ("clip_t", "dino")} if "dino" in scores else {})
 
 
 def _summaries(experiment: Experiment, evidence: Evidence) -> list[Summary]:
@@ -330,9 +347,12 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {_cell(check['what'])} | {mean} | {interval} | {check['expected']} | {verdict} |")
     lines.append("")
     if one["series"]:
-        right, up = (BY_NAME[name].title for name in one["axes"])
-        lines += [f"![{up[:1].upper()}{up[1:]} over {right}]({IMAGES}/{one['id']}.png)", ""]
-        lines += [f"![CLIP-I and CLIP-T]({IMAGES}/{one['id']}-clip.png)", "", *_table(one), ""]
+        scores = {name for line in one["series"] for setting in line["settings"] for name in setting["scores"]}
+        for end, axes in _figures(one["axes"], scores).items():
+            right, up = (BY_NAME[name].title for name in axes)
+            said = "CLIP-I and CLIP-T" if end == "-clip" else f"{up[:1].upper()}{up[1:]} over {right}"
+            lines += [f"![{said}]({IMAGES}/{one['id']}{end}.png)", ""]
+        lines += [*_table(one), ""]
     for table in one["tables"]:
         lines += [f"{table['title']}:", "", _row(table["head"]), _row(["---"] * len(table["head"]))]
         lines += [*map(_row, table["rows"]), ""]

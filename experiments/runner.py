@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from perfusion.concept import Attached
 
 SECONDS = "seconds.json"  # how long the pictures of each folder took
+_TIMED = 3  # steps of a picture that is drawn to know how long it takes
 _PICTURES = 192  # of one task, at most: small enough that all cores end at about the same time
 
 Together = tuple[Subject, ...]  # subjects in one picture
@@ -151,8 +153,30 @@ class Runner:
             tasks |= {task.name: task for task in self._trainings(training, self.protocol.subjects)}
         return list(tasks.values())
 
+    def timing(self) -> Task:
+        """The task that measures how long a picture takes, from which `keep` knows how long tasks take."""
+        backbone = self.config(PERFUSION, next(iter(self.protocol.subjects))).backbone
+        return Task("time a picture of the base model", time_picture, (self.protocol, backbone), "time")
+
+    def amount(self, tasks: Iterable[Task]) -> tuple[int, int, int]:
+        """How many trainings and pictures tasks are, and how many pictures of superclasses the trainings need."""
+        trainings = [task for task in tasks if task.kind == "train"]
+        pictures = sum(int(task.size) for task in tasks if task.kind == "draw" and task.size > 1)
+        priors = {}
+        for task in trainings:
+            config: TrainConfig = task.arguments[0]
+            if (count := config.method.get("prior_images")) and config.concept.prior is None:
+                kind = json.dumps({key: value for key, value in config.method.items() if key.startswith("prior_")})
+                priors[config.concept.superclass, kind] = count
+        return len(trainings), pictures, sum(priors.values())
+
     def keep(self, outcome: Outcome) -> None:
         """Take in what a task has found."""
+        if outcome.task.kind == "time" and outcome.error is None:
+            each = outcome.value
+            # A step of drawing with guidance runs the denoiser forward twice, one of training once and then backward,
+            # which takes as long as two further runs.
+            self.pace = {"draw": each, "train": 1.5 * each / self.protocol.steps}
         if outcome.task.kind != "draw" or outcome.error is not None:
             return
         wanted: tuple[Wanted, ...] = outcome.task.about
@@ -251,6 +275,24 @@ def train(config: TrainConfig, threads: int = 1) -> None:
         gc.collect()
 
 
+def time_picture(world: World, config: BackboneConfig) -> float:
+    """Seconds that a picture of the base model takes here. Loads the scorers as well: what cannot be loaded is found
+    before anything long begins."""
+    _take(world.threads)
+    from perfusion.drawing import sample
+
+    world.scorers()
+    backbone = _loaded(config, world)
+    count = 1 if backbone.pipe.device.type == "cpu" else world.at_once
+    steps = min(world.steps, _TIMED)
+    prompts, seeds = ["a photo"] * count, list(range(count))
+    started = 0.0
+    for number in (1, steps):  # the first call also loads kernels
+        started = time.monotonic()
+        sample(backbone.pipe, prompts, seeds, number, world.guidance, count, size=config.resolution)
+    return (time.monotonic() - started) / count / steps * world.steps
+
+
 def draw(job: Job) -> tuple[list[Point], dict[str, Any]]:
     """Draw what is missing and score all: the point of each look, and what a record of scores says of itself.
 
@@ -293,8 +335,13 @@ def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> l
         "guidance": job.protocol.guidance,
         "setting": look.said,
     }
+    names: dict[str, str] = {}  # of files; long prompts may begin alike
+    for template in job.prompts:
+        name = slug(template)
+        again = sum(other == name or other.startswith(f"{name}--") for other in names.values())
+        names[template] = f"{name}--{again + 1}" if again else name
     return [
-        ImageRecord(file=f"{slug(template)}-{seed}.png", prompt=prompt, seed=seed, **common)
+        ImageRecord(file=f"{names[template]}-{seed}.png", prompt=prompt, seed=seed, **common)
         for template, prompt in job.prompts.items()
         for seed in job.protocol.seeds
     ]

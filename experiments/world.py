@@ -90,6 +90,7 @@ class World(abc.ABC):
         threads: of each worker.
         budget: seconds that a training of Perfusion may take; None: there is none to be held.
         measured: whether the time of a picture and of a training is measured, rather than known beforehand.
+        tables: whether results are also written as tables in LaTeX.
         seeds, steps, guidance: of all pictures.
     """
 
@@ -109,6 +110,7 @@ class World(abc.ABC):
     at_once: ClassVar[int]
     budget: ClassVar[float | None] = None
     measured: ClassVar[bool] = False
+    tables: ClassVar[bool] = False
     seeds: tuple[int, ...] = (0,)
     steps: int = 50
     guidance: float = 6.0
@@ -175,7 +177,7 @@ class World(abc.ABC):
         """The arithmetic that pictures are drawn in."""
 
     def lacks(self, settings: Sequence[Setting]) -> str | None:
-        """What these settings need and the world has not, in words."""
+        """What these settings need that the world has not, in words; None: nothing."""
         return None
 
     # --- the same in all worlds ---
