@@ -149,7 +149,9 @@ def write_table(out: Path, experiment: Experiment, evidence: Evidence) -> None:
         Reported(f"{title(one.method)} (published)", one.setting, one.concepts, dict(one.scores))
         for one in _published(experiment, evidence.world)
     ]
-    text = latex(kept, evidence.world.said(experiment.claim), f"tab:{experiment.id}", beside)
+    sources = dict.fromkeys(one.source for one in _published(experiment, evidence.world))
+    caption = " ".join([evidence.world.said(experiment.claim), *(f"Published: {source}." for source in sources)])
+    text = latex(kept, caption, f"tab:{experiment.id}", beside)
     atomic_write_text(folder / f"{experiment.id}.tex", text)
 
 
@@ -360,11 +362,11 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         lines += [f"Caveats: {one['caveats']}", ""]
     if one["notes"]:
         lines += [f"Notes: {one['notes']}", ""]
-    seconds = one["seconds"]
+    seconds, core = one["seconds"], " of one core" if world_of([one]) == TOYLAND else ""
     lines += [
         f"{_OWNER[world_of([one])]} weights {one['weights']}, config {one['config_hash']}, "
         f"commit {(made['git_commit'] or 'unknown')[:12]}"
-        f"{', changed since' if made['git_dirty'] else ''}; {seconds['training'] / 60:.0f} minutes of one core in "
+        f"{', changed since' if made['git_dirty'] else ''}; {seconds['training'] / 60:.0f} minutes{core} in "
         f"training and {seconds['drawing'] / 60:.0f} in drawing, shared with other experiments. "
         f"All numbers: [results/{one['id']}.json](../results/{one['id']}.json).",
         "",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from experiments import paper
 from experiments.experiment import experiments
@@ -25,6 +26,7 @@ from tests.scorers import make_scorer
 from tests.test_experiments import Inline
 
 SUBJECTS = {"rex": "dog", "old mug": "mug", "tiger": "cat"}
+OF_PHOTOS = ("data", "path", "device", "scorer")
 PROTOCOL = """
 based_on: study
 classes: {rex: dog, old mug: mug, tiger: cat}
@@ -73,6 +75,7 @@ def words(home: Path, **others: Any) -> list[str]:
         "path": home / "pipeline",
         "device": "cpu",
         "scorer": home / "scorer",
+        "concepts": 2,
         "prompts": 1,
         "resamples": 20,
         "runs": home / "runs",
@@ -106,7 +109,7 @@ def test_results_are_as_toyland_s_with_clip_in_the_places_of_its_scores(ran: Pat
     assert not {"identity", "prompt"} & pareto["series"][0]["settings"][0]["scores"].keys()
     drawn = pareto["protocol"]
     assert (drawn["scheduler"], drawn["steps"], drawn["guidance"], drawn["seeds"]) == ("DDIMScheduler", 1, 6.0, [0])
-    assert [one["name"] for one in drawn["concepts"]] == [*SUBJECTS]
+    assert [one["name"] for one in drawn["concepts"]] == ["rex", "old mug"]
     assert [series["label"] for series in found["one_shot"]["series"]] == ["1 picture", "all pictures", "base"]
     assert {*found["one_shot"]["runs"]} == {"perfusion", "perfusion, 1 picture"}
     (decisive,) = (check for check in found["one_shot"]["checks"] if check["decides"])
@@ -119,22 +122,24 @@ def test_published_numbers_stand_beside_and_are_not_judged(ran: Path) -> None:
     assert reported["perfusion"] == {"clip_t": 0.273, "clip_i": 0.691} and len(reported) == 4
     assert not json.loads((ran / "small" / "results" / "one_shot.json").read_text())["published"]
     page = (ran / "small" / "docs" / "results.md").read_text()
-    assert page.startswith("# Results on photos") and "| Perfusion, published | 47 subjects" in page
+    assert (
+        page.startswith("# Results on photos") and "| Perfusion, published | 47 subjects, ViT-B/32 (a published" in page
+    )
     assert "Toyland" not in page and "](images/results/pareto.png)" in page and "pareto-clip" not in page
     table = (ran / "small" / "results" / "pareto.tex").read_text()
-    assert r"Perfusion (published) & 47 subjects" in table and r"\toprule" in table
+    assert r"Perfusion (published) & 47 subjects, ViT-B/32 & 47 & -- & 0.691 & 0.273" in table and r"\toprule" in table
     assert (ran / "small" / "docs" / "images" / "results" / "pareto.png").is_file()
     assert "The paper&#x27;s claims on photos" in (ran / "report" / "index.html").read_text()[:1000]
 
 
 def test_runs_and_pictures_are_of_the_photos(ran: Path, home: Path) -> None:
     configs = [read_config(run / "config.yaml") for run in (ran / "trained").iterdir() if RunFolder(run).finished]
-    assert len(configs) == 3 * 6, "five methods on all photos, and one on the first"
+    assert len(configs) == 2 * 6, "five methods on all photos, and one on the first"
     perfusion = [config for config in configs if config.method["name"] == "perfusion"]
     images = {config.concept.images for config in perfusion if config.concept.name == "rex"}
     assert images == {str(home / "data" / "rex"), str(home / "data" / "rex" / "0.png")}
     assert {config.method["beta"] for config in perfusion} == {0.75}, "the published settings, not Toyland's"
-    assert {config.concept.placeholder for config in perfusion} == {"<rex*>", "<old_mug*>", "<tiger*>"}
+    assert {config.concept.placeholder for config in perfusion} == {"<rex*>", "<old_mug*>"}
     records = [r for file in (ran / "pictures").rglob("manifest.json") for r in read_manifest(file.parent)]
     prompts = {record.concept: record.prompt for record in records if record.method == "base"}
     assert prompts["rex"] == "a dog wearing a hat" and prompts["old mug"] == "a photo of a mug on the beach"
@@ -164,7 +169,7 @@ def test_it_says_beforehand_what_it_takes_and_does_nothing_twice(
     assert run(home, only="one_shot") == 0
     assert {file: file.stat().st_mtime_ns for file in (ran / "pictures").rglob("*.png")} == before
     said = capsys.readouterr().out
-    assert "0 trainings and 0 pictures, of 3 subjects, 1 prompts and 1 seeds; timing a picture" in said
+    assert "0 trainings and 0 pictures, of 2 subjects, 1 prompts and 1 seeds; timing a picture" in said
     assert "tasks for one_shot; about 0 minutes" in said
 
     class Counting(Inline):
@@ -172,10 +177,31 @@ def test_it_says_beforehand_what_it_takes_and_does_nothing_twice(
             return ["it is enough"] if tasks[0].kind == "time" else super().run(tasks, done)
 
     monkeypatch.setattr(paper, "Pool", Counting)
-    assert run(home, only="pareto,key_lock", seeds=2, runs=home / "others", prompts=None) == 2
+    assert run(home, only="pareto,key_lock", seeds=2, runs=home / "others", prompts=None, concepts=3) == 2
     said = capsys.readouterr()
     assert f"{3 * 6} trainings and {3 * 2 * 2 * (20 + 6)} pictures, of 3 subjects, 2 prompts and 2 seeds" in said.out
     assert "nothing was begun: it is enough" in said.err
+
+
+def test_dino_is_scored_where_it_is_named(
+    ran: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm = pytest.importorskip("timm")
+    settings = {"embed_dim": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "img_size": 64}
+    pretrained = {"num_classes": 0, "input_size": [3, 64, 64]}
+    config = {"architecture": "test_vit", "num_classes": 0, "model_args": settings, "pretrained_cfg": pretrained}
+    (home / "dino").mkdir()
+    (home / "dino" / "config.json").write_text(json.dumps(config))
+    model = timm.create_model("test_vit", num_classes=0, **settings)
+    save_file(model.state_dict(), home / "dino" / "model.safetensors")
+    monkeypatch.setattr(paper, "Pool", Inline)
+    assert run(home, only="one_shot", dino=home / "dino", out=home / "dino-out") == 0
+    found = json.loads((home / "dino-out" / "results" / "one_shot.json").read_text())
+    assert "dino" in found["series"][0]["settings"][0]["scores"]
+    assert "](images/results/one_shot-dino.png)" in (home / "dino-out" / "docs" / "results.md").read_text()
+    assert "& DINO" in (home / "dino-out" / "results" / "one_shot.tex").read_text()
+    assert run(home, world="toyland", only="size", out=home / "dino-out", **dict.fromkeys(OF_PHOTOS)) == 2
+    assert "out: found results of world=photos there, expected none, or those of toyland" in capsys.readouterr().err
 
 
 def photos(home: Path, **others: Any) -> Photos:
@@ -205,7 +231,7 @@ def test_a_list_like_that_of_customconcept101(home: Path, tmp_path: Path) -> Non
     assert (cat.name, cat.superclass, cat.placeholder, cat.count) == ("pet_cat1", "cat", "<pet_cat1*>", 1)
     assert world.templates(cat) == ("Photo of a {}.", "{} in times square."), "each once, without spaces"
     assert len(world.seeds) == 4 and (world.steps, world.guidance, world.protocol) == (50, 6.0, "customconcept101")
-    assert {row.concepts for row in world.published} == {47, 101}
+    assert {row.concepts for row in world.published} == {47, 101}, "a study's, and the data set's own"
 
 
 def test_dreambench_s_protocol(home: Path, tmp_path: Path) -> None:
@@ -247,6 +273,7 @@ def test_trainings_that_are_the_same_on_photos_become_one(home: Path, tmp_path: 
         ({"protocol": "dreambooth"}, "protocol: found 'dreambooth', expected one of customconcept101, dreambench"),
         ({"protocol": "study"}, "study.yaml has neither classes and listed_in, expected one"),
         ({"protocol": "dreambench"}, "whose class "),
+        ({"masks": "."}, "masks: found no folder rex, expected a mask for each photo of rex there"),
         ({"masks": "nowhere"}, "masks: found no folder nowhere, expected clipseg, or a folder"),
         ({"concepts": 4}, "concepts: found 4, expected 1 to 3"),
         ({"only": "edited_layers"}, "only: found edited_layers, which needs subjects whose looks can be told in words"),

@@ -51,7 +51,8 @@ def _costs(evidence: Evidence) -> Table:
         rows.append((title(series.label), f"{seconds:.0f} s", f"{len(series.settings)}", f"{each:.1f} s"))
     pictures = evidence.world.prompts_each * len(evidence.world.seeds)
     head = ("method", "its one training", "points", f"{pictures} pictures of a point")
-    return Table("What a front of one concept costs, on one core while the others were busy", head, tuple(rows))
+    where = ", on one core while the others were busy" if evidence.world.kind == "toyland" else ""
+    return Table(f"What a front of one concept costs{where}", head, tuple(rows))
 
 
 def _pictures(series: Series, evidence: Evidence) -> list[Wanted]:
