@@ -13,9 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from experiments import paper
-from experiments.experiment import experiments
 from experiments.photos import PROTOCOLS, PhotoOptions, Photos, read_photos
-from experiments.runner import Runner
 from experiments.settings import FIVE_PICTURES, ONE_PICTURE, PERFUSION, Setting, config_of
 from perfusion.cli import run_cli
 from perfusion.config import ConfigError
@@ -60,7 +58,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def words(home: Path, **others: Any) -> list[str]:
+def words(home: Path, *further: str, **others: Any) -> list[str]:
     changes = [
         "method.steps=2",
         "method.batch_size=1",
@@ -68,6 +66,7 @@ def words(home: Path, **others: Any) -> list[str]:
         "backbone.covariance.count=20",
         f"backbone.covariance.cache={home}/covariance",
         f"concept.prior={home}/prior",
+        *further,
     ]
     given: dict[str, Any] = {
         "world": "photos",
@@ -85,8 +84,8 @@ def words(home: Path, **others: Any) -> list[str]:
     return [f"{key}={value}" for key, value in (given | others).items() if value is not None]
 
 
-def run(home: Path, **others: Any) -> int:
-    return run_cli(paper.main, words(home, **others))
+def run(home: Path, *changes: str, **others: Any) -> int:
+    return run_cli(paper.main, words(home, *changes, **others))
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +146,17 @@ def test_runs_and_pictures_are_of_the_photos(ran: Path, home: Path) -> None:
     assert {record.backbone for record in records} == {"stable_diffusion"}
 
 
-def test_neighbours_are_drawn_together(ran: Path, home: Path) -> None:
-    world = photos(home, scorer=str(home / "scorer"), device="cpu").smaller(3, 1, 1, 1)
-    changes = next(word for word in words(home) if word.startswith("changes=")).removeprefix("changes=")
-    runner = Runner(home / "runs", world, tuple(changes.strip("[]").split(",")))
-    (claim,) = (one for one in experiments() if one.id == "multi_concept")
-    (wanted, *_) = claim.wanted(world)
-    assert [one.name for one in wanted.subjects] == ["rex", "old mug"], "the third has no neighbour"
-    tasks = runner.tasks([wanted])
-    assert runner.root == ran and [task.kind for task in tasks] == ["draw"], "both are trained already"
-    Inline(1, home).run(tasks, runner.keep)
-    (picture,) = runner.points[wanted].pictures
-    assert picture.prompt == "a photo of a <rex*> and a <old_mug*>" and "clip_i" in picture.scores
+def test_neighbours_are_drawn_together(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "Pool", Inline)
+    # Custom Diffusion merges words that differ: in two steps they have to come far.
+    assert run(home, "method.embedding_rate=0.5", only="multi_concept", concepts=3, out=home / "pairs") == 0
+    found = json.loads((home / "pairs" / "results" / "multi_concept.json").read_text())
+    assert found["protocol"]["groups"] == 1, "the third has no neighbour"
+    assert [len(series["settings"]) for series in found["series"]] == [6, 3, 1] and not found["published"]
+    (root,) = (home / "runs").glob("data-*")
+    records = [r for file in (root / "pictures").rglob("manifest.json") for r in read_manifest(file.parent)]
+    (both, *_) = (r for r in records if r.concept == "rex + old mug" and r.method == "custom_diffusion")
+    assert both.prompt == "a photo of a <rex*> and a <old_mug*>" and both.superclass == "dog + mug"
 
 
 def test_it_says_beforehand_what_it_takes_and_does_nothing_twice(
