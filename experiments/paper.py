@@ -21,9 +21,8 @@ from experiments.experiment import Experiment, experiments
 from experiments.photos import PhotoOptions, read_photos
 from experiments.pool import Outcome, Pool, Task, seconds_of
 from experiments.protocol import Protocol
-from experiments.results import PHOTOS, TOYLAND
 from experiments.runner import Runner, Wanted, task_name
-from experiments.world import World
+from experiments.world import PHOTOS, TOYLAND, World
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 

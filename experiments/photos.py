@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from eval.score_kinds import BY_NAME
 from experiments.settings import ONE, SEVERAL, Setting, Training
-from experiments.world import Published, World
+from experiments.world import PHOTOS, Published, World
 from perfusion.config import ConceptConfig, ConfigError, checked
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
@@ -142,7 +142,7 @@ class Photos(World):
         workers: processes that share this machine's cores.
     """
 
-    kind = "photos"
+    kind = PHOTOS
     title = "photos"
     thing, ys = "subject", "values of CLIP-I"
     several, several_pictures = "all", "all pictures"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.settings import ONE, SEVERAL, Training
-from experiments.world import World, filled
+from experiments.world import TOYLAND, World, filled
 from perfusion import toyland
 from perfusion.config import ConceptConfig, ConfigError, ToylandConcept
 from perfusion.toyland.captions import asked, described, parse
@@ -132,7 +132,7 @@ class Protocol(World):
         guidance: of classifier-free guidance, Toyland's own.
     """
 
-    kind = "toyland"
+    kind = TOYLAND
     title = "Toyland"
     thing, ys = "toy", "identities"
     several, several_pictures = "five", "5 pictures"

@@ -20,14 +20,13 @@ from eval.score_kinds import BY_NAME, ordered, score_kind
 from eval.tables import Reported, latex
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding
-from experiments.world import Published, World
+from experiments.world import PHOTOS, TOYLAND, Published, World
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 
 VERSION = 1
 PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
 IMAGES = "images/results"  # beside the page
-TOYLAND, PHOTOS = "toyland", "photos"
 _WIDTH = 900  # pixels of a figure on the page
 _COLOURS = 64
 _SHOWN = ("identity", "prompt", "superclass", "clip_i", "clip_t", "dino", "diversity")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from eval.folders import References
     from eval.scorers import Scorers
 
+TOYLAND, PHOTOS = "toyland", "photos"  # kinds
+
 
 class Subject(Protocol):
     """One thing to learn."""

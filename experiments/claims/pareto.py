@@ -19,6 +19,7 @@ from experiments.settings import (
     by_scale,
     by_steps,
 )
+from experiments.world import TOYLAND
 
 FRONT = by_beta(PERFUSION)
 OTHERS = (
@@ -51,7 +52,7 @@ def _costs(evidence: Evidence) -> Table:
         rows.append((title(series.label), f"{seconds:.0f} s", f"{len(series.settings)}", f"{each:.1f} s"))
     pictures = evidence.world.prompts_each * len(evidence.world.seeds)
     head = ("method", "its one training", "points", f"{pictures} pictures of a point")
-    where = ", on one core while the others were busy" if evidence.world.kind == "toyland" else ""
+    where = ", on one core while the others were busy" if evidence.world.kind == TOYLAND else ""
     return Table(f"What a front of one concept costs{where}", head, tuple(rows))
 
 
