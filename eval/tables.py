@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from eval.aggregate import Interval, Summary, labels_of
 from eval.looks import title
@@ -17,6 +18,16 @@ _LATEX = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Reported:
+    """A row of numbers that others report, which are never marked as the best."""
+
+    method: str
+    setting: str
+    concepts: int
+    scores: Mapping[str, float]
+
+
 def markdown(summaries: Sequence[Summary]) -> str:
     """A table in GitHub's Markdown: mean and half the width of its interval, the best mean of a column in bold."""
     heads, rows = _table(summaries, "**{}**".format, _bare)
@@ -25,9 +36,12 @@ def markdown(summaries: Sequence[Summary]) -> str:
     return "\n".join([*lines, *map(_line, rows)]) + "\n"
 
 
-def latex(summaries: Sequence[Summary], caption: str, label: str = "tab:scores") -> str:
-    """The same in LaTeX, which needs the package booktabs there."""
-    heads, rows = _table(summaries, "\\textbf{{{}}}".format, escape)
+def latex(
+    summaries: Sequence[Summary], caption: str, label: str = "tab:scores", reported: Sequence[Reported] = ()
+) -> str:
+    """The same in LaTeX, which needs the package booktabs there; what others report comes below a line."""
+    heads, rows = _table(summaries, "\\textbf{{{}}}".format, escape, reported)
+    below = [r"    \midrule"] if reported else []
     heads = ["Method", "Setting", "Concepts", "Images", *heads]
     lines = [
         r"\begin{table}",
@@ -38,7 +52,9 @@ def latex(summaries: Sequence[Summary], caption: str, label: str = "tab:scores")
         r"    \toprule",
         "    " + " & ".join(map(escape, heads)) + r" \\",
         r"    \midrule",
-        *("    " + " & ".join(row) + r" \\" for row in rows),
+        *("    " + " & ".join(row) + r" \\" for row in rows[: len(summaries)]),
+        *below,
+        *("    " + " & ".join(row) + r" \\" for row in rows[len(summaries) :]),
         r"    \bottomrule",
         r"  \end{tabular}",
         r"\end{table}",
@@ -47,10 +63,13 @@ def latex(summaries: Sequence[Summary], caption: str, label: str = "tab:scores")
 
 
 def _table(
-    summaries: Sequence[Summary], bold: Callable[[str], str], escaped: Callable[[str], str]
+    summaries: Sequence[Summary],
+    bold: Callable[[str], str],
+    escaped: Callable[[str], str],
+    reported: Sequence[Reported] = (),
 ) -> tuple[list[str], list[list[str]]]:
-    """The heads of the columns of scores, one for every kind that some summary has; and a row for each summary."""
-    kinds = ordered({name for summary in summaries for name in summary.scores})
+    """The heads of the columns of scores, one for every kind that some row has; and the rows."""
+    kinds = ordered({name for one in (*summaries, *reported) for name in one.scores})
     rows = []
     for s, label in zip(summaries, labels_of(summaries), strict=True):
         cells = []
@@ -58,6 +77,9 @@ def _table(
             text = escaped(_mean_and_half(s.scores.get(kind.name)))
             cells.append(bold(text) if _is_best(s, kind, summaries) else text)
         rows.append([escaped(title(s.method)), escaped(label or "–"), str(len(s.concepts)), str(s.images), *cells])
+    for one in reported:
+        cells = [f"{one.scores[kind.name]:.3f}" if kind.name in one.scores else escaped("–") for kind in kinds]
+        rows.append([escaped(one.method), escaped(one.setting), str(one.concepts), escaped("–"), *cells])
     return [kind.title if kind.higher else f"{kind.title} ↓" for kind in kinds], rows
 
 

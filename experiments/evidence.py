@@ -1,11 +1,12 @@
 """From scores to the numbers that claims rest on, their intervals, and verdicts.
 
-A claim compares fronts: the scores of some settings, prompt accuracy to the right and identity up. Between two
-neighbouring settings of a front any mixture can be had, by drawing some pictures with one and some with the other, so a
-front is the line through its points, and what it attains is all below and to the left of that line.
+A claim compares fronts: the scores of some settings, how well prompts are followed to the right and likeness up, which
+are prompt accuracy and identity in Toyland. Between two neighbouring settings of a front any mixture can be had, by
+drawing some pictures with one and some with the other, so a front is the line through its points, and what it attains
+is all below and to the left of that line.
 
-All intervals come from one bootstrap over toys and seeds (`eval.aggregate`), which draws the same toys and seeds for
-every setting: differences are paired. Those of numbers that verdicts rest on are widened for the few toys there are.
+All intervals come from one bootstrap over subjects and seeds (`eval.aggregate`), which draws the same for every
+setting: differences are paired. Those of numbers that verdicts rest on are widened for the few subjects there are.
 """
 
 from __future__ import annotations
@@ -20,14 +21,13 @@ import numpy as np
 from scipy.special import stdtrit  # the quantiles of Student's t
 
 from eval.aggregate import Bootstrap, Interval, Summary, summary
-from experiments.protocol import Toy
+from eval.score_kinds import BY_NAME
 from experiments.runner import Runner, Together, Wanted
 from experiments.settings import BASE_MODEL, Setting, Training
+from experiments.world import Subject, World
 from perfusion.scoring import harmonic_mean
 from perfusion.training.run_folder import RunFolder
 
-X, Y = "prompt", "identity"
-SLACK = 0.02  # of prompt accuracy: one asked-for thing of fifty, within which two settings follow the text alike
 _HALVINGS = 40
 _LEVELS = 5
 
@@ -50,7 +50,7 @@ class Evidence:
     """The scores of an experiment's settings.
 
     Attributes:
-        groups: what each picture shows: single toys, or pairs.
+        groups: what each picture shows: single subjects, or pairs.
         times: as of the experiment.
     """
 
@@ -60,16 +60,32 @@ class Evidence:
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
     _known: dict[Setting, Summary] = field(default_factory=dict)
 
+    @property
+    def world(self) -> World:
+        return self.runner.protocol
+
+    @property
+    def x(self) -> str:
+        """The score of fronts that goes to the right, in words; `y`: that which goes up."""
+        return BY_NAME[self.world.x].title
+
+    @property
+    def y(self) -> str:
+        return BY_NAME[self.world.y].title
+
     def summary(self, setting: Setting, label: str | None = None) -> Summary:
-        """A setting's scores over all toys, under the name that it has in this experiment."""
+        """A setting's scores over all subjects, under the name that it has in this experiment."""
+        setting = self.world.setting(setting)
         if setting not in self._known:
-            points = [self.runner.points[Wanted(setting, toys, self.times)] for toys in self.groups]
+            points = [self.runner.points[Wanted(setting, subjects, self.times)] for subjects in self.groups]
             self._known[setting] = summary(points, self.bootstrap)
         found = self._known[setting]
         return found if label is None else replace(found, method=label)
 
-    def line(self, settings: Sequence[Setting], x: str = X, y: str = Y) -> Line:
-        """Settings in two scores; NaN where one has no such score, as diversity where every prompt has one picture."""
+    def line(self, settings: Sequence[Setting], x: str | None = None, y: str | None = None) -> Line:
+        """Settings in two scores, by default the world's; NaN where one has no such score, as diversity where every
+        prompt has one picture."""
+        x, y = x or self.world.x, y or self.world.y
         summaries = [self.summary(setting) for setting in settings]
         none, never = Interval(float("nan")), np.full(self.bootstrap.resamples, np.nan)
         means = np.array([[s.scores.get(name, none).mean for name in (x, y)] for s in summaries])
@@ -79,9 +95,9 @@ class Evidence:
 
     def number(self, make: Callable[..., float], *lines: Line) -> Interval:
         """A number that is made of fronts, with its interval: ± t_{n−1} √(n / (n−1)) standard deviations of the draws,
-        for n toys. Percentiles alone are too narrow for few toys: over eight they miss the truth in a tenth of all
+        for n subjects. Percentiles alone are too narrow for few: over eight they miss the truth in a tenth of all
         cases instead of a twentieth (Hesterberg, The American Statistician 69(4), 2015). They serve where there is one
-        toy, whose seeds alone are drawn."""
+        subject, whose seeds alone are drawn."""
         mean = make(*(one.means for one in lines))
         drawn = np.array([make(*rows) for rows in zip(*(one.draws for one in lines), strict=True)])
         drawn = drawn[np.isfinite(drawn)]
@@ -99,28 +115,39 @@ class Evidence:
         lines = [self.line(settings, score, score) for settings in (a, b)]
         return self.number(lambda p, q: float(np.mean(p[:, 0] - q[:, 0])), *lines)
 
+    def x_gained(self, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
+        """`mean_difference` in the score that goes to the right; `y_gained`: in that which goes up."""
+        return self.mean_difference(a, b, self.world.x)
+
+    def y_gained(self, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
+        return self.mean_difference(a, b, self.world.y)
+
+    def lead(self, own: Sequence[Setting], others: Sequence[Setting]) -> Interval:
+        """The least lead of the front of some settings over others, of whose text the world's slack is forgiven."""
+        return self.number(lambda a, b: least_lead(a, b, self.world.slack), front(self, own), self.line(others))
+
     @property
-    def toys(self) -> list[Toy]:
-        """All toys, each once."""
-        return list(dict.fromkeys(toy for group in self.groups for toy in group))
+    def subjects(self) -> list[Subject]:
+        """All subjects, each once."""
+        return list(dict.fromkeys(one for group in self.groups for one in group))
 
     def runs(self, training: Training) -> list[RunFolder]:
-        """The folders of a training, one for each toy."""
-        return [self.runner.run_folder(training, toy) for toy in self.toys]
+        """The folders of a training, one for each subject."""
+        return [self.runner.run_folder(training, one) for one in self.subjects]
 
     def training_seconds(self, training: Training) -> list[float]:
         """How long each training took, without loading and samples."""
         return [json.loads(run.metrics.read_text())["seconds"]["training"] for run in self.runs(training)]
 
 
-def front(evidence: Evidence, settings: Sequence[Setting], x: str = X, y: str = Y) -> Line:
+def front(evidence: Evidence, settings: Sequence[Setting], x: str | None = None, y: str | None = None) -> Line:
     """The front of some settings, which ends in the base model's own pictures of the superclass: Perfusion gives
     them to the bit at β = ∞, and any other method where it is left off."""
     return evidence.line((*settings, BASE_MODEL), x, y)
 
 
-def same_identity(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
-    """How much more prompt accuracy front `a` has than `b`, the mean over identities that both have."""
+def same_likeness(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
+    """How much further to the right front `a` lies than `b`, the mean over likenesses that both have."""
     return evidence.number(lambda p, q: gain(p, q, levels(p, q)), front(evidence, a), front(evidence, b))
 
 
@@ -131,7 +158,7 @@ def area_gained(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting]) 
 
 def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting], name: str) -> list[Check]:
     """How far front `own` lies beyond a method's settings, which decides: the least of its leads over them. Beside it,
-    its lead over the setting with the best harmonic mean of identity and prompt accuracy, the ε-indicator, and areas.
+    its lead over the setting with the best harmonic mean of both scores, the ε-indicator, and areas.
 
     The ε-indicator does not decide: it moves a setting in both scores alike, so one that follows every prompt, as most
     methods have one, can never lie far within any front.
@@ -140,14 +167,19 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
     at = f"{name} ({best.name})"
     line, point, all_of_them = front(evidence, own), evidence.line([best]), evidence.line(others)
     by_clip = front(evidence, own, "clip_t", "clip_i")
+    clip = Check(
+        f"the margin over {at} in CLIP-T and CLIP-I",
+        evidence.number(lambda a, b: margin(a, b[0]), by_clip, evidence.line([best], "clip_t", "clip_i")),
+        decides=False,
+    )
     return [
         Check(
-            f"identity of Perfusion's front above all settings of {name}",
-            evidence.number(least_lead, line, all_of_them),
+            f"{evidence.y} of Perfusion's front above all settings of {name}",
+            evidence.lead(own, others),
         ),
         Check(
             f"the same above {at} alone, its best trade-off",
-            evidence.number(lambda a, b: lead(a, b[0], SLACK), line, point),
+            evidence.number(lambda a, b: lead(a, b[0], evidence.world.slack), line, point),
             decides=False,
         ),
         Check(
@@ -155,11 +187,7 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
             evidence.number(lambda a, b: min(margin(a, one) for one in b), line, all_of_them),
             decides=False,
         ),
-        Check(
-            f"the margin over {at} in CLIP-T and CLIP-I",
-            evidence.number(lambda a, b: margin(a, b[0]), by_clip, evidence.line([best], "clip_t", "clip_i")),
-            decides=False,
-        ),
+        clip,
         Check(f"area below the front, above {name}'s", area_gained(evidence, own, others), decides=False),
     ]
 
@@ -167,14 +195,13 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
 def gained(
     evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting], by: str, decides: bool = True
 ) -> list[Check]:
-    """What front `a` has more than `b`: prompt accuracy at the same identity, which decides if anything does; prompt
-    accuracy and identity at the same β; area."""
+    """What front `a` has more than `b`: of the right-hand score at the same likeness, which decides if anything does;
+    of both scores at the same β; area."""
+    x, y = evidence.x, evidence.y
     return [
-        Check(f"prompt accuracy gained by {by}, at the same identity", same_identity(evidence, a, b), decides=decides),
-        Check(
-            f"prompt accuracy gained by {by}, at the same β", evidence.mean_difference(a, b, "prompt"), decides=False
-        ),
-        Check(f"identity gained by {by}, at the same β", evidence.mean_difference(a, b, "identity"), decides=False),
+        Check(f"{x} gained by {by}, at the same {y}", same_likeness(evidence, a, b), decides=decides),
+        Check(f"{x} gained by {by}, at the same β", evidence.x_gained(a, b), decides=False),
+        Check(f"{y} gained by {by}, at the same β", evidence.y_gained(a, b), decides=False),
         Check(f"area gained by {by}", area_gained(evidence, a, b), decides=False),
     ]
 
@@ -197,15 +224,15 @@ def area(points: np.ndarray) -> float:
 
 
 def lead(points: np.ndarray, point: np.ndarray, slack: float) -> float:
-    """How much more identity a front has than a point, at the point's prompt accuracy less `slack`; beyond the front's
-    right end it has none."""
+    """How much higher a front is than a point, as far to the right as the point less `slack`; beyond the front's right
+    end it has no height."""
     on = non_dominated(points)
     return float(np.interp(point[0] - slack, on[:, 0], on[:, 1], right=0.0) - point[1])
 
 
-def least_lead(points: np.ndarray, others: np.ndarray) -> float:
+def least_lead(points: np.ndarray, others: np.ndarray, slack: float) -> float:
     """A front's lead over the one of some settings (k, 2) for which it is least."""
-    return min(lead(points, other, SLACK) for other in others)
+    return min(lead(points, other, slack) for other in others)
 
 
 def margin(points: np.ndarray, point: np.ndarray) -> float:
@@ -221,7 +248,7 @@ def margin(points: np.ndarray, point: np.ndarray) -> float:
 
 
 def levels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Identities that two fronts both attain, evenly spread from the lower of their lower ends to the lower of their
+    """Likenesses that two fronts both attain, evenly spread from the lower of their lower ends to the lower of their
     upper ends. The lower end itself is none of them: there both are the base model, which differs from itself in
     nothing."""
     ends = [(on[-1, 1], on[0, 1]) for on in (non_dominated(a), non_dominated(b))]
@@ -229,7 +256,7 @@ def levels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def gain(a: np.ndarray, b: np.ndarray, at: np.ndarray) -> float:
-    """How much more prompt accuracy front `a` has than `b`, the mean over some identities, at most those of their upper
+    """How much further to the right front `a` lies than `b`, the mean over some heights, at most those of their upper
     ends. Below its lower end a front attains what it has there."""
     found = [np.interp(at, on[::-1, 1], on[::-1, 0]) for on in (non_dominated(a), non_dominated(b))]
     return float(np.mean(found[0] - found[1]))

@@ -10,10 +10,10 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from experiments.evidence import Check, Evidence, Verdict, X, Y, combined, gained, signed
-from experiments.protocol import Alternatives, Protocol
+from experiments.evidence import Check, Evidence, Verdict, combined, gained, signed
 from experiments.runner import Together, Wanted
 from experiments.settings import BASE_MODEL, Setting, Training
+from experiments.world import World
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,15 @@ class Finding:
 
 
 def compared(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting], by: str) -> Finding:
-    """What front `a` has more than `b`, where the claim is that it has more prompt accuracy at the same identity."""
+    """What front `a` has more than `b`, where the claim is that it follows prompts better at the same likeness."""
     checks = gained(evidence, a, b, by)
-    return Finding(checks, f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
+    return Finding(checks, f"{evidence.x} {signed(checks[0].value.mean)} at the same {evidence.y}")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One claim, what is drawn for it, and how it is judged.
+    """One claim, what is drawn for it, and how it is judged. Its texts, and labels of series, may have what
+    `World.said` puts in.
 
     Attributes:
         of_paper: whether it is a claim of the paper, which `make paper` tries; others are tried where `only=` names
@@ -70,11 +71,11 @@ class Experiment:
         place: in the list of experiments.
         source: where the paper says it.
         test: what has to be true for the claim to hold, in words.
-        caveats: what the experiment cannot show.
+        caveats: what the experiment cannot show; of_toys: nor what it cannot show in Toyland.
         judge: gives the numbers; the verdict follows from them.
-        pairs: whether two toys are in each picture.
+        pairs: whether two subjects are in each picture.
         times: how many times as many pictures of each prompt it draws as others do.
-        x, y: scores of the figure, to the right and up.
+        x, y: scores of the figure, to the right and up; None: those of the world.
         trainings: what has to be trained, drawn or not.
         notes: what people found out about a surprising verdict. Not computed.
     """
@@ -87,32 +88,41 @@ class Experiment:
     series: tuple[Series, ...]
     judge: Callable[[Evidence], Finding]
     caveats: str = ""
+    of_toys: str = ""
     pairs: bool = False
     times: int = 1
-    x: str = X
-    y: str = Y
+    x: str | None = None
+    y: str | None = None
     trainings: tuple[Training, ...] = ()
     notes: str = ""
     of_paper: bool = True
 
     @property
-    def trained(self) -> list[Training]:
-        """All that it trains."""
-        drawn = [s.training for one in self.series for s in one.settings if s.training is not None]
-        return list(dict.fromkeys((*drawn, *self.trainings)))
+    def settings(self) -> list[Setting]:
+        """All that is drawn."""
+        return [setting for one in self.series for setting in one.settings]
 
-    def groups(self, protocol: Protocol) -> tuple[Together, ...]:
-        """The toys that its pictures show together."""
-        return protocol.pairs if self.pairs else tuple((toy,) for toy in protocol.toys)
+    def trained(self, world: World) -> list[Training]:
+        """All that it trains, as it is done in a world."""
+        drawn = [setting.training for setting in self.settings if setting.training is not None]
+        return list(dict.fromkeys(map(world.training, (*drawn, *self.trainings))))
 
-    def prompts(self, protocol: Protocol) -> tuple[Alternatives, ...]:
-        """What is drawn of each of them."""
-        return protocol.pair_prompts if self.pairs else protocol.prompts
+    def groups(self, world: World) -> tuple[Together, ...]:
+        """The subjects that its pictures show together."""
+        return world.pairs if self.pairs else tuple((one,) for one in world.subjects)
 
-    def wanted(self, protocol: Protocol) -> list[Wanted]:
+    def wanted(self, world: World) -> list[Wanted]:
         """All that has to be drawn."""
-        groups = self.groups(protocol)
-        return [Wanted(s, toys, self.times) for one in self.series for s in one.settings for toys in groups]
+        groups = self.groups(world)
+        return [Wanted(world.setting(s), group, self.times) for s in self.settings for group in groups]
+
+    def axes(self, world: World) -> tuple[str, str]:
+        """The scores of the figure, to the right and up."""
+        return self.x or world.x, self.y or world.y
+
+    def lacks(self, world: World) -> str | None:
+        """What a world has not that it needs, in words."""
+        return world.lacks([*self.settings, *map(Setting, self.trainings)])
 
 
 def experiments() -> list[Experiment]:

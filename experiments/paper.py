@@ -1,4 +1,4 @@
-"""`python -m experiments.paper`: every claim of the paper, tried on Toyland. `--help` says how it is used."""
+"""`python -m experiments.paper`: every claim of the paper, tried on Toyland or on photos. `--help` says how."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from experiments import results
 from experiments.evidence import Evidence
 from experiments.exclusive import alone
 from experiments.experiment import Experiment, experiments
-from experiments.pool import Outcome, Pool, seconds_of
+from experiments.photos import PhotoOptions, read_photos
+from experiments.pool import Outcome, Pool, Task, seconds_of
 from experiments.protocol import Protocol
 from experiments.runner import Runner, Wanted, task_name
+from experiments.world import PHOTOS, TOYLAND, World
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 
 USAGE = """
-Try every claim of the paper on Toyland: train and draw what is missing, judge, and write
+Try every claim of the paper on Toyland, or on photos: train and draw what is missing, judge, and write
 
   results/<id>.json           each experiment's numbers with their intervals, and its verdict
   docs/results.md             all of them on one page, with figures in docs/images/results
@@ -36,10 +38,17 @@ Try every claim of the paper on Toyland: train and draw what is missing, judge, 
   python -m experiments.paper only=mask,pareto       some experiments
   python -m experiments.paper only=covariance        one that is no claim of the paper
   python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small
+  python -m experiments.paper world=photos data=dreambooth/dataset backbone=sd15 path=<weights> \\
+      scorer=ViT-B-32 pretrained=openai dino=vit_small_patch16_224.dino masks=clipseg
 
 Budgets on two cores: 60 seconds for a training of Perfusion, 4 minutes for 12 points of one concept's front. The same
 command goes on where it stopped; nothing is trained or drawn twice. What fails is listed at the end, and the rest goes
 on. Other weights of Toyland begin in a folder of their own; after a change to the code of a method, remove that one.
+
+With world=photos, data= is a folder like DreamBench, with a folder of photos for each subject, or like
+CustomConcept101, with its dataset.json. All that is made lies below <runs>/<protocol>-<weights>, with results/ (tables
+in LaTeX among them) and docs/. It says beforehand how many trainings and pictures that is, and how long it takes on
+this device. docs/experiments.md says more.
 """
 
 
@@ -51,16 +60,29 @@ class PaperConfig:
     """The options of `python -m experiments.paper`."""
 
     only: str | None = None  # ids of experiments with commas between them; null: all of the paper
-    concepts: int = len(Protocol.toys)  # of the held-out toys
-    prompts: int = len(Protocol.prompts)  # of the prompts
-    seeds: int = len(Protocol.seeds)  # pictures of each prompt
-    steps: int = Protocol.steps  # of the sampler
+    concepts: int | None = None  # of the held-out toys, or of the subjects; null: all
+    prompts: int | None = None  # of the prompts of each; null: all
+    seeds: int | None = None  # pictures of each prompt; null: 1 of toys, as the protocol says of photos
+    steps: int | None = None  # of the sampler; null: 12 of toys, as the protocol says of photos
     changes: list[str] = field(default_factory=list)  # words of perfusion.train, for every training
     runs: str = "runs/paper"  # folder of trainings, pictures and the report
-    out: str | None = None  # folder of results/ and docs/; null: this one, of a small trial <runs>/small
-    workers: int = os.cpu_count() or 1  # processes, one thread each
+    out: str | None = None  # folder of results/ and docs/; null: this one, of a small trial or of photos below <runs>
+    workers: int | None = None  # processes that share the cores; null: one for each core, of photos 1
     resamples: int = RESAMPLES  # of the bootstrap that gives the intervals
     report: bool = True  # make the page with all pictures, which needs plotly
+    world: str = "toyland"  # toyland or photos; all that follows is of photos
+    data: str | None = None  # folder with a folder of photos for each subject, or with CustomConcept101's dataset.json
+    protocol: str | None = None  # dreambench, customconcept101 or a YAML file; null: as the data folder looks
+    masks: str | None = None  # clipseg, or a folder with a folder of masks for each subject; null: none
+    backbone: str | None = None  # sd15, sd21 or sdxl; null: sd15
+    path: str | None = None  # its diffusers folder, .safetensors file or hub id
+    layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; null: as it looks
+    dtype: str | None = None  # float32, float16 or bfloat16; null: float32
+    device: str | None = None  # null: cuda, then mps, then cpu
+    scorer: str | None = None  # gives CLIP-T and CLIP-I: an open_clip name, or a folder
+    pretrained: str | None = None  # the scorer's weights: a file or a tag
+    dino: str | None = None  # timm name or folder, as vit_small_patch16_224.dino; null: no DINO score
+    dino_pretrained: str | None = None  # its weights: a safetensors file; null: the hub's
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,15 +93,17 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             "report: found no plotly, expected it (the extra `report` of this project); or go without it, report=false"
         )
-    chosen = _chosen(config.only)
-    protocol = _protocol(config)
+    _check(config)
+    workers = config.workers or (1 if config.world == PHOTOS else os.cpu_count() or 1)
+    whole = _whole(config, workers)
+    world = _asked_for(config, whole)
+    chosen = _chosen(config.only, world)
     runs = Path(config.runs).expanduser()
-    whole = protocol == Protocol() and not config.changes
-    out = Path(config.out).expanduser() if config.out is not None else Path() if whole else runs / "small"
-    results.read_all(out / "results")  # that the page will show as well: better now than after an hour
+    out = _out(config, runs, world, small=world != whole or bool(config.changes))
+    results.check_world(results.read_all(out / "results"), world)  # that the page will show as well: better now
     with alone(runs, "runs="):
-        runner = Runner(runs, protocol, tuple(config.changes))
-        failures = _run(chosen, runner, config, out)
+        runner = Runner(runs, world, tuple(config.changes))
+        failures = _run(chosen, runner, config, workers, out)
         for line in failures:
             print(f"failed: {line}", file=sys.stderr)
         if runner.points and config.report:
@@ -87,37 +111,74 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def _chosen(only: str | None) -> list[Experiment]:
+def _check(config: PaperConfig) -> None:
+    """Hold what does not depend on files. Raises ConfigError."""
+    for key in ("seeds", "steps", "workers", "resamples"):
+        if (value := getattr(config, key)) is not None and value < 1:
+            raise ConfigError(f"{key}: found {value}, expected at least 1")
+    if config.world not in (TOYLAND, PHOTOS):
+        raise ConfigError(f"world: found {config.world!r}, expected {TOYLAND} or {PHOTOS}")
+    given = [one.name for one in fields(PhotoOptions) if getattr(config, one.name) is not None]
+    if config.world == TOYLAND and given:
+        raise ConfigError(f"{given[0]}: found it beside world={TOYLAND}, expected it beside world={PHOTOS} alone")
+
+
+def _whole(config: PaperConfig, workers: int) -> World:
+    """All of the world that is asked for."""
+    if config.world == TOYLAND:
+        return Protocol()
+    return read_photos(PhotoOptions(**{one.name: getattr(config, one.name) for one in fields(PhotoOptions)}), workers)
+
+
+def _asked_for(config: PaperConfig, whole: World) -> World:
+    """As much of the world as is asked for."""
+    limits = {"concepts": len(whole.subjects), "prompts": whole.prompts_each}
+    for key, limit in limits.items():
+        if (value := getattr(config, key)) is not None and not 1 <= value <= limit:
+            raise ConfigError(f"{key}: found {value}, expected 1 to {limit}")
+    return whole.smaller(
+        config.concepts or limits["concepts"],
+        config.prompts or limits["prompts"],
+        config.seeds or len(whole.seeds),
+        config.steps or whole.steps,
+    )
+
+
+def _chosen(only: str | None, world: World) -> list[Experiment]:
+    """The experiments that are named, or those of the paper that can be tried in this world."""
     known = {experiment.id: experiment for experiment in experiments()}
     of_paper = [name for name, experiment in known.items() if experiment.of_paper]
     names = of_paper if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"only: found {unknown[0]!r}, expected some of {', '.join(known)}")
-    return [experiment for name, experiment in known.items() if name in names]
+    chosen = []
+    for name, experiment in known.items():
+        if name in names and (lacking := experiment.lacks(world)) is None:
+            chosen.append(experiment)
+        elif name in names and only is not None:
+            raise ConfigError(f"only: found {name}, which needs {lacking}")
+        elif name in names:
+            print(f"{name}: left out, it needs {lacking}")
+    return chosen
 
 
-def _protocol(config: PaperConfig) -> Protocol:
-    whole = Protocol()
-    for key, limit in (("concepts", len(whole.toys)), ("prompts", len(whole.prompts))):
-        if not 1 <= getattr(config, key) <= limit:
-            raise ConfigError(f"{key}: found {getattr(config, key)}, expected 1 to {limit}")
-    for key in ("seeds", "steps", "workers", "resamples"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"{key}: found {getattr(config, key)}, expected at least 1")
-    return replace(
-        whole,
-        toys=whole.toys[: config.concepts],
-        prompts=whole.prompts[: config.prompts],
-        pair_prompts=whole.pair_prompts[: config.prompts],
-        seeds=tuple(range(config.seeds)),
-        steps=config.steps,
-    )
+def _out(config: PaperConfig, runs: Path, world: World, small: bool) -> Path:
+    """The folder of results/ and docs/."""
+    if config.out is not None:
+        return Path(config.out).expanduser()
+    if world.kind == PHOTOS:
+        return runs / world.folder / "small" if small else runs / world.folder
+    return runs / "small" if small else Path()
 
 
-def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out: Path) -> list[str]:
+def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, workers: int, out: Path) -> list[str]:
     """Do what is missing, and judge each experiment as soon as all of it is there; gives what failed."""
     wanted = {one.id: one.wanted(runner.protocol) for one in chosen}
-    tasks = runner.tasks((w for some in wanted.values() for w in some), (t for one in chosen for t in one.trainings))
+
+    def planned() -> list[Task]:
+        return runner.tasks((w for some in wanted.values() for w in some), (t for one in chosen for t in one.trainings))
+
+    tasks = planned()
     needed = {one.id: {t.name for t in _tasks_of(tasks, one, wanted[one.id], runner)} for one in chosen}
     over: set[str] = set()
     failures: list[str] = []
@@ -142,19 +203,37 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, out:
         over.add(outcome.task.name)
         settle()
 
-    minutes = seconds_of(tasks) / config.workers / 60
-    print(f"{len(tasks)} tasks for {', '.join(wanted)}; about {minutes:.0f} minutes", flush=True)
-    settle()
-    with Pool(config.workers, runner.root / "log") as pool:
+    with Pool(workers, runner.root / "log") as pool:
+        if runner.protocol.measured and tasks:
+            print(_amount(tasks, runner), flush=True)
+            if failed := pool.run([runner.timing()], runner.keep):
+                raise ConfigError(f"nothing was begun: {failed[0]}")
+            tasks = planned()
+        *_, priors = runner.amount(tasks)
+        minutes = (seconds_of(tasks) + priors * runner.pace.get("draw", 0.0)) / workers / 60
+        print(f"{len(tasks)} tasks for {', '.join(wanted)}; about {minutes:.0f} minutes", flush=True)
+        settle()
         failed = pool.run(tasks, done)
     print(f"results: {out / 'results'}, {out / 'docs' / 'results.md'}")
     return failed + failures
 
 
+def _amount(tasks: Sequence[Task], runner: Runner) -> str:
+    """What is to be done, in words."""
+    trainings, pictures, priors = runner.amount(tasks)
+    world = runner.protocol
+    prior = f" and at most {priors} pictures of superclasses for prior preservation" if priors else ""
+    return (
+        f"{trainings} trainings and {pictures} pictures{prior}, of {len(world.subjects)} {world.thing}s, "
+        f"{world.prompts_each} prompts and {len(world.seeds)} seeds; timing a picture on this device"
+    )
+
+
 def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
     """The tasks that an experiment waits for."""
     mine = {*wanted}
-    named = {task_name(t, toy) for t in one.trained for toy in runner.protocol.toys}
+    world = runner.protocol
+    named = {task_name(t, subject) for t in one.trained(world) for subject in world.subjects}
     return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
 
 
@@ -170,6 +249,8 @@ def _judge(one: Experiment, evidence: Evidence, out: Path) -> list[str]:
     if one.series:
         results.draw(one, evidence, runner.root / "figures", out / "docs" / results.IMAGES)
     results.write(out, content)
+    if one.series and runner.protocol.tables:
+        results.write_table(out, one, evidence)
     tqdm.write(f"{one.id}: {finding.verdict.value} ({finding.key})")
     return []
 
@@ -183,8 +264,9 @@ def _report(runner: Runner, bootstrap: Bootstrap) -> None:
     document = {**runner.document, "bootstrap": asdict(bootstrap), "summary": []}
     write_scores(scores, document, [(point, {}) for point in merged(runner.points.values())])
     out = str(runner.root / "report")
-    settings = {"x": "prompt", "y": "identity", "resamples": bootstrap.resamples}
-    report(ReportConfig(scores=str(scores), out=out, title="The paper's claims on Toyland", **settings))
+    world = runner.protocol
+    settings = {"x": world.x, "y": world.y, "resamples": bootstrap.resamples}
+    report(ReportConfig(scores=str(scores), out=out, title=f"The paper's claims on {world.title}", **settings))
 
 
 if __name__ == "__main__":

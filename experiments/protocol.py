@@ -6,14 +6,27 @@ Tables and tuning share no toy, no prompt and no seed. No prompt asks for a pair
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from perfusion.data.prompts import fill
+from experiments.settings import ONE, SEVERAL, Training
+from experiments.world import TOYLAND, World, filled
+from perfusion import toyland
+from perfusion.config import ConceptConfig, ConfigError, ToylandConcept
 from perfusion.toyland.captions import asked, described, parse
 from perfusion.toyland.world import HELD_OUT, SUPERCLASSES, Instance, sample_instance
+
+# Torch and its friends take seconds to import: the process that only plans does without them.
+if TYPE_CHECKING:
+    from eval.folders import References
+    from eval.scorers import Scorers
 
 Alternatives = tuple[str, ...]  # of one prompt: the first that a toy allows is used
 
@@ -41,6 +54,13 @@ class Toy:
     def description(self) -> str:
         """All of its looks in words, before its noun: "green-eyed red striped blue cat"."""
         return described(self.looks)
+
+    def about(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self.looks)}
+
+    def concept(self, given: ConceptConfig, pictures: int | None) -> ConceptConfig:
+        drawn = ToylandConcept(self.instance, given.toyland.count)
+        return replace(given, name=self.name, superclass=self.superclass, placeholder=self.placeholder, toyland=drawn)
 
 
 def toys(superclasses: Sequence[str], first: int) -> tuple[Toy, ...]:
@@ -98,12 +118,12 @@ PAIR_PROMPTS: tuple[Alternatives, ...] = (
 )
 TABLE_SEEDS = (0,)
 TUNING_SEEDS = (100,)
-SCHEDULER = "DPMSolverMultistepScheduler"  # of diffusers, for all pictures
+WEIGHTS = Path(toyland.__file__).with_name("weights")
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What is drawn of every setting.
+class Protocol(World):
+    """Toyland: toys, judged by what the attribute reader finds.
 
     Attributes:
         steps: of DPM-Solver++, in bfloat16 where the machine is faster at it. Fewer than for a good picture are enough
@@ -112,6 +132,17 @@ class Protocol:
         guidance: of classifier-free guidance, Toyland's own.
     """
 
+    kind = TOYLAND
+    title = "Toyland"
+    thing, ys = "toy", "identities"
+    several, several_pictures = "five", "5 pictures"
+    x, y = "prompt", "identity"
+    slack, slack_means = 0.02, "one asked-for thing of fifty"
+    slight = 0.05  # less than one asked-for thing in a picture of every ten
+    scheduler, sampler = "DPMSolverMultistepScheduler", "dpm"
+    at_once = 16
+    budget = 60.0
+
     toys: tuple[Toy, ...] = TABLE_TOYS
     prompts: tuple[Alternatives, ...] = TABLE_PROMPTS
     pair_prompts: tuple[Alternatives, ...] = PAIR_PROMPTS
@@ -119,20 +150,82 @@ class Protocol:
     steps: int = 12
     guidance: float = 4.0
 
-    def seeds_of(self, times: int) -> tuple[int, ...]:
-        """The seeds of an experiment that draws so many times as many pictures as others."""
-        return tuple(range(self.seeds[0], self.seeds[0] + times * len(self.seeds)))
+    @property
+    def subjects(self) -> tuple[Toy, ...]:
+        return self.toys
 
     @property
-    def pairs(self) -> tuple[tuple[Toy, Toy], ...]:
-        """Neighbours in the list of toys; each toy is in one pair at most."""
-        return tuple(zip(self.toys[::2], self.toys[1::2], strict=False))
+    def prompts_each(self) -> int:
+        return len(self.prompts)
 
     def templates(self, *of: Toy) -> tuple[str, ...]:
-        """The prompts of one toy, or of two together, with a `{}` for each."""
         asked_for = self.prompts if len(of) == 1 else self.pair_prompts
         kinds = [toy.superclass for toy in of]
         return tuple(choose(alternatives, *kinds) for alternatives in asked_for)
+
+    def listed_prompts(self, pairs: bool) -> list[list[str]]:
+        return [list(alternatives) for alternatives in (self.pair_prompts if pairs else self.prompts)]
+
+    def smaller(self, concepts: int, prompts: int, seeds: int, steps: int) -> Protocol:
+        return replace(
+            self,
+            toys=self.toys[:concepts],
+            prompts=self.prompts[:prompts],
+            pair_prompts=self.pair_prompts[:prompts],
+            seeds=tuple(range(seeds)),
+            steps=steps,
+        )
+
+    @property
+    def weights(self) -> str:
+        return _weights_digest()
+
+    def training(self, training: Training) -> Training:
+        """One picture is usual; the renderer draws several where it is told to."""
+        if training.pictures == SEVERAL:
+            return replace(training, changes=(_SEVERAL, *training.changes), pictures=None)
+        return training.usual if training.pictures == ONE else training
+
+    def references(self, subjects: Sequence[Toy]) -> References:
+        from eval.folders import References
+
+        return References(instance={toy.name: toy.instance for toy in subjects})
+
+    def scorers(self) -> Scorers:
+        return _scorers()
+
+    def autocast(self, device: Any) -> AbstractContextManager[Any]:
+        from perfusion.toyland.precision import autocast
+
+        return autocast(device)
+
+
+_SEVERAL = f"concept.toyland.count={SEVERAL}"
+
+
+@functools.cache
+def _weights_digest() -> str:
+    """12 hexadecimal digits over all of Toyland's weights.
+
+    Raises:
+        ConfigError: they are not there.
+    """
+    files = sorted(WEIGHTS.rglob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{WEIGHTS}: found no weights; run `make toyland`")
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            total.update(file.relative_to(WEIGHTS).as_posix().encode() + hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()[:12]
+
+
+@functools.cache
+def _scorers() -> Scorers:
+    from eval.scorers import Scorers, load_reader
+    from perfusion.scoring.clip import ClipScorer
+
+    return Scorers(ClipScorer("toyland"), None, load_reader())
 
 
 TUNING = Protocol(toys=TUNING_TOYS, prompts=TUNING_PROMPTS, seeds=TUNING_SEEDS)
@@ -141,13 +234,6 @@ TUNING = Protocol(toys=TUNING_TOYS, prompts=TUNING_PROMPTS, seeds=TUNING_SEEDS)
 def choose(alternatives: Alternatives, *superclasses: str) -> str:
     """The first of some templates that suits things of these superclasses."""
     return next(template for template in alternatives if suits(filled(template, *superclasses)))
-
-
-def filled(template: str, *phrases: str) -> str:
-    """`template` with phrases in the places of its `{}`, in their order."""
-    for phrase in phrases[:-1]:
-        template = template.replace("{}", phrase, 1)
-    return fill(template, phrases[-1])
 
 
 def suits(prompt: str) -> bool:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from eval.aggregate import Interval, Summary, as_json
 from eval.front import fronts
 from eval.looks import title
 from eval.score_kinds import BY_NAME, ordered, score_kind
+from eval.tables import Reported, latex
 from experiments.evidence import Evidence
 from experiments.experiment import Experiment, Finding
-from experiments.protocol import SCHEDULER
+from experiments.world import PHOTOS, TOYLAND, Published, World
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 
@@ -28,7 +29,7 @@ PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
 IMAGES = "images/results"  # beside the page
 _WIDTH = 900  # pixels of a figure on the page
 _COLOURS = 64
-_SHOWN = ("identity", "prompt", "superclass", "clip_i", "clip_t", "diversity")
+_SHOWN = ("identity", "prompt", "superclass", "clip_i", "clip_t", "dino", "diversity")
 _HEAD = """# Results
 
 Made by `make paper` ([how](experiments.md)); do not edit. Claims are those of Tewel et al., *Key-Locked Rank One
@@ -52,30 +53,53 @@ _CAVEATS = """
   superclass which the base model drew. Settings are those of `conf/method/<method>_toyland.yaml`;
   [experiments.md](experiments.md) says where they come from.
 """
+_HEAD_PHOTOS = """# Results on photos
+
+Made by `python -m experiments.paper world=photos`, which docs/experiments.md explains; do not edit. Claims are those of
+Tewel et al., *Key-Locked Rank One Editing for Text-to-Image Personalization* (SIGGRAPH 2023, arXiv 2305.01644).
+Brackets are 95 % intervals over concepts and seeds. A claim **holds** or **fails** where the interval of its number
+lies wholly on one side of what it claims, and is **undecided** otherwise; each section says which number that is.
+"""
+_CAVEATS_PHOTOS = """
+## What to keep in mind
+
+- CLIP-T and CLIP-I are all that verdicts rest on. They stand for how well a prompt is followed and for likeness, and
+  prefer pictures that copy a training photo with its background.
+- Intervals of the numbers that decide are widened for the few concepts there are (Student's t). The brackets behind
+  scores are plain percentiles of the bootstrap.
+- Settings are those of `conf/method/<method>.yaml`: published values, which were not tuned on these photos.
+- Rows marked "published" were measured by others, on other pictures and with other prompts. They are there to be read;
+  no verdict rests on them.
+"""
+_TEXTS = {TOYLAND: (_HEAD, _CAVEATS), PHOTOS: (_HEAD_PHOTOS, _CAVEATS_PHOTOS)}
+_OWNER = {TOYLAND: "Toyland's", PHOTOS: "The model's"}
 
 
 def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> dict[str, Any]:
     """The file's content, in JSON values. `notes` were written by people, `verdict` follows from `checks` alone."""
-    protocol = evidence.runner.protocol
+    world = evidence.world
     drawn = {
         "groups": len(evidence.groups),
-        "concepts": [{"name": toy.name, **asdict(toy.looks)} for toy in evidence.toys],
-        "prompts": [list(alternatives) for alternatives in experiment.prompts(protocol)],
-        "seeds": list(protocol.seeds_of(experiment.times)),
-        "scheduler": SCHEDULER,
-        "steps": protocol.steps,
-        "guidance": protocol.guidance,
+        "concepts": [one.about() for one in evidence.subjects],
+        "prompts": world.listed_prompts(experiment.pairs),
+        "seeds": list(world.seeds_of(experiment.times)),
+        "scheduler": world.scheduler,
+        "steps": world.steps,
+        "guidance": world.guidance,
     }
-    runs = {t.label: [run.path.name for run in evidence.runs(t)] for t in experiment.trained}
+    runs = {t.label: [run.path.name for run in evidence.runs(t)] for t in experiment.trained(world)}
+    test = world.said(experiment.test)
+    caveats = " ".join(filter(None, [experiment.caveats, experiment.of_toys if world.kind == TOYLAND else ""]))
     return {
         "version": VERSION,
+        "world": world.kind,
         "id": experiment.id,
         "place": experiment.place,
-        "claim": experiment.claim,
+        "claim": world.said(experiment.claim),
         "source": f"{PAPER}: {experiment.source}" if experiment.of_paper else experiment.source,
         "verdict": finding.verdict.value,
         "key": finding.key,
-        "test": experiment.test,
+        "test": test,
         "checks": [
             {
                 "what": check.what,
@@ -87,21 +111,47 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
             for check in finding.checks
         ],
         "series": [
-            {"label": one.label, "settings": [_scores(evidence.summary(s, one.label), s.name) for s in one.settings]}
+            {"label": label, "settings": [_scores(evidence.summary(s, label), s.name) for s in one.settings]}
             for one in experiment.series
+            for label in [world.said(one.label)]
         ],
+        "published": [asdict(one) | {"scores": dict(one.scores)} for one in _published(experiment, world)],
         "tables": [asdict(table) for table in finding.tables],
-        "axes": [experiment.x, experiment.y],
-        "caveats": experiment.caveats,
+        "axes": list(experiment.axes(world)),
+        "caveats": world.said(caveats),
         "notes": experiment.notes,
         "protocol": drawn,
         "bootstrap": asdict(evidence.bootstrap),
         "runs": runs,
         "weights": evidence.runner.weights,
-        "config_hash": _hash([runs, drawn, experiment.test]),
+        "config_hash": _hash([runs, drawn, test]),
         "seconds": _seconds(experiment, evidence),
         "provenance": evidence.runner.made_with,
     }
+
+
+def _published(experiment: Experiment, world: World) -> tuple[Published, ...]:
+    """What others report, beside an experiment that compares methods."""
+    presets = {s.training.preset for s in experiment.settings if s.training is not None}
+    return world.published if len(presets) > 1 and not experiment.pairs else ()
+
+
+def write_table(out: Path, experiment: Experiment, evidence: Evidence) -> None:
+    """Write an experiment's scores as a table in LaTeX, `results/<id>.tex`, with what others report below a line."""
+    folder = out / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [
+        replace(s, scores={name: value for name, value in s.scores.items() if name in _SHOWN})
+        for s in _summaries(experiment, evidence)
+    ]
+    beside = [
+        Reported(f"{title(one.method)} (published)", one.setting, one.concepts, dict(one.scores))
+        for one in _published(experiment, evidence.world)
+    ]
+    sources = dict.fromkeys(one.source for one in _published(experiment, evidence.world))
+    caption = " ".join([evidence.world.said(experiment.claim), *(f"Published: {source}." for source in sources)])
+    text = latex(kept, caption, f"tab:{experiment.id}", beside)
+    atomic_write_text(folder / f"{experiment.id}.tex", text)
 
 
 def write(out: Path, content: Mapping[str, Any]) -> None:
@@ -131,15 +181,24 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda content: content["place"])
 
 
+def check_world(found: Sequence[Mapping[str, Any]], world: World) -> None:
+    """Hold that results are of this world: one page shows one. Raises ConfigError."""
+    if found and world_of(found) != world.kind:
+        raise ConfigError(
+            f"out: found results of world={world_of(found)} there, expected none, or those of {world.kind}"
+        )
+
+
 def draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path) -> None:
-    """Write `<id>` and `<id>-clip` as PNG and SVG into `folder`, and small PNG files into `images`."""
+    """Write the figures as PNG and SVG into `folder`, and small PNG files into `images`."""
     from eval.figures import draw_fronts, save_figure  # matplotlib, which takes long to import
 
     folder.mkdir(parents=True, exist_ok=True)
     images.mkdir(parents=True, exist_ok=True)
-    summaries = [evidence.summary(s, series.label) for series in experiment.series for s in series.settings]
-    axes = {experiment.id: (experiment.x, experiment.y), f"{experiment.id}-clip": ("clip_t", "clip_i")}
-    for name, (right, up) in axes.items():
+    summaries = _summaries(experiment, evidence)
+    scores = {name for summary in summaries for name in summary.scores}
+    for end, (right, up) in _figures(experiment.axes(evidence.world), scores).items():
+        name = f"{experiment.id}{end}"
         x, y = score_kind(right, "x"), score_kind(up, "y")
         save_figure(draw_fronts(fronts(summaries, x, y, (0.0, 0.0), evidence.bootstrap.level), x, y), folder / name)
         with Image.open(folder / f"{name}.png") as image:
@@ -147,6 +206,19 @@ def draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path)
             small = image.convert("RGB").quantize(_COLOURS)
         with atomic_path(images / f"{name}.png") as file:
             small.save(file, "PNG", optimize=True)
+
+
+def _figures(axes: Sequence[str], scores: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """What figures are called behind the experiment's id, and their scores: to the right and up."""
+    right, up = axes
+    clip = ("clip_t", "clip_i")
+    found = {"": (right, up)} | ({"-clip": clip} if (right, up) != clip else {})
+    return found | ({"-dino": ("clip_t", "dino")} if "dino" in scores else {})
+
+
+def _summaries(experiment: Experiment, evidence: Evidence) -> list[Summary]:
+    said = evidence.world.said
+    return [evidence.summary(s, said(one.label)) for one in experiment.series for s in one.settings]
 
 
 def _scores(summary: Summary, name: str) -> dict[str, Any]:
@@ -166,7 +238,7 @@ def _numbers(value: Interval) -> dict[str, float | None]:
 def _seconds(experiment: Experiment, evidence: Evidence) -> dict[str, float]:
     """Of one core, what other experiments use as well included."""
     drawing = sum(evidence.runner.seconds(one) for one in experiment.wanted(evidence.runner.protocol))
-    training = sum(seconds for one in experiment.trained for seconds in evidence.training_seconds(one))
+    training = sum(seconds for one in experiment.trained(evidence.world) for seconds in evidence.training_seconds(one))
     return {"training": round(training, 1), "drawing": round(drawing, 1)}
 
 
@@ -179,20 +251,27 @@ def _hash(content: Any) -> str:
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page, in Markdown."""
-    lines = [_HEAD, "| | claim | verdict | number |", "|---|---|---|---|"]
+    head, caveats = _TEXTS[world_of(results)]
+    lines = [head, "| | claim | verdict | number |", "|---|---|---|---|"]
     for one in results:
         lines.append(f"| [{one['id']}](#{one['id']}) | {one['claim']} | **{one['verdict']}** | {_cell(one['key'])} |")
-    lines += [_CAVEATS, *_several_weights(results), *_several_settings(results), *_protocol(results)]
+    lines += [caveats, *_several_weights(results), *_several_settings(results), *_protocol(results)]
     for one in results:
         lines += _section(one)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def world_of(results: Sequence[Mapping[str, Any]]) -> str:
+    """The kind of world that results are of; those of former versions are of Toyland."""
+    return next((one["world"] for one in results if "world" in one), TOYLAND)
 
 
 def _several_weights(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if len({one["weights"] for one in results}) == 1:
         return []
     made = "; ".join(f"{one['id']} with {one['weights']}" for one in results)
-    return [f"- **Not all of this was made with the same weights of Toyland**: {made}.", ""]
+    of = " of Toyland" if world_of(results) == TOYLAND else ""
+    return [f"- **Not all of this was made with the same weights{of}**: {made}.", ""]
 
 
 def _several_settings(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -214,22 +293,32 @@ def _protocol(results: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     protocol = shown["protocol"]
     others = [one for one in results if one["series"] and one["protocol"]["prompts"] != protocol["prompts"]]
-    toys = ", ".join(
-        f"{toy['name']} ({toy['body']}, {toy['pattern']} {toy['second']}, {toy['detail']})"
-        for toy in protocol["concepts"]
-    )
     prompts = "; ".join(f"*{alternatives[0]}*" for alternatives in protocol["prompts"])
+    in_all = ""
+    if world_of(results) == TOYLAND:
+        concepts = ", ".join(
+            f"{toy['name']} ({toy['body']}, {toy['pattern']} {toy['second']}, {toy['detail']})"
+            for toy in protocol["concepts"]
+        )
+        concepts = f"Concepts, with the seeds of their looks: {concepts}."
+        prompts += (
+            ". Where a concept and a prompt make a pair that Toyland's training left out, another prompt of the same "
+            "kind stands in its place."
+        )
+    else:
+        concepts = ", ".join(f"{one['name']} ({one['superclass']})" for one in protocol["concepts"])
+        concepts, in_all = f"Concepts: {concepts}.", " in all, of which each concept has those of its class,"
+        prompts += "."
     return [
         "## What was drawn",
         "",
-        f"{len(protocol['concepts'])} concepts, {len(protocol['prompts'])} prompts and {len(protocol['seeds'])} seeds "
-        f"for every setting; {protocol['steps']} {protocol.get('scheduler', 'DDIM')} steps, guidance "
-        f"{protocol['guidance']:g}.",
+        f"{len(protocol['concepts'])} concepts, {len(protocol['prompts'])} prompts{in_all} and "
+        f"{len(protocol['seeds'])} seeds for every setting; {protocol['steps']} {protocol.get('scheduler', 'DDIM')} "
+        f"steps, guidance {protocol['guidance']:g}.",
         "",
-        f"Concepts, with the seeds of their looks: {toys}.",
+        concepts,
         "",
-        f"Prompts: {prompts}. Where a concept and a prompt make a pair that Toyland's training left out, another "
-        "prompt of the same kind stands in its place.",
+        f"Prompts: {prompts}",
         "",
         *(line for one in others for line in (_other_prompts(one), "")),
     ]
@@ -259,9 +348,12 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {_cell(check['what'])} | {mean} | {interval} | {check['expected']} | {verdict} |")
     lines.append("")
     if one["series"]:
-        right, up = (BY_NAME[name].title for name in one["axes"])
-        lines += [f"![{up[:1].upper()}{up[1:]} over {right}]({IMAGES}/{one['id']}.png)", ""]
-        lines += [f"![CLIP-I and CLIP-T]({IMAGES}/{one['id']}-clip.png)", "", *_table(one["series"]), ""]
+        scores = {name for line in one["series"] for setting in line["settings"] for name in setting["scores"]}
+        for end, axes in _figures(one["axes"], scores).items():
+            right, up = (BY_NAME[name].title for name in axes)
+            said = "CLIP-I and CLIP-T" if end == "-clip" else f"{up[:1].upper()}{up[1:]} over {right}"
+            lines += [f"![{said}]({IMAGES}/{one['id']}{end}.png)", ""]
+        lines += [*_table(one), ""]
     for table in one["tables"]:
         lines += [f"{table['title']}:", "", _row(table["head"]), _row(["---"] * len(table["head"]))]
         lines += [*map(_row, table["rows"]), ""]
@@ -269,11 +361,11 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         lines += [f"Caveats: {one['caveats']}", ""]
     if one["notes"]:
         lines += [f"Notes: {one['notes']}", ""]
-    seconds = one["seconds"]
+    seconds, core = one["seconds"], " of one core" if world_of([one]) == TOYLAND else ""
     lines += [
-        f"Toyland's weights {one['weights']}, config {one['config_hash']}, "
+        f"{_OWNER[world_of([one])]} weights {one['weights']}, config {one['config_hash']}, "
         f"commit {(made['git_commit'] or 'unknown')[:12]}"
-        f"{', changed since' if made['git_dirty'] else ''}; {seconds['training'] / 60:.0f} minutes of one core in "
+        f"{', changed since' if made['git_dirty'] else ''}; {seconds['training'] / 60:.0f} minutes{core} in "
         f"training and {seconds['drawing'] / 60:.0f} in drawing, shared with other experiments. "
         f"All numbers: [results/{one['id']}.json](../results/{one['id']}.json).",
         "",
@@ -281,16 +373,20 @@ def _section(one: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _table(series: Sequence[Mapping[str, Any]]) -> list[str]:
-    settings = [setting for line in series for setting in line["settings"]]
+def _table(one: Mapping[str, Any]) -> list[str]:
+    settings = [setting for line in one["series"] for setting in line["settings"]]
+    published = one.get("published", [])
     names = {name for setting in settings for name in setting["scores"]} & {*_SHOWN}
-    kinds = ordered(names)
+    kinds = ordered(names | {name for row in published for name in row["scores"]})
     lines = [_row(["", "setting", *(m.title for m in kinds)])]
     lines.append(_row(["---", "---", *["---:"] * len(kinds)]))
-    for line in series:
+    for line in one["series"]:
         for setting in line["settings"]:
             cells = [_interval(setting["scores"].get(m.name)) for m in kinds]
             lines.append(_row([title(line["label"]), setting["name"], *cells]))
+    for row in published:
+        cells = [f"{row['scores'][m.name]:.3f}" if m.name in row["scores"] else "–" for m in kinds]
+        lines.append(_row([f"{title(row['method'])}, published", f"{row['setting']} ({row['source']})", *cells]))
     return lines
 
 

@@ -1,7 +1,8 @@
 """What is missing of some settings: planned here, trained, drawn and scored in workers, and taken in again.
 
-Below the root lie `trained/`, ordinary run folders; `pictures/`, a folder with a manifest for each setting and toy;
-`measured/`, their scores. The root's last part is a hash of Toyland's weights: with others nothing of it would be true.
+Below the root lie `trained/`, ordinary run folders; `pictures/`, a folder with a manifest for each setting and subject;
+`measured/`, their scores. The root's last part is a hash of the model's weights: with others nothing of it would be
+true.
 A picture that is there is not drawn again, so a folder can grow by prompts and seeds.
 """
 
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from eval.record import Point
 from experiments.pool import Outcome, Task
-from experiments.protocol import SCHEDULER, Protocol, Toy, filled
-from experiments.settings import Setting, Training, config_of, snapshot_file, step_of
-from perfusion import toyland
+from experiments.settings import PERFUSION, Setting, Training, config_of, snapshot_file, step_of
+from experiments.world import Subject, World, filled
 from perfusion.config import BackboneConfig, ConfigError, TrainConfig, checked
 from perfusion.files import atomic_write_text
 from perfusion.manifest import FILE_NAME, JOINED, ImageRecord
@@ -33,12 +33,11 @@ if TYPE_CHECKING:
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Attached
 
-WEIGHTS = Path(toyland.__file__).with_name("weights")
 SECONDS = "seconds.json"  # how long the pictures of each folder took
+_TIMED = 3  # steps of a picture that is drawn to know how long it takes
 _PICTURES = 192  # of one task, at most: small enough that all cores end at about the same time
-_AT_ONCE = 16  # pictures in one batch
 
-Together = tuple[Toy, ...]  # toys in one picture
+Together = tuple[Subject, ...]  # subjects in one picture
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Wanted:
     """Pictures of one setting, for an experiment that draws so many times as many of each prompt as others do."""
 
     setting: Setting
-    toys: Together
+    subjects: Together
     times: int = 1
 
     @property
     def name(self) -> str:
-        shown = f"{self.setting.label} {self.setting.name}, {' and '.join(toy.name for toy in self.toys)}"
+        shown = f"{self.setting.label} {self.setting.name}, {' and '.join(one.name for one in self.subjects)}"
         return f"{shown}, {self.times} times" if self.times > 1 else shown
 
 
@@ -71,14 +70,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures to draw and to score, of the same toys and of one training or the base model.
+    """Pictures to draw and to score, of the same subjects and of one training or the base model.
 
     Attributes:
-        concepts: files of the toys' concepts, in their order; none: the base model draws.
+        concepts: files of the subjects' concepts, in their order; none: the base model draws.
         measured: folder of scores that are kept.
     """
 
-    protocol: Protocol
+    protocol: World
     backbone: BackboneConfig
     concepts: tuple[Path, ...]
     looks: tuple[Look, ...]
@@ -89,41 +88,44 @@ class Job:
         return self.looks[0].wanted.setting
 
     @property
-    def toys(self) -> Together:
-        return self.looks[0].wanted.toys
+    def subjects(self) -> Together:
+        return self.looks[0].wanted.subjects
 
     @property
     def words(self) -> list[str]:
-        """What stands for each toy in prompts."""
+        """What stands for each subject in prompts."""
         if self.setting.training is not None:
-            return [toy.placeholder for toy in self.toys]
-        return [toy.description if self.setting.described else toy.superclass for toy in self.toys]
+            return [one.placeholder for one in self.subjects]
+        return [one.description if self.setting.described else one.superclass for one in self.subjects]
 
     @property
     def prompts(self) -> dict[str, str]:
         """Each template and the prompt that it becomes."""
-        return {template: filled(template, *self.words) for template in self.protocol.templates(*self.toys)}
+        return {template: filled(template, *self.words) for template in self.protocol.templates(*self.subjects)}
 
 
 class Runner:
     """Knows what is there and what is missing below a folder."""
 
-    def __init__(self, root: Path, protocol: Protocol, changes: tuple[str, ...] = ()) -> None:
+    def __init__(self, root: Path, protocol: World, changes: tuple[str, ...] = ()) -> None:
         """`changes` are words of `python -m perfusion.train` for every training."""
-        self.weights = weights_digest()
-        self.root, self.protocol, self.changes = root / self.weights, protocol, changes
+        self.weights = protocol.weights
+        self.root, self.protocol, self.changes = root / protocol.folder, protocol, changes
         self.made_with = provenance()  # now: results that are written later would count as changes of the checkout
         self.points: dict[Wanted, Point] = {}
+        self.pace: dict[str, float] = {}  # seconds for a unit of a task's size, by its kind, where that was measured
         self.document: Mapping[str, Any] = {}
         file = self.root / SECONDS
         self._seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    def config(self, training: Training, toy: Toy) -> TrainConfig:
+    def config(self, training: Training, subject: Subject) -> TrainConfig:
         """The config of one run. Raises ConfigError for a setting that cannot be."""
-        return config_of(replace(training, changes=(*training.changes, *self.changes)), toy, self.root)
+        training = self.protocol.training(training)
+        training = replace(training, changes=(*training.changes, *self.changes))
+        return config_of(training, subject, self.root, words=self.protocol.words)
 
-    def run_folder(self, training: Training, toy: Toy) -> RunFolder:
-        return RunFolder.of(self.config(training, toy))
+    def run_folder(self, training: Training, subject: Subject) -> RunFolder:
+        return RunFolder.of(self.config(training, subject))
 
     def tasks(self, wanted: Iterable[Wanted], trainings: Iterable[Training] = ()) -> list[Task]:
         """What has to be done for these settings, and to train these trainings, those that are finished left out.
@@ -137,22 +139,44 @@ class Runner:
         for one in dict.fromkeys(wanted):
             if (other := folders.setdefault(self.folder(one), one)) != one:
                 raise ConfigError(f"{one.name} is the same as {other.name}: expected different settings")
-            key = (one.setting.training, one.setting.share, one.setting.described, one.toys, one.times)
+            key = (one.setting.training, one.setting.share, one.setting.described, one.subjects, one.times)
             groups.setdefault(key, []).append(one)
-        for (training, _, _, toys, times), members in groups.items():
-            needed = {} if training is None else {task.name: task for task in self._trainings(training, toys)}
+        for (training, _, _, subjects, times), members in groups.items():
+            needed = {} if training is None else {task.name: task for task in self._trainings(training, subjects)}
             tasks |= needed
-            each = len(self.protocol.templates(*toys)) * len(self.protocol.seeds_of(times))
+            each = len(self.protocol.templates(*subjects)) * len(self.protocol.seeds_of(times))
             at_once = max(1, _PICTURES // each)
             for start in range(0, len(members), at_once):
                 task = self._drawing(members[start : start + at_once], tuple(needed))
                 tasks[task.name] = task
         for training in trainings:
-            tasks |= {task.name: task for task in self._trainings(training, self.protocol.toys)}
+            tasks |= {task.name: task for task in self._trainings(training, self.protocol.subjects)}
         return list(tasks.values())
+
+    def timing(self) -> Task:
+        """The task that measures how long a picture takes, from which `keep` knows how long tasks take."""
+        backbone = self.config(PERFUSION, next(iter(self.protocol.subjects))).backbone
+        return Task("time a picture of the base model", time_picture, (self.protocol, backbone), "time")
+
+    def amount(self, tasks: Iterable[Task]) -> tuple[int, int, int]:
+        """How many trainings and pictures tasks are, and how many pictures of superclasses the trainings need."""
+        trainings = [task for task in tasks if task.kind == "train"]
+        pictures = sum(int(task.size) for task in tasks if task.kind == "draw" and task.size > 1)
+        priors = {}
+        for task in trainings:
+            config: TrainConfig = task.arguments[0]
+            if (count := config.method.get("prior_images")) and config.concept.prior is None:
+                kind = json.dumps({key: value for key, value in config.method.items() if key.startswith("prior_")})
+                priors[config.concept.superclass, kind] = count
+        return len(trainings), pictures, sum(priors.values())
 
     def keep(self, outcome: Outcome) -> None:
         """Take in what a task has found."""
+        if outcome.task.kind == "time" and outcome.error is None:
+            each = outcome.value
+            # A step of drawing with guidance runs the denoiser forward twice, one of training once and then backward,
+            # which takes as long as two further runs.
+            self.pace = {"draw": each, "train": 1.5 * each / self.protocol.steps}
         if outcome.task.kind != "draw" or outcome.error is not None:
             return
         wanted: tuple[Wanted, ...] = outcome.task.about
@@ -165,8 +189,9 @@ class Runner:
         self.document = {**document, "references": {**self.document.get("references", {}), **document["references"]}}
 
     def trained(self, trainings: Iterable[Training]) -> bool:
-        """Whether all toys have been learned by all of them."""
-        return all(self.run_folder(training, toy).finished for training in trainings for toy in self.protocol.toys)
+        """Whether all subjects have been learned by all of them."""
+        subjects = self.protocol.subjects
+        return all(self.run_folder(training, one).finished for training in trainings for one in subjects)
 
     def seconds(self, wanted: Wanted) -> float:
         """How long the pictures of a setting took to draw, when they were drawn."""
@@ -176,89 +201,72 @@ class Runner:
         """Where the pictures of a setting are."""
         training = wanted.setting.training
         if training is None:
-            name = "base-" + "+".join(toy.name for toy in wanted.toys)
+            name = "base-" + "+".join(one.name for one in wanted.subjects)
         else:
-            name = "+".join(self.run_folder(training, toy).path.name for toy in wanted.toys)
-        drawn = f"{self.protocol.steps}-steps-of-dpm-guidance-{self.protocol.guidance:g}"
+            name = "+".join(self.run_folder(training, one).path.name for one in wanted.subjects)
+        drawn = f"{self.protocol.steps}-steps-of-{self.protocol.sampler}-guidance-{self.protocol.guidance:g}"
         drawn += f"-{wanted.times}-times" if wanted.times > 1 else ""  # two tasks never draw into one folder
         return self.root / "pictures" / name / f"{wanted.setting.name}-{drawn}"
 
     def _place(self, wanted: Wanted) -> str:
         return self.folder(wanted).relative_to(self.root).as_posix()
 
-    def _trainings(self, training: Training, toys: Together) -> Iterator[Task]:
+    def _trainings(self, training: Training, subjects: Iterable[Subject]) -> Iterator[Task]:
         """The tasks for what is not trained yet."""
-        for toy in toys:
-            config = self.config(training, toy)
+        for subject in subjects:
+            config = self.config(training, subject)
             if not RunFolder.of(config).finished:
                 # Pictures of the superclass are as many again as those of the concept.
                 pictures = config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
-                yield Task(task_name(training, toy), train, (config,), "train", config.method["steps"] * pictures)
+                name = task_name(self.protocol.training(training), subject)
+                size = config.method["steps"] * pictures
+                yield Task(name, train, (config, self.protocol.threads), "train", size, pace=self.pace.get("train"))
 
     def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
-        setting, toys, times = members[0].setting, members[0].toys, members[0].times
+        setting, subjects, times = members[0].setting, members[0].subjects, members[0].times
         looks = tuple(Look(one, self.folder(one), self._said(one)) for one in members)
-        concepts = () if setting.training is None else tuple(self._concept(setting, toy) for toy in toys)
-        backbone = self.config(setting.training or _ANY, toys[0]).backbone
+        concepts = () if setting.training is None else tuple(self._concept(setting, one) for one in subjects)
+        backbone = self.config(setting.training or PERFUSION, subjects[0]).backbone
         protocol = replace(self.protocol, seeds=self.protocol.seeds_of(times))
         job = Job(protocol, backbone, concepts, looks, self.root / "measured")
         new = sum(not (look.folder / FILE_NAME).exists() for look in looks)
         size = new * len(job.prompts) * len(protocol.seeds)
         names = ", ".join(one.setting.name for one in members)
-        name = f"draw {setting.label} {names}, {' and '.join(toy.name for toy in toys)}"
+        name = f"draw {setting.label} {names}, {' and '.join(one.name for one in subjects)}"
         name += f", {times} times" if times > 1 else ""
-        return Task(name, draw, (job,), "draw", max(size, 1), needs, about=tuple(members))
+        about = tuple(members)
+        return Task(name, draw, (job,), "draw", max(size, 1), needs, about, self.pace.get("draw"))
 
-    def _concept(self, setting: Setting, toy: Toy) -> Path:
+    def _concept(self, setting: Setting, subject: Subject) -> Path:
         assert setting.training is not None
-        folder = self.run_folder(setting.training, toy)
-        return folder.concept if setting.share == 1 else snapshot_file(folder.path, self._step(setting, toy))
+        folder = self.run_folder(setting.training, subject)
+        return folder.concept if setting.share == 1 else snapshot_file(folder.path, self._step(setting, subject))
 
-    def _step(self, setting: Setting, toy: Toy) -> int:
+    def _step(self, setting: Setting, subject: Subject) -> int:
         assert setting.training is not None
-        return step_of(setting.share, self.config(setting.training, toy).method["steps"])
+        return step_of(setting.share, self.config(setting.training, subject).method["steps"])
 
     def _said(self, wanted: Wanted) -> str | None:
         """How long it was trained, of methods whose dial that is; and how many concepts there are, where they are
         several: their pictures are of other prompts, and no report should take the mean over both kinds."""
         training = wanted.setting.training
-        said = [f"{len(wanted.toys)} concepts"] if len(wanted.toys) > 1 else []
+        said = [f"{len(wanted.subjects)} concepts"] if len(wanted.subjects) > 1 else []
         if training is not None and training.shares:
-            said.append(f"trained {self._step(wanted.setting, next(iter(wanted.toys)))} steps")
+            said.append(f"trained {self._step(wanted.setting, next(iter(wanted.subjects)))} steps")
         return ", ".join(said) or None
 
 
-_ANY = Training("base", "perfusion_toyland")  # whose backbone is the base model
-
-
-def task_name(training: Training, toy: Toy) -> str:
-    """The name of the task that trains a toy."""
-    return f"train {training.label}, {toy.name}"
-
-
-@functools.cache
-def weights_digest() -> str:
-    """12 hexadecimal digits over all of Toyland's weights.
-
-    Raises:
-        ConfigError: they are not there.
-    """
-    files = sorted(WEIGHTS.rglob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{WEIGHTS}: found no weights; run `make toyland`")
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:
-            total.update(file.relative_to(WEIGHTS).as_posix().encode() + hashlib.file_digest(opened, "sha256").digest())
-    return total.hexdigest()[:12]
+def task_name(training: Training, subject: Subject) -> str:
+    """The name of the task that trains a subject."""
+    return f"train {training.label}, {subject.name}"
 
 
 # --- what workers do; models are loaded once in a process and kept ----------------------------------------------------
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, threads: int = 1) -> None:
     """Train a concept, unless it is there. Raises what `perfusion.train` raises."""
-    _one_thread()
+    _take(threads)
     from perfusion.train import train as run
 
     try:
@@ -267,17 +275,34 @@ def train(config: TrainConfig) -> None:
         gc.collect()
 
 
+def time_picture(world: World, config: BackboneConfig) -> float:
+    """Seconds that a picture of the base model takes here. Loads the scorers as well: what cannot be loaded is found
+    before anything long begins."""
+    _take(world.threads)
+    from perfusion.drawing import sample
+
+    world.scorers()
+    backbone = _loaded(config, world)
+    count = 1 if backbone.pipe.device.type == "cpu" else world.at_once
+    steps = min(world.steps, _TIMED)
+    prompts, seeds = ["a photo"] * count, list(range(count))
+    started = 0.0
+    for number in (1, steps):  # the first call also loads kernels
+        started = time.monotonic()
+        sample(backbone.pipe, prompts, seeds, number, world.guidance, count, size=config.resolution)
+    return (time.monotonic() - started) / count / steps * world.steps
+
+
 def draw(job: Job) -> tuple[list[Point], dict[str, Any]]:
     """Draw what is missing and score all: the point of each look, and what a record of scores says of itself.
 
     Raises what `perfusion.generate` and `eval.score` raise.
     """
-    _one_thread()
+    _take(job.protocol.threads)
     from perfusion.concept import Concept
     from perfusion.drawing import Shot, draw
-    from perfusion.toyland.precision import autocast
 
-    backbone = _backbone(json.dumps(asdict(job.backbone), sort_keys=True))
+    backbone = _loaded(job.backbone, job.protocol)
     with ExitStack() as stack:
         attached = [stack.enter_context(Concept.load(file).attach(backbone)) for file in job.concepts]
         shots = [
@@ -286,8 +311,9 @@ def draw(job: Job) -> tuple[list[Point], dict[str, Any]]:
             for record in _records(job, look, backbone.pipe, attached)
         ]
         shots.sort(key=lambda shot: shot.record.prompt)  # a batch shares what is computed of a prompt
-        stack.enter_context(autocast(backbone.pipe.device))
-        draw(backbone.pipe, attached, shots, _AT_ONCE, size=job.backbone.resolution, exact=False, again=False)
+        stack.enter_context(job.protocol.autocast(backbone.pipe.device))
+        at_once = job.protocol.at_once
+        draw(backbone.pipe, attached, shots, at_once, size=job.backbone.resolution, exact=False, again=False)
     return _scored(job)
 
 
@@ -295,22 +321,27 @@ def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> l
     from perfusion.drawing import described, recorded
     from perfusion.generate import slug
 
-    superclasses = [toy.superclass for toy in job.toys]
+    superclasses = [one.superclass for one in job.subjects]
     common: dict[str, Any] = {
-        **described(pipe, [one.concept for one in attached], [toy.name for toy in job.toys]),
+        **described(pipe, [one.concept for one in attached], [one.name for one in job.subjects]),
         # Scores read prompts with the superclass in its place, so that looks which are told are no wish of the prompt.
         "placeholder": None if job.words == superclasses else JOINED.join(job.words),
         "superclass": JOINED.join(superclasses),
         "method": job.setting.label,
-        "backbone": "toyland",
-        "instance": job.toys[0].instance if len(job.toys) == 1 else None,
+        "backbone": job.backbone.name,
+        "instance": job.subjects[0].instance if len(job.subjects) == 1 else None,
         "dials": recorded(attached, [dict(look.wanted.setting.dials)] * len(attached)),
         "steps": job.protocol.steps,
         "guidance": job.protocol.guidance,
         "setting": look.said,
     }
+    names: dict[str, str] = {}  # of files; long prompts may begin alike
+    for template in job.prompts:
+        name = slug(template)
+        again = sum(other == name or other.startswith(f"{name}--") for other in names.values())
+        names[template] = f"{name}--{again + 1}" if again else name
     return [
-        ImageRecord(file=f"{slug(template)}-{seed}.png", prompt=prompt, seed=seed, **common)
+        ImageRecord(file=f"{names[template]}-{seed}.png", prompt=prompt, seed=seed, **common)
         for template, prompt in job.prompts.items()
         for seed in job.protocol.seeds
     ]
@@ -318,10 +349,9 @@ def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> l
 
 def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
     from eval.folder_scores import points_of, score_folder, scored_with
-    from eval.folders import References, Said, read_folder
+    from eval.folders import Said, read_folder
 
-    scorers = _scorers()
-    references = References(instance={toy.name: toy.instance for toy in job.toys})
+    scorers, references = job.protocol.scorers(), job.protocol.references(job.subjects)
     asked = {*job.prompts.values()}
     points: list[Point] = []
     for look in job.looks:
@@ -333,16 +363,12 @@ def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
     return points, scored_with(scorers, references, 1)
 
 
-@functools.cache
-def _scorers() -> Any:
-    from eval.scorers import Scorers, load_reader
-    from perfusion.scoring.clip import ClipScorer
-
-    return Scorers(ClipScorer("toyland"), None, load_reader())
+def _loaded(config: BackboneConfig, world: World) -> Backbone:
+    return _backbone(json.dumps(asdict(config), sort_keys=True), world.scheduler)
 
 
 @functools.lru_cache(maxsize=1)
-def _backbone(config: str) -> Backbone:
+def _backbone(config: str, scheduler: str) -> Backbone:
     import diffusers
 
     from perfusion.backbones import backbone_class
@@ -351,11 +377,11 @@ def _backbone(config: str) -> Backbone:
     quieten()
     chosen = checked(BackboneConfig, json.loads(config))
     backbone = backbone_class(chosen.name).load(chosen)
-    backbone.pipe.scheduler = getattr(diffusers, SCHEDULER).from_config(backbone.pipe.scheduler.config)
+    backbone.pipe.scheduler = getattr(diffusers, scheduler).from_config(backbone.pipe.scheduler.config)
     return backbone
 
 
-def _one_thread() -> None:
+def _take(threads: int) -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)

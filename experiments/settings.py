@@ -7,41 +7,55 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from experiments.protocol import Toy
-from perfusion.config import CONF, RunConfig, ToylandConcept, TrainConfig
+from perfusion.config import CONF, RunConfig, TrainConfig
 from perfusion.training.composition import checked_config, explained, prepared
+
+if TYPE_CHECKING:
+    from experiments.world import Subject
 
 EXPERIMENT = "trained"  # names the folder of the runs
 SAMPLE_STEPS = 4  # of samples.png, at which nobody looks here
 _NEVER = 10**6  # a training takes less than a minute: one that was stopped starts anew
 BASE = "base"
+ONE, SEVERAL = 1, 5  # pictures that a subject is learned from; a world with photos takes all of them for several
+
+
+_SAID = {ONE: ", 1 picture", SEVERAL: ", 5 pictures"}  # in labels
 
 
 @dataclass(frozen=True)
 class Training:
-    """A method and its settings, to be trained on any toy.
+    """A method and its settings, to be trained on any subject.
 
     Attributes:
         label: what manifests, tables and figures call it.
-        preset: a file of conf/method.
+        preset: a file of conf/method; other worlds than Toyland have the one without `_toyland` in its place.
         changes: words of `python -m perfusion.train`.
         shares: of its steps, after which the concept is kept beside the one at the end.
+        pictures: ONE or SEVERAL; None: as many as its world usually has.
     """
 
     label: str
     preset: str
     changes: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
+    pictures: int | None = None
 
-    def changed(self, label: str, *words: str) -> Training:
-        """This training with further words on its command line."""
-        return replace(self, label=label, changes=(*self.changes, *words))
+    def changed(self, label: str, *words: str, pictures: int | None = None) -> Training:
+        """This training with further words on its command line, or with another number of pictures."""
+        return replace(self, label=label, changes=(*self.changes, *words), pictures=pictures or self.pictures)
+
+    @property
+    def usual(self) -> Training:
+        """The same in a world that usually has so many pictures, which its label need not say there."""
+        said = "" if self.pictures is None else _SAID[self.pictures]
+        return replace(self, label=self.label.replace(said, "", 1), pictures=None)
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Setting:
     Attributes:
         training: None: the base model, with the superclass's word.
         dials: names and values; not a mapping, so that settings can be keys of one.
-        described: all looks of the toy are told beside the superclass's word; of the base model alone.
+        described: all looks of the subject are told beside the superclass's word; of the base model alone.
         share: of the training's steps that have been taken.
     """
 
@@ -77,7 +91,8 @@ class Setting:
 
 
 PERFUSION = Training("perfusion", "perfusion_toyland")
-FIVE_PICTURES = PERFUSION.changed("perfusion, 5 pictures", "concept.toyland.count=5")
+ONE_PICTURE = PERFUSION.changed("perfusion, 1 picture", pictures=ONE)
+FIVE_PICTURES = PERFUSION.changed("perfusion, 5 pictures", pictures=SEVERAL)
 TRAINED_KEYS = PERFUSION.changed("perfusion, trained keys", "method.key_lock=none")
 TEXTUAL_INVERSION = Training("textual_inversion", "textual_inversion_toyland", shares=(1 / 3, 2 / 3))
 DREAMBOOTH = Training("dreambooth", "dreambooth_toyland", shares=(1 / 3, 2 / 3))
@@ -124,27 +139,29 @@ def snapshot_file(run: Path, step: int) -> Path:
 
 
 @functools.cache
-def config_of(training: Training, toy: Toy, root: Path, seed: int = 0) -> TrainConfig:
+def config_of(
+    training: Training, subject: Subject, root: Path, seed: int = 0, words: tuple[str, ...] = ()
+) -> TrainConfig:
     """The config of a run, which `python -m perfusion.train from=<its folder>` trains as well.
+
+    Args:
+        words: of `perfusion.train`, what all trainings of a world have in common.
 
     Raises:
         ConfigError: a preset, key or value that cannot be.
     """
-    config = copy.deepcopy(_composed((f"method={training.preset}", "callbacks=none", *training.changes)))
+    config = copy.deepcopy(_composed((f"method={training.preset}", "callbacks=none", *words, *training.changes)))
     callbacks = {**config.callbacks}
     callbacks["checkpoint"]["every"] = _NEVER
     if training.shares:
         kept = {"_target_": "experiments.snapshots.KeepSteps", "shares": [*training.shares], "seed": seed}
         callbacks["snapshots"] = kept
-    drawn = ToylandConcept(toy.instance, config.concept.toyland.count)
     return replace(
         config,
         experiment=EXPERIMENT,
         seed=seed,
         backbone=replace(config.backbone, steps=SAMPLE_STEPS),
-        concept=replace(
-            config.concept, name=toy.name, superclass=toy.superclass, placeholder=toy.placeholder, toyland=drawn
-        ),
+        concept=subject.concept(config.concept, training.pictures),
         trainer={**config.trainer, "enable_progress_bar": False},
         callbacks=callbacks,
         run=RunConfig(root=str(root)),

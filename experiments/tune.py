@@ -118,8 +118,8 @@ def _opened(training: Training, runner: Runner) -> Study:
     """The search of a method, new or with the trials of former processes; its preset comes first."""
     space, protocol = read_space(training.preset), runner.protocol
     asked = {
-        "toys": [toy.name for toy in protocol.toys],
-        "prompts": protocol.prompts,
+        "toys": [toy.name for toy in protocol.subjects],
+        "prompts": protocol.listed_prompts(pairs=False),
         "seeds": protocol.seeds,
         "sampler": f"{protocol.steps} steps, guidance {protocol.guidance:g}",
         "changes": runner.changes,
@@ -137,7 +137,7 @@ def _round(number: int, studies: Mapping[Training, Study], runner: Runner, pool:
         if len(study.over) <= number:
             trial, words = study.ask(config.seed)
             training = dataclasses.replace(training, changes=tuple(words))
-            wanted = [Wanted(setting, (toy,)) for setting in dial(training) for toy in runner.protocol.toys]
+            wanted = [Wanted(setting, (toy,)) for setting in dial(training) for toy in runner.protocol.subjects]
             asked.append((study, trial, training, wanted))
     if not asked:
         return []
@@ -160,7 +160,7 @@ def objective(runner: Runner, settings: Sequence[Setting]) -> tuple[float, str]:
     """The best harmonic mean of identity and prompt accuracy over some settings, and where it was found."""
     found = []
     for setting in settings:
-        scores = [concept_scores(runner.points[Wanted(setting, (toy,))]) for toy in runner.protocol.toys]
+        scores = [concept_scores(runner.points[Wanted(setting, (toy,))]) for toy in runner.protocol.subjects]
         identity, prompt = (float(np.mean([s[name] for s in scores])) for name in ("identity", "prompt"))
         said = f"identity {identity:.3f}, prompt {prompt:.3f} at {setting.name}"
         found.append((float(harmonic_mean(identity, prompt)), said))

@@ -4,7 +4,7 @@ import numpy as np
 
 from eval.aggregate import Interval, Summary
 from eval.looks import looks
-from eval.tables import escape, latex, markdown
+from eval.tables import Reported, escape, latex, markdown
 
 
 def summary(method: str, beta: float | None = None, **scores: Interval) -> Summary:
@@ -53,3 +53,14 @@ def test_methods_keep_their_looks_in_every_company():
     assert together["lora"] == alone["lora"] and together["perfusion"].title == "Perfusion"
     many = looks([f"method {k}" for k in range(40)])
     assert len({(look.colour, look.symbol) for look in many.values()}) == 40
+
+
+def test_what_others_report_stands_below_a_line_and_is_never_the_best():
+    others = [Reported("DreamBooth (published)", "47 concepts", 47, {"clip_i": 0.9, "dino": 0.6})]
+    lines = latex(SUMMARIES[:2], "x", reported=others).splitlines()
+    rows = lines[lines.index(r"    \midrule") + 1 : lines.index(r"    \bottomrule")]
+    assert rows[2:] == [
+        r"    \midrule",
+        r"    DreamBooth (published) & 47 concepts & 47 & -- & 0.900 & 0.600 & -- \\",
+    ]
+    assert r"\textbf{0.700 $\pm$ 0.050}" in rows[0] and "DINO" in "".join(lines)

@@ -25,7 +25,7 @@ def judge(evidence: Evidence) -> Finding:
         by = f"the default over {series.label}"
         checks += gained(evidence, OWN, series.settings, by, decides=series is OTHERS[0])
     return Finding(
-        tuple(checks), f"prompt accuracy {signed(checks[0].value.mean)} over words alone, at the same identity"
+        tuple(checks), f"{evidence.x} {signed(checks[0].value.mean)} over words alone, at the same {evidence.y}"
     )
 
 
@@ -34,8 +34,8 @@ EXPERIMENT = Experiment(
     place=10,
     claim="C over all positions that the cross-attention reads gives a better front than over a caption's words alone.",
     source="a choice of this project, docs/covariance.md",
-    test="How much more prompt accuracy the front with the default C (all positions, ridge 0.01) has than that with C "
-    "over the words alone, at the same identity (mean over five identities that both have). The claim holds if the "
+    test="How much more {x} the front with the default C (all positions, ridge 0.01) has than that with C "
+    "over the words alone, at the same {y} (mean over five {ys} that both have). The claim holds if the "
     "95 % interval lies above 0. Other ridges stand beside it.",
     series=(Series("default", OWN), *OTHERS, BASE_SERIES),
     judge=judge,

@@ -1,9 +1,9 @@
-"""How much of a toy passes through K and V of the text alone: one method, twice, on fewer and on more layers; and how
-much passes through words."""
+"""How much of a subject passes through K and V of the text alone: one method, twice, on fewer and on more layers; and
+how much passes through words."""
 
 from __future__ import annotations
 
-from experiments.evidence import SLACK, Check, Evidence, front, lead, least_lead
+from experiments.evidence import Check, Evidence, front, lead
 from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
 from experiments.settings import DESCRIBED, LORA, PERFUSION, by_beta, by_scale
 
@@ -14,28 +14,26 @@ OWN = by_beta(PERFUSION)
 
 def judge(evidence: Evidence) -> Finding:
     """LoRA on all of the attention over LoRA on what Perfusion edits; and Perfusion over the latter."""
-    text = evidence.line(TEXT)
-    beyond = evidence.number(least_lead, front(evidence, ALL), text)
-    own = evidence.number(least_lead, front(evidence, OWN), text)
+    text, y, slack = evidence.line(TEXT), evidence.y, evidence.world.slack
+    beyond, own = evidence.lead(ALL, TEXT), evidence.lead(OWN, TEXT)
     most = evidence.number(lambda a, b: float(a[:, 1].max() - b[:, 1].max()), evidence.line(ALL), text)
-    told = evidence.number(lambda a, b: lead(a, b[0], SLACK), front(evidence, OWN), evidence.line([DESCRIBED]))
+    told = evidence.number(lambda a, b: lead(a, b[0], slack), front(evidence, OWN), evidence.line([DESCRIBED]))
     checks = (
-        Check("identity of LoRA on all attention above all settings of LoRA on K and V of the text", beyond),
-        Check("highest identity of the former above the highest of the latter", most, decides=False),
-        Check("identity of Perfusion's front above all settings of LoRA on K and V of the text", own, decides=False),
-        Check("identity of Perfusion's front above the base model that is told all looks", told, decides=False),
+        Check(f"{y} of LoRA on all attention above all settings of LoRA on K and V of the text", beyond),
+        Check(f"highest {y} of the former above the highest of the latter", most, decides=False),
+        Check(f"{y} of Perfusion's front above all settings of LoRA on K and V of the text", own, decides=False),
+        Check(f"{y} of Perfusion's front above the base model that is told all looks", told, decides=False),
     )
-    return Finding(checks, f"identity {beyond.mean:+.3f} with all of the attention")
+    return Finding(checks, f"{y} {beyond.mean:+.3f} with all of the attention")
 
 
 EXPERIMENT = Experiment(
     id="edited_layers",
     place=11,
-    claim="On Toyland, methods that change nothing but K and V of the text reach less identity than those that change "
-    "more.",
+    claim="On {title}, methods that change nothing but K and V of the text reach less {y} than those that change more.",
     source="a question about this project's results",
     test="LoRA with one preset, on all projections of all attentions and on K and V of the cross-attentions alone. How "
-    f"much more identity has the former's front at the prompt accuracy of the latter (less {SLACK:g}), at the setting "
+    "much more {y} has the former's front at the {x} of the latter (less {slack}), at the setting "
     "for which this lead is least? The claim holds if the 95 % interval lies above 0.",
     series=(
         Series("lora, all attention", ALL),

@@ -18,7 +18,7 @@ SERIES = (
 
 
 def judge(evidence: Evidence) -> Finding:
-    """At the same identity, and at the same β."""
+    """At the same likeness, and at the same β."""
     return compared(evidence, LOCAL, NONE, "locking")
 
 
@@ -27,8 +27,8 @@ EXPERIMENT = Experiment(
     place=2,
     claim="Locking the keys moves the front toward the text, against trained keys.",
     source="the ablation with trained keys (trained-K)",
-    test="How much more prompt accuracy the front with locked keys has than that with trained keys, at the same "
-    "identity (mean over five identities that both have). The claim holds if the 95 % interval lies above 0.",
+    test="How much more {x} the front with locked keys has than that with trained keys, at the same "
+    "{y} (mean over five {ys} that both have). The claim holds if the 95 % interval lies above 0.",
     series=SERIES,
     judge=judge,
     caveats="The other settings were chosen with locked keys.",

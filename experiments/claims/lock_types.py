@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from experiments.claims.key_lock import GLOBAL, LOCAL, NONE, SERIES
-from experiments.claims.one_shot import SLIGHTLY
 from experiments.evidence import Check, Evidence, signed
 from experiments.experiment import Experiment, Finding
 
@@ -14,13 +13,13 @@ def judge(evidence: Evidence) -> Finding:
     checks = (
         Check("diversity gained by global locking, at the same β", varied),
         Check(
-            "prompt accuracy gained by global locking, at the same β",
-            evidence.mean_difference(GLOBAL, LOCAL, "prompt"),
-            -SLIGHTLY,
+            f"{evidence.x} gained by global locking, at the same β",
+            evidence.x_gained(GLOBAL, LOCAL),
+            -evidence.world.slight,
         ),
         Check(
-            "identity gained by global locking, at the same β",
-            evidence.mean_difference(GLOBAL, LOCAL, "identity"),
+            f"{evidence.y} gained by global locking, at the same β",
+            evidence.y_gained(GLOBAL, LOCAL),
             decides=False,
         ),
         Check(
@@ -39,10 +38,10 @@ EXPERIMENT = Experiment(
     source="global key-locking",
     test="The diversity (mean of 1 − cosine of CLIP embeddings over pairs of pictures of one prompt) with global "
     "locking minus that with local locking, mean over three β. The claim holds if the 95 % interval lies above 0, and "
-    f"if that of the prompt accuracy gained lies above {-SLIGHTLY}: pictures that miss the prompt are varied, too.",
+    "if that of the {x} gained lies above -{slight}: pictures that miss the prompt are varied, too.",
     series=SERIES,
     judge=judge,
     y="diversity",
     times=2,  # diversity is of pictures of one prompt
-    caveats="Diversity is CLIP's. Pictures that miss the toy count as much as others; see their identity.",
+    caveats="Diversity is CLIP's. Pictures that miss the {thing} count as much as others; see their {y}.",
 )

@@ -20,11 +20,11 @@ EXPERIMENT = Experiment(
     place=4,
     claim="The soft mask helps the pictures to follow the text.",
     source="the soft object mask in the loss",
-    test="How much more prompt accuracy the front has that was trained with masks, at the same identity (mean over "
-    "five identities that both have). The claim holds if the 95 % interval lies above 0.",
+    test="How much more {x} the front has that was trained with masks, at the same {y} (mean over "
+    "five {ys} that both have). The claim holds if the 95 % interval lies above 0.",
     series=(Series("with mask", WITH), Series("without", WITHOUT), BASE_SERIES),
     judge=judge,
-    caveats="Trained on five pictures, four of them with a background that a mask can keep out; that of the one-shot "
+    of_toys="Trained on five pictures, four of them with a background that a mask can keep out; that of the one-shot "
     "trainings is plain. Masks are exact; those of photos are not. The other settings were chosen with masks and one "
     "picture.",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.evidence import SLACK, Evidence, beyond
+from experiments.evidence import Evidence, beyond
 from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
 from experiments.settings import CUSTOM_DIFFUSION, PERFUSION, by_beta, by_steps
 
@@ -13,7 +13,7 @@ MERGED = by_steps(CUSTOM_DIFFUSION)
 def judge(evidence: Evidence) -> Finding:
     """Perfusion's front over all settings of Custom Diffusion."""
     checks = beyond(evidence, BOTH, MERGED, "Custom Diffusion")
-    return Finding(checks, f"identity {checks[0].value.mean:+.3f} above all settings of Custom Diffusion")
+    return Finding(checks, f"{evidence.y} {checks[0].value.mean:+.3f} above all settings of Custom Diffusion")
 
 
 EXPERIMENT = Experiment(
@@ -21,12 +21,12 @@ EXPERIMENT = Experiment(
     place=8,
     claim="Concepts that were trained apart combine in one picture, better than with Custom Diffusion.",
     source="combining concepts that were learned apart",
-    test="Pictures of two toys. How much more identity (mean of both toys) has Perfusion's front than Custom Diffusion "
-    f"at the latter's prompt accuracy (less {SLACK:g}), at the setting for which this lead is least? The claim holds "
+    test="Pictures of two {thing}s. How much more {y} (mean of both {thing}s) has Perfusion's front than Custom "
+    "Diffusion at the latter's {x} (less {slack}), at the setting for which this lead is least? The claim holds "
     "if the 95 % interval of that lies above 0.",
     series=(Series("perfusion", BOTH), Series("custom_diffusion", MERGED), BASE_SERIES),
     judge=judge,
     pairs=True,
     caveats="The paper compares with Custom Diffusion trained on both concepts together. Here its concepts are trained "
-    "apart, as Perfusion's are, and merged by its closed form. There are half as many pairs as toys.",
+    "apart, as Perfusion's are, and merged by its closed form. There are half as many pairs as {thing}s.",
 )

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 
 from eval.looks import title
-from experiments.evidence import SLACK, Check, Evidence, beyond
+from experiments.evidence import Check, Evidence, beyond
 from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, Table
 from experiments.runner import Wanted
 from experiments.settings import (
@@ -19,6 +19,7 @@ from experiments.settings import (
     by_scale,
     by_steps,
 )
+from experiments.world import TOYLAND
 
 FRONT = by_beta(PERFUSION)
 OTHERS = (
@@ -47,13 +48,17 @@ def _costs(evidence: Evidence) -> Table:
         training = series.settings[0].training
         assert training is not None
         seconds = statistics.mean(evidence.training_seconds(training))
-        each = statistics.mean(
-            evidence.runner.seconds(Wanted(setting, toys)) for setting in series.settings for toys in evidence.groups
-        )
+        each = statistics.mean(evidence.runner.seconds(wanted) for wanted in _pictures(series, evidence))
         rows.append((title(series.label), f"{seconds:.0f} s", f"{len(series.settings)}", f"{each:.1f} s"))
-    pictures = len(evidence.runner.protocol.prompts) * len(evidence.runner.protocol.seeds)
+    pictures = evidence.world.prompts_each * len(evidence.world.seeds)
     head = ("method", "its one training", "points", f"{pictures} pictures of a point")
-    return Table("What a front of one concept costs, on one core while the others were busy", head, tuple(rows))
+    where = ", on one core while the others were busy" if evidence.world.kind == TOYLAND else ""
+    return Table(f"What a front of one concept costs{where}", head, tuple(rows))
+
+
+def _pictures(series: Series, evidence: Evidence) -> list[Wanted]:
+    settings = map(evidence.world.setting, series.settings)
+    return [Wanted(setting, subjects) for setting in settings for subjects in evidence.groups]
 
 
 EXPERIMENT = Experiment(
@@ -62,8 +67,8 @@ EXPERIMENT = Experiment(
     claim="One trained concept, β swept in pictures, spans a front that Textual Inversion, DreamBooth and Custom "
     "Diffusion do not reach.",
     source="the comparison with other methods: fronts over β from one training; abstract",
-    test="For each of the three methods: how much more identity has Perfusion's front than a setting of the method, at "
-    f"the prompt accuracy of that setting (less {SLACK:g}, one asked-for thing of fifty)? What counts is the setting "
+    test="For each of the three methods: how much more {y} has Perfusion's front than a setting of the method, at "
+    "the {x} of that setting (less {slack}, {slack_means})? What counts is the setting "
     "over which this lead is least. The claim holds if the 95 % interval of the least lead lies above 0 for all three "
     "methods, and fails if it lies below 0 for one.",
     series=(Series("perfusion", FRONT), *OTHERS, BASE_SERIES),

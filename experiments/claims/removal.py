@@ -12,12 +12,12 @@ HIGH = [k for k, beta in enumerate(BETAS) if beta > 1]  # where the gate of the 
 
 
 def judge(evidence: Evidence) -> Finding:
-    """At the same identity; and how much of the prompt is left where the gate closes."""
+    """At the same likeness; and how much of the prompt is left where the gate closes."""
     checks = gained(evidence, GATED_FRONT, FULL_FRONT, "gated removal over full")
     gated, full = ([front[k] for k in HIGH] for front in (GATED_FRONT, FULL_FRONT))
-    closed = evidence.mean_difference(gated, full, "prompt")
-    checks = (*checks, Check("prompt accuracy gained at β above 1", closed, decides=False))
-    return Finding(checks, f"prompt accuracy {signed(checks[0].value.mean)} at the same identity")
+    closed = evidence.x_gained(gated, full)
+    checks = (*checks, Check(f"{evidence.x} gained at β above 1", closed, decides=False))
+    return Finding(checks, f"{evidence.x} {signed(checks[0].value.mean)} at the same {evidence.y}")
 
 
 EXPERIMENT = Experiment(
@@ -25,8 +25,8 @@ EXPERIMENT = Experiment(
     place=12,
     claim="A gate that also rules what is taken out of the encodings gives a better front.",
     source="a question about the paper's Eq. 3, which removes r i* from every encoding whether the gate is open or not",
-    test="How much more prompt accuracy the front of h = W (e − g r i*) + g o* has than that of "
-    "h = W (e − r i*) + g o*, at the same identity (mean over five identities that both have). The claim holds if the "
+    test="How much more {x} the front of h = W (e − g r i*) + g o* has than that of "
+    "h = W (e − r i*) + g o*, at the same {y} (mean over five {ys} that both have). The claim holds if the "
     "95 % interval lies above 0.",
     series=(
         Series("removal gated", GATED_FRONT),

@@ -12,7 +12,7 @@ AT_TRAINED, AT_HIGHER = by_beta(PERFUSION, FEW_BETAS, tau=TRAINED), by_beta(PERF
 
 
 def judge(evidence: Evidence) -> Finding:
-    """At the same identity: at the same β, a higher τ shuts the gate further, which moves along a front."""
+    """At the same likeness: at the same β, a higher τ shuts the gate further, which moves along a front."""
     return compared(evidence, AT_HIGHER, AT_TRAINED, f"τ {HIGHER:g} over {TRAINED:g}")
 
 
@@ -21,8 +21,8 @@ EXPERIMENT = Experiment(
     place=6,
     claim="A τ in pictures above that of the training gives a better front; 0.15 works.",
     source="the gate at inference",
-    test=f"How much more prompt accuracy the front at τ {HIGHER:g} has than that at the training's {TRAINED:g}, at the "
-    "same identity (mean over five identities that both have). The claim holds if the 95 % interval lies above 0.",
+    test=f"How much more {{x}} the front at τ {HIGHER:g} has than that at the training's {TRAINED:g}, at the "
+    "same {y} (mean over five {ys} that both have). The claim holds if the 95 % interval lies above 0.",
     series=(
         Series(f"τ {TRAINED:g}", AT_TRAINED),
         Series(f"τ {HIGHER:g}", AT_HIGHER),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from experiments.evidence import Evidence
 from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, compared
-from experiments.settings import FEW_BETAS, PERFUSION, by_beta, preset_value
+from experiments.settings import FEW_BETAS, PERFUSION, by_beta
 
 LOWER = 0.25
-OWN = float(preset_value(PERFUSION, "beta"))
 HIGH = by_beta(PERFUSION, FEW_BETAS)
 LOW = by_beta(PERFUSION.changed(f"perfusion, trained at β {LOWER:g}", f"method.beta={LOWER}"), FEW_BETAS)
 
 
 def judge(evidence: Evidence) -> Finding:
-    """At the same identity: at the same β in pictures, another training is a stronger or weaker concept."""
-    return compared(evidence, HIGH, LOW, f"training at β {OWN:g} over {LOWER:g}")
+    """At the same likeness: at the same β in pictures, another training is a stronger or weaker concept."""
+    return compared(evidence, HIGH, LOW, evidence.world.said(f"training at β {{beta}} over {LOWER:g}"))
 
 
 EXPERIMENT = Experiment(
@@ -22,14 +21,14 @@ EXPERIMENT = Experiment(
     place=5,
     claim="A higher β in training gives a better front.",
     source="the bias of the gate in training",
-    test=f"How much more prompt accuracy the front of concepts trained at β {OWN:g} has than that of concepts trained "
-    f"at {LOWER:g}, at the same identity (mean over five identities that both have). The claim holds if the 95 % "
+    test="How much more {x} the front of concepts trained at β {beta} has than that of concepts trained "
+    f"at {LOWER:g}, at the same {{y}} (mean over five {{ys}} that both have). The claim holds if the 95 % "
     "interval lies above 0.",
     series=(
         Series(f"trained at β {LOWER:g}", LOW),
-        Series(f"trained at β {OWN:g}", HIGH),
+        Series("trained at β {beta}", HIGH),
         BASE_SERIES,
     ),
     judge=judge,
-    caveats=f"The other settings were chosen together with β {OWN:g}.",
+    caveats="The other settings were chosen together with β {beta}.",
 )

@@ -65,6 +65,13 @@ def _model(value: Any) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.suffix in _MODEL and file.is_file())
 
 
+def model_digests(value: Any) -> dict[str, str]:
+    """Digests of the file, or of the files of the model in the folder, that a setting names, by their names; none where
+    it names something else, such as a model of the hub."""
+    files = _model(value)
+    return _digests(files) if files else {}
+
+
 def _digests(files: Sequence[Path]) -> dict[str, str]:
     places = [Path(os.path.abspath(file)) for file in files]
     root = os.path.commonpath([place.parent for place in places])

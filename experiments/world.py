@@ -1,0 +1,224 @@
+"""What the claims of the paper are tried on. A world says which subjects there are and which prompts, how they are
+trained and drawn, by which two scores fronts are drawn and claims are judged, and which differences of them count.
+
+`experiments.protocol` has Toyland's toys, `experiments.photos` a folder of photos.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from eval.score_kinds import BY_NAME
+from experiments.settings import Setting, Training
+from perfusion.config import ConceptConfig
+from perfusion.data.prompts import fill
+
+if TYPE_CHECKING:
+    from eval.folders import References
+    from eval.scorers import Scorers
+
+TOYLAND, PHOTOS = "toyland", "photos"  # kinds
+
+
+class Subject(Protocol):
+    """One thing to learn."""
+
+    @property
+    def name(self) -> str:
+        """Unique in its world."""
+        ...
+
+    @property
+    def superclass(self) -> str: ...
+
+    @property
+    def placeholder(self) -> str:
+        """The word that stands for it in prompts."""
+        ...
+
+    @property
+    def instance(self) -> int | None:
+        """Of a toy: the seed of its looks."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Its superclass, behind all that the world knows of its looks."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What results say of it, in JSON values."""
+        ...
+
+    def concept(self, given: ConceptConfig, pictures: int | None) -> ConceptConfig:
+        """The part of a run's config that says what is learned, from so many pictures (None: as many as usual)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """What somebody else reports of a method: shown beside own numbers, and never judged by.
+
+    Attributes:
+        setting: how it was measured, in words.
+        scores: by the names of `eval.score_kinds`.
+    """
+
+    method: str
+    setting: str
+    source: str
+    concepts: int
+    scores: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class World(abc.ABC):
+    """What the claims are tried on.
+
+    Attributes:
+        kind: the word of the command line, `world=<kind>`.
+        title: what texts call it.
+        thing, ys: what texts call a subject, and values of `y`.
+        several, several_pictures: how many pictures a training on several has, in a text and as a label.
+        x, y: the scores of fronts: how well the prompt is followed, to the right, and the likeness, up.
+        slack: of `x`, within which two settings follow the text alike; `slack_means` says why, in words.
+        slight: of `x`, which counts as a slight loss.
+        scheduler, sampler: of diffusers, and its short name for folders.
+        at_once: pictures in one batch.
+        threads: of each worker.
+        budget: seconds that a training of Perfusion may take; None: there is none to be held.
+        measured: whether the time of a picture and of a training is measured, rather than known beforehand.
+        tables: whether results are also written as tables in LaTeX.
+        seeds, steps, guidance: of all pictures.
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    thing: ClassVar[str]
+    ys: ClassVar[str]
+    several: ClassVar[str]
+    several_pictures: ClassVar[str]
+    x: ClassVar[str]
+    y: ClassVar[str]
+    slack: ClassVar[float]
+    slack_means: ClassVar[str]
+    slight: ClassVar[float]
+    scheduler: ClassVar[str]
+    sampler: ClassVar[str]
+    at_once: ClassVar[int]
+    budget: ClassVar[float | None] = None
+    measured: ClassVar[bool] = False
+    tables: ClassVar[bool] = False
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 50
+    guidance: float = 6.0
+
+    @property
+    @abc.abstractmethod
+    def subjects(self) -> Sequence[Subject]: ...
+
+    @property
+    @abc.abstractmethod
+    def prompts_each(self) -> int:
+        """How many prompts a subject has, at most."""
+
+    @abc.abstractmethod
+    def templates(self, *of: Any) -> tuple[str, ...]:
+        """The prompts of one subject, or of two together, with a `{}` for each."""
+
+    @abc.abstractmethod
+    def listed_prompts(self, pairs: bool) -> list[list[str]]:
+        """All prompts of single subjects, or of pairs: alternatives, of which a subject has the first that suits it."""
+
+    @abc.abstractmethod
+    def smaller(self, concepts: int, prompts: int, seeds: int, steps: int) -> World:
+        """The first of its subjects and prompts, and so many seeds and steps."""
+
+    @property
+    @abc.abstractmethod
+    def weights(self) -> str:
+        """12 hexadecimal digits over the weights of the base model. Raises ConfigError: they are not there."""
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder of all that is made in it."""
+        return self.weights
+
+    @property
+    def threads(self) -> int:
+        return 1
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words of `perfusion.train` for all trainings: which model, and what kind of concept."""
+        return ()
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        return ()
+
+    @abc.abstractmethod
+    def training(self, training: Training) -> Training:
+        """A claim's training as it is done here; two that are the same here become equal. Of what it gives, the same
+        again."""
+
+    @abc.abstractmethod
+    def references(self, subjects: Sequence[Any]) -> References:
+        """What pictures of these subjects are held against."""
+
+    @abc.abstractmethod
+    def scorers(self) -> Scorers:
+        """The models that score pictures, loaded once in a process."""
+
+    @abc.abstractmethod
+    def autocast(self, device: Any) -> AbstractContextManager[Any]:
+        """The arithmetic that pictures are drawn in."""
+
+    def lacks(self, settings: Sequence[Setting]) -> str | None:
+        """What these settings need that the world has not, in words; None: nothing."""
+        return None
+
+    # --- the same in all worlds ---
+
+    @property
+    def pairs(self) -> tuple[tuple[Any, Any], ...]:
+        """Neighbours in the list of subjects; each is in one pair at most."""
+        return tuple(zip(self.subjects[::2], self.subjects[1::2], strict=False))
+
+    def seeds_of(self, times: int) -> tuple[int, ...]:
+        """The seeds of an experiment that draws so many times as many pictures as others."""
+        return tuple(range(self.seeds[0], self.seeds[0] + times * len(self.seeds)))
+
+    def setting(self, setting: Setting) -> Setting:
+        """`training`, of a setting."""
+        return setting if setting.training is None else replace(setting, training=self.training(setting.training))
+
+    def said(self, text: str) -> str:
+        """A text of a claim, with this world's words in the places of `{x}` and the like, see below; `{beta}` is that
+        with which Perfusion is trained."""
+        from experiments.settings import PERFUSION, preset_value
+
+        return text.format(
+            x=BY_NAME[self.x].title,
+            y=BY_NAME[self.y].title,
+            slack=f"{self.slack:g}",
+            slack_means=self.slack_means,
+            slight=f"{self.slight:g}",
+            title=self.title,
+            thing=self.thing,
+            ys=self.ys,
+            several=self.several,
+            several_pictures=self.several_pictures,
+            beta=f"{float(preset_value(self.training(PERFUSION), 'beta')):g}",
+        )
+
+
+def filled(template: str, *phrases: str) -> str:
+    """`template` with phrases in the places of its `{}`, in their order."""
+    for phrase in phrases[:-1]:
+        template = template.replace("{}", phrase, 1)
+    return fill(template, phrases[-1])
