@@ -85,6 +85,7 @@ class Concept:
         settings = {
             key: value.name if isinstance(value, Enum) else value
             for key, value in dataclasses.asdict(method.options).items()
+            if key not in method.newer or value != getattr(method.Options(), key)
         }
         made = provenance()
         return cls(

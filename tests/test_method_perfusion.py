@@ -246,7 +246,7 @@ def test_a_closed_gate_leaves_encodings_as_they_are_where_it_rules_the_removal(
     backbone: Backbone, removal: str
 ) -> None:
     concept = untrained_concept(backbone, Word("<bear*>", "teddy bear"), 0, removal=removal)
-    assert concept.settings["removal"] == removal
+    assert concept.settings.get("removal", "full") == removal
     site = backbone.edit_sites()[1]
     e = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

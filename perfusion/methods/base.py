@@ -78,6 +78,7 @@ class Method(nn.Module, ABC):
     Options: ClassVar[type[MethodOptions]]
     dials: ClassVar[tuple[Dial, ...]] = ()  # no other file has to know them
     needs_covariance: ClassVar[bool] = False  # whether what it learns depends on the backbone's second moment
+    newer: ClassVar[tuple[str, ...]] = ()  # options that concept files name only where they are not the default
 
     def __init__(self, options: Any, word: Word) -> None:
         super().__init__()
