@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from perfusion.training.run_folder import RunFolder
 
 
+_PATIENCE = 3.0  # seconds
+
+
 def main(argv: Sequence[str]) -> int | None:
     """Train what a command line describes; with `-m`, all of it (`perfusion.training.sweep`)."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -118,7 +121,14 @@ def train(config: TrainConfig) -> RunFolder:
         try:
             if rank == 0:
                 place.begin(config, inputs)
-            metrics = _fit(config, place, method, backbone, examples, prior, told)
+            try:
+                metrics = _fit(config, place, method, backbone, examples, prior, told)
+            except Exception:
+                if (
+                    rank > 0
+                ):  # where the first process has ended, it has said why, and `join` ends this one without a word
+                    time.sleep(_PATIENCE)
+                raise
             if rank > 0:
                 return folder
             concept = save_concept(place.concept, Concept.of(method, backbone, config.seed))

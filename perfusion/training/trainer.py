@@ -136,7 +136,8 @@ def build(
         # Buffers move alike in all processes, and are replaced rather than written: there is nothing to send.
         keywords["strategy"] = DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
     try:
-        callbacks.append(TimeLimit(config.trainer.get("max_time"), told))
+        if config.trainer.get("max_time") is not None or config.run.requeue:
+            callbacks.append(TimeLimit(config.trainer.get("max_time"), told))
         trainer = Trainer(
             **keywords,
             max_steps=steps,
