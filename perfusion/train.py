@@ -104,6 +104,7 @@ def train(config: TrainConfig) -> RunFolder:
             place.clear()
         place.check(config, inputs)
         if place.finished:
+            folder.tidy()
             print(f"finished already: {folder.path} (run.overwrite=true trains it again)")
             return folder
 

@@ -143,7 +143,9 @@ def test_a_stopped_run_is_resumed_by_the_same_command(
 
     capfd.readouterr()
     before = Path("whole/DONE").stat().st_mtime_ns
+    Path("whole/.training").touch()  # of a process that was killed after all was done
     assert run(*words, "run.dir=whole") == 0
+    assert not Path("whole/.training").exists()
     assert capfd.readouterr().out.startswith("finished already: whole")
     assert Path("whole/DONE").stat().st_mtime_ns == before
     assert run(*words, "run.dir=whole", "seed=1") == 2

@@ -140,7 +140,7 @@ class RunFolder:
             ConfigError: another process holds it; the message says which.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = self.path / ".training"
+        lock = self._lock
         try:
             with _locked(lock) as file:
                 file.truncate(0)
@@ -154,6 +154,16 @@ class RunFolder:
         finally:
             with contextlib.suppress(OSError):  # not empty
                 self.path.rmdir()
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".training"
+
+    def tidy(self) -> None:
+        """Remove what a process left that was killed after all was done."""
+        if self._lock.exists():
+            with contextlib.suppress(ConfigError), self.held():  # unless another one holds it
+                pass
 
     def holds(self, config: TrainConfig, inputs: Inputs | None = None) -> bool:
         """Whether the run that lies here, finished or not, is the one of `config`, and read these `inputs`."""
