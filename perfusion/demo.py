@@ -19,7 +19,7 @@ PROMPTS = (
     "a photo of <cat*> and a dog",
     "a mosaic of <cat*>",
 )
-IMAGES_PER_PROMPT = 3
+IMAGES_PER_PROMPT = 2
 
 USAGE = """
 Learn a toy cat from one picture (+experiment=cat_oneshot), then draw it: on the beach, in a hat, as a sketch.
