@@ -28,7 +28,7 @@ test: setup ## Run the tests
 test-slow: setup ## Run the tests that `make test` leaves out because they take long
 	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
-trust: setup ## Kill trainings, read hostile files, soak, ... and write docs/reliability.md (about 45 minutes)
+trust: setup ## Kill trainings, read hostile files, soak, ... and write docs/reliability.md (long; it goes on)
 	$(PYTHON) -m tests.trust $(ARGS)
 
 lint: setup ## Check style, formatting, imports and types

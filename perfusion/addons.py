@@ -58,23 +58,23 @@ def load_embeddings(pipe: Any, files: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a file that is none, whose vectors are not as wide as this model's, or whose word is known already.
     """
-    words = []
+    words: list[str] = []
+    parts: list[tuple[Any, str]]  # contents, and the end of the name of the text encoder that reads them
     for file in files:
         path = Path(file).expanduser()
-        if path.suffix in (".pt", ".bin") and path.is_file():
-            token = path.stem if path.suffix == ".pt" else None
-            parts: list[tuple[Any, str]] = [(str(path), "")]
+        if path.suffix == ".pt" and path.is_file():
+            word, parts = path.stem, [(str(path), "")]
         else:
             tensors = _tensors("embedding", file)
-            token = path.stem if {*tensors} & {_A1111, *_XL} else next(iter(tensors))
+            word = path.stem if {*tensors} & {_A1111, *_XL} else next(iter(tensors))
             parts = [(tensors[name], _XL.get(name, "")) for name in tensors]
         for content, suffix in parts:
             encoder, tokenizer = (getattr(pipe, f"{kind}{suffix}", None) for kind in ("text_encoder", "tokenizer"))
             try:
-                pipe.load_textual_inversion(content, token=token, text_encoder=encoder, tokenizer=tokenizer)
+                pipe.load_textual_inversion(content, token=word, text_encoder=encoder, tokenizer=tokenizer)
             except Exception as error:  # whatever diffusers raises at contents that it does not expect
                 raise ConfigError(f"embedding: {file} does not fit this model: {_first_line(error)}") from error
-        words.append(token or path.stem)
+        words.append(word)
     return words
 
 

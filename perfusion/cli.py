@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from perfusion.config import ConfigError, checked
 
-# Threads that wait for others sleep instead of spinning: beside other work they would spin against it, and a sampling
-# step took five times as long. Read when torch is loaded, which commands do after this module.
+# Threads that wait for others sleep instead of spinning against whatever else runs on the machine. Read when torch is
+# loaded, so it counts for the commands that load it after this module: for all that train or draw, not for eval.score.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 T = TypeVar("T")

@@ -102,9 +102,7 @@ class RunConfig:
     dir: str | None = None  # None: <root>/<experiment>/<concept>-<method>-<hash of the config>
     root: str = "runs"
     overwrite: bool = False  # train again although the folder holds a finished run
-    requeue: bool = (
-        False  # on SIGUSR1 (sbatch --signal=B:USR1@120) stop after a checkpoint, and queue SLURM's job again
-    )
+    requeue: bool = False  # at SIGUSR1 (sbatch --signal=B:USR1@120): save the step, and queue SLURM's job again
 
 
 @dataclass

@@ -318,8 +318,6 @@ def convert(config: ConvertConfig) -> Concept:
     foreign = read_package(source, config.index)
     digest = hashlib.sha256(foreign.precision.contiguous().numpy().tobytes()).hexdigest()[:16]
     covariance = f"{PACKAGE}:{digest}"
-    if matrix is not None:
-        _write_moment(matrix, foreign.precision, covariance)
 
     import torch
 
@@ -361,6 +359,8 @@ def convert(config: ConvertConfig) -> Concept:
     finally:
         method.detach()
     known = {key: concept.settings[key] for key in ("key_lock", "sample_beta", "sample_tau", "vectors")}
+    if matrix is not None:
+        _write_moment(matrix, foreign.precision, covariance)
     return save_concept(out, dataclasses.replace(concept, settings=known, covariance=covariance))
 
 

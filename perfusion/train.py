@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> RunFolder:
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed}: expected a whole number from 0 to {2**32 - 1}")
     check_keywords(config.trainer)
-    told = _slurm_signal() if config.run.requeue else bool
+    told = _slurm_signal() if config.run.requeue else lambda: False
     part_size(
         method.options.batch_size, device_count(config.trainer), config.trainer.get("accumulate_grad_batches") or 1
     )

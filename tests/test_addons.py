@@ -11,13 +11,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import perfusion
+from perfusion.addons import load_embeddings
 from perfusion.cli import run_cli
 from perfusion.concept import save_concept
 from perfusion.generate import main
 from perfusion.manifest import ImageRecord, read_manifest
 from perfusion.methods.base import Word
 from tests.concepts import tiny_backbone, untrained_concept
-from tests.pipelines import tiny_pipeline_folder
+from tests.pipelines import tiny_pipeline_folder, tiny_sdxl
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 STYLED = "a photo of <bear*> on the beach, <style>"
@@ -124,3 +125,16 @@ def test_what_stock_calls_take(given: Path) -> None:
 def test_mistakes(words: str, says: str, given: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(given, *words.format(given=given).split()) == 2
     assert f"error: {says.format(given=given)}" in capsys.readouterr().err and not Path("generated").exists()
+
+
+def test_an_embedding_for_sdxl_is_read_by_both_text_encoders(tmp_path: Path) -> None:
+    pipe = tiny_sdxl()
+    widths = {"clip_l": pipe.text_encoder.config.hidden_size, "clip_g": pipe.text_encoder_2.config.hidden_size}
+    draw = torch.Generator().manual_seed(0)
+    vectors = {name: torch.randn(1, width, generator=draw) for name, width in widths.items()}
+    save_file(vectors, tmp_path / "<style>.safetensors")
+    assert load_embeddings(pipe, [str(tmp_path / "<style>.safetensors")]) == ["<style>"]
+    for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
+        (token,) = getattr(pipe, f"tokenizer{suffix}")("<style>", add_special_tokens=False).input_ids
+        table = getattr(pipe, f"text_encoder{suffix}").get_input_embeddings().weight
+        assert torch.equal(table[token], vectors[name][0])

@@ -110,3 +110,15 @@ def test_a_command_answers_with_its_own_errors_on_a_terminal_without_unicode(tmp
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and r"s\xfc\xdf.pt: found no such file" in done.stderr
+
+
+@pytest.mark.parametrize(("told", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+@pytest.mark.parametrize("command", ["perfusion.train", "perfusion.generate", "perfusion.demo", "experiments.paper"])
+def test_threads_of_commands_wait_passively_unless_told_otherwise(
+    command: str, told: dict[str, str], policy: str
+) -> None:
+    """And torch, which reads it once, is not loaded before."""
+    code = f"import os, sys, {command}; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    others = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], env=others | told, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [policy, "False"]

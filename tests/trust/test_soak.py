@@ -45,7 +45,16 @@ class Held:
         return {key: round(value - getattr(other, key), 1) for key, value in vars(self).items()}
 
 
-def check(grown: dict[str, float], of: str, record_property: Callable[[str, object], None]) -> None:
+def soak(step: Callable[[int], object], count: int, of: str, each: int, record_property: Callable[..., None]) -> None:
+    """Take `count` steps, of `each` things, and hold that the process has no more after them than after the first."""
+    before = None
+    for k in range(count):
+        step(k)
+        if k + 1 == int(WARM_UP * count):
+            before = Held()
+    assert before is not None
+    record_property(of, each * count)
+    grown = Held().more_than(before)
     for key, value in grown.items():
         record_property(f"{of}, more {key}", value)
     assert grown["megabytes"] <= GROWTH and all(grown[key] <= 0 for key in ("files", "threads", "tensors")), grown
@@ -69,53 +78,43 @@ def trained(words: str) -> Path:
 
 @pytest.mark.trust
 @pytest.mark.timeout(3600)
-def test_trainings(words: str, record_property: Callable[[str, object], None]) -> None:
-    before = None
-    for k in range(TRAININGS):
+def test_trainings(words: str, record_property: Callable[..., None]) -> None:
+    def train_one(k: int) -> None:
         method = METHODS[k % len(METHODS)]
         prior = "method.prior_images=2 method.prior_steps=1" if method in ("dreambooth", "custom_diffusion") else ""
         trained(f"{words} method={method} seed={k} {prior}")
         shutil.rmtree("run")
-        if k + 1 == int(WARM_UP * TRAININGS):
-            before = Held()
-    assert before is not None
-    record_property("trainings", TRAININGS)
-    check(Held().more_than(before), "trainings", record_property)
+
+    soak(train_one, TRAININGS, "trainings", 1, record_property)
 
 
 @pytest.mark.trust
 @pytest.mark.timeout(3600)
-def test_pictures(words: str, record_property: Callable[[str, object], None]) -> None:
+def test_pictures(words: str, record_property: Callable[..., None]) -> None:
     """Eight in a call, the concept attached anew for each four calls, at many strengths, β = ∞ among them."""
     concept, pipe, draw = Concept.load(trained(f"{words} method=perfusion")), tiny_pipeline(), random.Random(0)
     call = functools.partial(pipe, num_inference_steps=1, output_type="latent")
     call(["a cat"] * 8)  # transformers hooks its own layers at the first call
-    before, drawn, hooks = None, 0, things_and_hooks(pipe)
-    while drawn < PICTURES:
+    hooks = things_and_hooks(pipe)
+
+    def draw_some(k: int) -> None:
         with concept.attach(pipe) as attached:
             for _ in range(4):
                 attached.beta = draw.choice([0.4, [0.5] * 8, math.inf, [math.inf] * 4 + [0.6] * 4])
                 attached.key_lock = draw.choice(["local", "global"])
                 call(["a photo of a <cat*>"] * 8)
-                drawn += 8
         assert things_and_hooks(pipe) == hooks
-        if before is None and drawn >= WARM_UP * PICTURES:
-            before = Held()
-    assert before is not None
-    record_property("pictures", drawn)
-    check(Held().more_than(before), "pictures", record_property)
+
+    soak(draw_some, -(-PICTURES // 32), "pictures", 32, record_property)
 
 
 @pytest.mark.trust
 @pytest.mark.timeout(1800)
-def test_calls_of_generate(words: str, here: Path, record_property: Callable[[str, object], None]) -> None:
+def test_calls_of_generate(words: str, here: Path, record_property: Callable[..., None]) -> None:
     """The command's own way: models are loaded, files read, pictures written."""
-    concept, before, calls = trained(f"{words} method=perfusion"), None, 40
-    for k in range(calls):
-        path = str(here / "pipeline")
+    concept, path = trained(f"{words} method=perfusion"), str(here / "pipeline")
+
+    def call(k: int) -> None:
         generate(GenerateConfig(str(concept), ["a <cat*>"], path=path, device="cpu", num=2, steps=1, out=f"{k}"))
-        if k + 1 == int(WARM_UP * calls):
-            before = Held()
-    assert before is not None
-    record_property("calls of generate", calls)
-    check(Held().more_than(before), "generate", record_property)
+
+    soak(call, 40, "calls of generate", 1, record_property)
