@@ -56,7 +56,7 @@ class SelectBestStep(Callback):
         scorer: str | None = None,
         pretrained: str | None = None,
         prompts: Sequence[str] | None = None,
-        steps: int = 25,
+        steps: int = 16,
         guidance: float | None = None,
         batch_size: int = 8,
         seed: int = 0,
