@@ -65,6 +65,15 @@ class Summary:
     draws: Mapping[str, np.ndarray]
 
 
+def percentiles(mean: float, drawn: np.ndarray, level: float) -> Interval:
+    """A number with the interval that its draws (B,) give; NaN ones do not count, and without any there is none."""
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return Interval(mean)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
 def summarize(points: Sequence[Point], bootstrap: Bootstrap) -> list[Summary]:
     """One summary for each method and setting, in the order of the points."""
     groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
@@ -88,7 +97,8 @@ def summary(points: Sequence[Point], bootstrap: Bootstrap) -> Summary:
         empty = np.full(bootstrap.resamples, np.nan)
         table = np.stack([drawn[i].get(name, empty) for i in order])  # (C, B)
         draws[name] = _mean(table[chosen, inner], axis=1)
-        scores[name] = _interval([s[name] for s in exact if name in s], draws[name], bootstrap.level, varied)
+        mean = float(np.mean([s[name] for s in exact if name in s]))
+        scores[name] = percentiles(mean, draws[name], bootstrap.level) if varied else Interval(mean)
     images = sum(len(point.pictures) for point in points)
     return Summary(points[0].method, points[0].setting, concepts, images, scores, draws)
 
@@ -216,15 +226,6 @@ def _by_prompt(pictures: Sequence[Picture]) -> dict[str, list[int]]:
     for i, picture in enumerate(pictures):
         found[picture.prompt].append(i)
     return found
-
-
-def _interval(exact: Sequence[float], drawn: np.ndarray, level: float, varied: bool) -> Interval:
-    mean = float(np.mean(exact)) if len(exact) else float("nan")
-    drawn = drawn[np.isfinite(drawn)]
-    if not varied or not len(drawn):
-        return Interval(mean)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""From scores to the numbers that claims rest on, their intervals, and verdicts.
+"""From scores to verdicts: what an experiment is, and the numbers that its claim rests on.
+
+An experiment is one file in `experiments/claims` with an `EXPERIMENT`; nothing else has to be changed for a new one.
 
 A claim compares fronts: the scores of some settings, how well prompts are followed to the right and likeness up, which
 are prompt accuracy and identity in Toyland. Between two neighbouring settings of a front any mixture can be had, by
@@ -11,16 +13,19 @@ setting: differences are paired. Those of numbers that verdicts rest on are wide
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import pkgutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
 from scipy.special import stdtrit  # the quantiles of Student's t
 
-from eval.aggregate import Bootstrap, Interval, Summary, summary
+from eval import front
+from eval.aggregate import Bootstrap, Interval, Summary, percentiles, summary
 from eval.score_kinds import BY_NAME
 from experiments.runner import Runner, Together, Wanted
 from experiments.settings import BASE_MODEL, Setting, Training
@@ -30,15 +35,162 @@ from perfusion.training.run_folder import RunFolder
 
 _HALVINGS = 40
 _LEVELS = 5
+# How the test of a claim ends that `compared` judges.
+AT_SAME_Y = "at the same {y} (mean over five {ys} that both have). The claim holds if the 95 % interval lies above 0."
+
+Settings = Sequence[Setting]
+
+
+class Verdict(StrEnum):
+    HOLDS = "holds"
+    FAILS = "fails"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number that a claim says something about.
+
+    Attributes:
+        what: the number, in words.
+        threshold: what the claim sets it against; `above`: whether it says that the number is above, or below.
+        decides: whether the verdict depends on it; else it is there to be read.
+    """
+
+    what: str
+    value: Interval
+    threshold: float = 0.0
+    above: bool = True
+    decides: bool = True
+
+    @property
+    def verdict(self) -> Verdict:
+        """Holds or fails where the whole interval lies on one side of the threshold."""
+        low, high = self.value.low, self.value.high
+        if low is not None and low > self.threshold:
+            return Verdict.HOLDS if self.above else Verdict.FAILS
+        if high is not None and high < self.threshold:
+            return Verdict.FAILS if self.above else Verdict.HOLDS
+        return Verdict.UNDECIDED
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers that are no scores."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment has found; `key` is the number that a hurried reader wants, in words."""
+
+    checks: Sequence[Check]
+    key: str
+    tables: tuple[Table, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """The claim fails with one of the checks that decide, and holds with all. That all intervals lie on the right
+        side by chance is no likelier than that one does, so their number needs no correction (intersection–union
+        test)."""
+        found = {check.verdict for check in self.checks if check.decides}
+        if Verdict.FAILS in found:
+            return Verdict.FAILS
+        return Verdict.HOLDS if found == {Verdict.HOLDS} else Verdict.UNDECIDED
+
+
+@dataclass(frozen=True)
+class Series:
+    """Settings that are one line of a figure."""
+
+    label: str
+    settings: tuple[Setting, ...]
+
+
+BASE_SERIES = Series("base", (BASE_MODEL,))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One claim, what is drawn for it, and how it is judged. Its texts, and labels of series, may have what
+    `World.said` puts in.
+
+    Attributes:
+        source: where the paper says it; `test`: what has to be true for it to hold, in words.
+        judge: gives the numbers; the verdict follows from them.
+        caveats: what the experiment cannot show; of_toys: nor what it cannot show in Toyland.
+        pairs: whether two subjects are in each picture.
+        times: how many times as many pictures of each prompt it draws as others do.
+        x, y: scores of the figure; None: those of the world.
+        trainings: what has to be trained, drawn or not.
+        notes: what people found out about a surprising verdict. Not computed.
+        of_paper: whether `make paper` tries it; others are tried where `only=` names them.
+    """
+
+    id: str
+    place: int
+    claim: str
+    source: str
+    test: str
+    series: tuple[Series, ...]
+    judge: Callable[[Evidence], Finding]
+    caveats: str = ""
+    of_toys: str = ""
+    pairs: bool = False
+    times: int = 1
+    x: str | None = None
+    y: str | None = None
+    trainings: tuple[Training, ...] = ()
+    notes: str = ""
+    of_paper: bool = True
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All that is drawn."""
+        return [setting for one in self.series for setting in one.settings]
+
+    def trained(self, world: World) -> list[Training]:
+        """All that it trains, as it is done in a world."""
+        drawn = [setting.training for setting in self.settings if setting.training is not None]
+        return list(dict.fromkeys(map(world.training, (*drawn, *self.trainings))))
+
+    def groups(self, world: World) -> tuple[Together, ...]:
+        """The subjects that its pictures show together."""
+        return world.pairs if self.pairs else tuple((one,) for one in world.subjects)
+
+    def wanted(self, world: World) -> list[Wanted]:
+        """All that has to be drawn."""
+        groups = self.groups(world)
+        return [Wanted(world.setting(s), group, self.times) for s in self.settings for group in groups]
+
+    def axes(self, world: World) -> tuple[str, str]:
+        """The scores of the figure, to the right and up."""
+        return self.x or world.x, self.y or world.y
+
+    def lacks(self, world: World) -> str | None:
+        """What a world has not that it needs, in words."""
+        return world.lacks([*self.settings, *map(Setting, self.trainings)])
+
+
+def experiments() -> list[Experiment]:
+    """All experiments, in the order of the page."""
+    from experiments import claims
+
+    names = [module.name for module in pkgutil.iter_modules(claims.__path__)]
+    found = [importlib.import_module(f"experiments.claims.{name}").EXPERIMENT for name in names]
+    return sorted(found, key=lambda experiment: experiment.place)
+
+
+# --- the scores of an experiment --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Line:
-    """Some settings in two scores: means (k, 2), and the same in B resamples, (B, k, 2).
-
-    Attributes:
-        varied: whether there is anything to draw from; one concept with one seed says nothing of others.
-    """
+    """Some settings in two scores: means (k, 2), and the same in B resamples, (B, k, 2); `varied` says whether there is
+    anything to draw from: one concept with one seed says nothing of others."""
 
     means: np.ndarray
     draws: np.ndarray
@@ -47,12 +199,7 @@ class Line:
 
 @dataclass
 class Evidence:
-    """The scores of an experiment's settings.
-
-    Attributes:
-        groups: what each picture shows: single subjects, or pairs.
-        times: as of the experiment.
-    """
+    """The scores of an experiment's settings: of pictures that show these groups, single subjects or pairs."""
 
     runner: Runner
     groups: Sequence[Together]
@@ -73,59 +220,6 @@ class Evidence:
     def y(self) -> str:
         return BY_NAME[self.world.y].title
 
-    def summary(self, setting: Setting, label: str | None = None) -> Summary:
-        """A setting's scores over all subjects, under the name that it has in this experiment."""
-        setting = self.world.setting(setting)
-        if setting not in self._known:
-            points = [self.runner.points[Wanted(setting, subjects, self.times)] for subjects in self.groups]
-            self._known[setting] = summary(points, self.bootstrap)
-        found = self._known[setting]
-        return found if label is None else replace(found, method=label)
-
-    def line(self, settings: Sequence[Setting], x: str | None = None, y: str | None = None) -> Line:
-        """Settings in two scores, by default the world's; NaN where one has no such score, as diversity where every
-        prompt has one picture."""
-        x, y = x or self.world.x, y or self.world.y
-        summaries = [self.summary(setting) for setting in settings]
-        none, never = Interval(float("nan")), np.full(self.bootstrap.resamples, np.nan)
-        means = np.array([[s.scores.get(name, none).mean for name in (x, y)] for s in summaries])
-        draws = np.array([[s.draws.get(name, never) for name in (x, y)] for s in summaries])  # (k, 2, B)
-        varied = all(s.scores.get(name, none).low is not None for s in summaries for name in (x, y))
-        return Line(means, np.moveaxis(draws, -1, 0), varied)
-
-    def number(self, make: Callable[..., float], *lines: Line) -> Interval:
-        """A number that is made of fronts, with its interval: ± t_{n−1} √(n / (n−1)) standard deviations of the draws,
-        for n subjects. Percentiles alone are too narrow for few: over eight they miss the truth in a tenth of all
-        cases instead of a twentieth (Hesterberg, The American Statistician 69(4), 2015). They serve where there is one
-        subject, whose seeds alone are drawn."""
-        mean = make(*(one.means for one in lines))
-        drawn = np.array([make(*rows) for rows in zip(*(one.draws for one in lines), strict=True)])
-        drawn = drawn[np.isfinite(drawn)]
-        if not all(one.varied for one in lines) or len(drawn) < self.bootstrap.resamples / 2:
-            return Interval(mean)
-        level, n = self.bootstrap.level, len(self.groups)
-        if n == 1:
-            low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-            return Interval(mean, float(low), float(high))
-        off = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(n / (n - 1)) * float(np.std(drawn))
-        return Interval(mean, mean - off, mean + off)
-
-    def mean_difference(self, a: Sequence[Setting], b: Sequence[Setting], score: str) -> Interval:
-        """How much higher the settings `a` score than `b`, the mean over pairs of them."""
-        lines = [self.line(settings, score, score) for settings in (a, b)]
-        return self.number(lambda p, q: float(np.mean(p[:, 0] - q[:, 0])), *lines)
-
-    def x_gained(self, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
-        """`mean_difference` in the score that goes to the right; `y_gained`: in that which goes up."""
-        return self.mean_difference(a, b, self.world.x)
-
-    def y_gained(self, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
-        return self.mean_difference(a, b, self.world.y)
-
-    def lead(self, own: Sequence[Setting], others: Sequence[Setting]) -> Interval:
-        """The least lead of the front of some settings over others, of whose text the world's slack is forgiven."""
-        return self.number(lambda a, b: least_lead(a, b, self.world.slack), front(self, own), self.line(others))
-
     @property
     def subjects(self) -> list[Subject]:
         """All subjects, each once."""
@@ -139,24 +233,101 @@ class Evidence:
         """How long each training took, without loading and samples."""
         return [json.loads(run.metrics.read_text())["seconds"]["training"] for run in self.runs(training)]
 
+    def summary(self, setting: Setting, label: str | None = None) -> Summary:
+        """A setting's scores over all subjects, under the name that it has in this experiment."""
+        setting = self.world.setting(setting)
+        if setting not in self._known:
+            points = [self.runner.points[Wanted(setting, subjects, self.times)] for subjects in self.groups]
+            self._known[setting] = summary(points, self.bootstrap)
+        found = self._known[setting]
+        return found if label is None else replace(found, method=label)
 
-def front(evidence: Evidence, settings: Sequence[Setting], x: str | None = None, y: str | None = None) -> Line:
-    """The front of some settings, which ends in the base model's own pictures of the superclass: Perfusion gives
-    them to the bit at β = ∞, and any other method where it is left off."""
-    return evidence.line((*settings, BASE_MODEL), x, y)
+    def line(self, settings: Settings, x: str | None = None, y: str | None = None) -> Line:
+        """Settings in two scores, by default the world's; NaN where one has no such score, as diversity where every
+        prompt has one picture."""
+        names = x or self.world.x, y or self.world.y
+        none, never = Interval(float("nan")), np.full(self.bootstrap.resamples, np.nan)
+        summaries = [self.summary(setting) for setting in settings]
+        scores = [[s.scores.get(name, none) for name in names] for s in summaries]
+        draws = np.array([[s.draws.get(name, never) for name in names] for s in summaries])  # (k, 2, B)
+        varied = all(score.low is not None for row in scores for score in row)
+        return Line(np.array([[score.mean for score in row] for row in scores]), np.moveaxis(draws, -1, 0), varied)
+
+    def front(self, settings: Settings, x: str | None = None, y: str | None = None) -> Line:
+        """`line`, which ends in the base model's own pictures of the superclass: Perfusion gives them to the bit at
+        β = ∞, and any other method where it is left off."""
+        return self.line((*settings, BASE_MODEL), x, y)
+
+    def number(self, make: Callable[..., float], *lines: Line) -> Interval:
+        """A number that is made of fronts, with its interval: ± t_{n−1} √(n / (n−1)) standard deviations of the draws,
+        for n subjects. Percentiles alone are too narrow for few: over eight they miss the truth in a tenth of all
+        cases instead of a twentieth (Hesterberg, The American Statistician 69(4), 2015). They serve where there is one
+        subject, whose seeds alone are drawn."""
+        mean = make(*(one.means for one in lines))
+        drawn = np.array([make(*rows) for rows in zip(*(one.draws for one in lines), strict=True)])
+        drawn = drawn[np.isfinite(drawn)]
+        level, n = self.bootstrap.level, len(self.groups)
+        if not all(one.varied for one in lines) or len(drawn) < self.bootstrap.resamples / 2:
+            return Interval(mean)
+        if n == 1:
+            return percentiles(mean, drawn, level)
+        off = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(n / (n - 1)) * float(np.std(drawn))
+        return Interval(mean, mean - off, mean + off)
+
+    def mean_difference(self, a: Settings, b: Settings, score: str) -> Interval:
+        """How much higher the settings `a` score than `b`, the mean over pairs of them."""
+        lines = [self.line(settings, score, score) for settings in (a, b)]
+        return self.number(lambda p, q: float(np.mean(p[:, 0] - q[:, 0])), *lines)
+
+    def x_gained(self, a: Settings, b: Settings) -> Interval:
+        """`mean_difference` in the score that goes to the right; `y_gained`: in that which goes up."""
+        return self.mean_difference(a, b, self.world.x)
+
+    def y_gained(self, a: Settings, b: Settings) -> Interval:
+        return self.mean_difference(a, b, self.world.y)
+
+    def same_likeness(self, a: Settings, b: Settings) -> Interval:
+        """How much further to the right front `a` lies than `b`, the mean over likenesses that both have."""
+        return self.number(lambda p, q: gain(p, q, levels(p, q)), self.front(a), self.front(b))
+
+    def area_gained(self, a: Settings, b: Settings) -> Interval:
+        """How much larger the area below front `a` is than that below `b`."""
+        return self.number(lambda p, q: area(p) - area(q), self.front(a), self.front(b))
+
+    def lead(self, own: Settings, others: Settings) -> Interval:
+        """The least lead of the front of some settings over others, of whose text the world's slack is forgiven."""
+        slack = self.world.slack
+        return self.number(lambda a, b: min(lead(a, one, slack) for one in b), self.front(own), self.line(others))
+
+    def margin(self, own: Settings, others: Settings, *scores: str) -> Interval:
+        """The least margin of the front of some settings over others, in two scores."""
+        lines = self.front(own, *scores), self.line(others, *scores)
+        return self.number(lambda a, b: min(margin(a, one) for one in b), *lines)
 
 
-def same_likeness(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
-    """How much further to the right front `a` lies than `b`, the mean over likenesses that both have."""
-    return evidence.number(lambda p, q: gain(p, q, levels(p, q)), front(evidence, a), front(evidence, b))
+def compared(a: Settings, b: Settings, by: str) -> Callable[[Evidence], Finding]:
+    """How a claim is judged that front `a` follows prompts better than `b` at the same likeness, `by` what."""
+
+    def judge(evidence: Evidence) -> Finding:
+        checks = gained(evidence, a, b, evidence.world.said(by))
+        return Finding(checks, f"{evidence.x} {signed(checks[0].value.mean)} at the same {evidence.y}")
+
+    return judge
 
 
-def area_gained(evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting]) -> Interval:
-    """How much larger the area below front `a` is than that below `b`."""
-    return evidence.number(lambda p, q: area(p) - area(q), front(evidence, a), front(evidence, b))
+def gained(evidence: Evidence, a: Settings, b: Settings, by: str, decides: bool = True) -> list[Check]:
+    """What front `a` has more than `b`: of the right-hand score at the same likeness, which decides if anything does;
+    of both scores at the same β; area."""
+    x, y = evidence.x, evidence.y
+    return [
+        Check(f"{x} gained by {by}, at the same {y}", evidence.same_likeness(a, b), decides=decides),
+        Check(f"{x} gained by {by}, at the same β", evidence.x_gained(a, b), decides=False),
+        Check(f"{y} gained by {by}, at the same β", evidence.y_gained(a, b), decides=False),
+        Check(f"area gained by {by}", evidence.area_gained(a, b), decides=False),
+    ]
 
 
-def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting], name: str) -> list[Check]:
+def beyond(evidence: Evidence, own: Settings, others: Settings, name: str) -> list[Check]:
     """How far front `own` lies beyond a method's settings, which decides: the least of its leads over them. Beside it,
     its lead over the setting with the best harmonic mean of both scores, the ε-indicator, and areas.
 
@@ -164,57 +335,28 @@ def beyond(evidence: Evidence, own: Sequence[Setting], others: Sequence[Setting]
     methods have one, can never lie far within any front.
     """
     best = max(others, key=lambda setting: float(harmonic_mean(*evidence.line([setting]).means[0])))
-    at = f"{name} ({best.name})"
-    line, point, all_of_them = front(evidence, own), evidence.line([best]), evidence.line(others)
-    by_clip = front(evidence, own, "clip_t", "clip_i")
-    clip = Check(
-        f"the margin over {at} in CLIP-T and CLIP-I",
-        evidence.number(lambda a, b: margin(a, b[0]), by_clip, evidence.line([best], "clip_t", "clip_i")),
-        decides=False,
-    )
-    return [
-        Check(
-            f"{evidence.y} of Perfusion's front above all settings of {name}",
-            evidence.lead(own, others),
-        ),
-        Check(
-            f"the same above {at} alone, its best trade-off",
-            evidence.number(lambda a, b: lead(a, b[0], evidence.world.slack), line, point),
-            decides=False,
-        ),
-        Check(
-            f"margin in both scores over all settings of {name}",
-            evidence.number(lambda a, b: min(margin(a, one) for one in b), line, all_of_them),
-            decides=False,
-        ),
-        clip,
-        Check(f"area below the front, above {name}'s", area_gained(evidence, own, others), decides=False),
-    ]
+    at, every = f"{name} ({best.name})", f"all settings of {name}"
+    beside = {
+        f"the same above {at} alone, its best trade-off": evidence.lead(own, [best]),
+        f"margin in both scores over {every}": evidence.margin(own, others),
+        f"the margin over {at} in CLIP-T and CLIP-I": evidence.margin(own, [best], "clip_t", "clip_i"),
+        f"area below the front, above {name}'s": evidence.area_gained(own, others),
+    }
+    decisive = Check(f"{evidence.y} of Perfusion's front above {every}", evidence.lead(own, others))
+    return [decisive, *(Check(what, value, decides=False) for what, value in beside.items())]
 
 
-def gained(
-    evidence: Evidence, a: Sequence[Setting], b: Sequence[Setting], by: str, decides: bool = True
-) -> list[Check]:
-    """What front `a` has more than `b`: of the right-hand score at the same likeness, which decides if anything does;
-    of both scores at the same β; area."""
-    x, y = evidence.x, evidence.y
-    return [
-        Check(f"{x} gained by {by}, at the same {y}", same_likeness(evidence, a, b), decides=decides),
-        Check(f"{x} gained by {by}, at the same β", evidence.x_gained(a, b), decides=False),
-        Check(f"{y} gained by {by}, at the same β", evidence.y_gained(a, b), decides=False),
-        Check(f"area gained by {by}", area_gained(evidence, a, b), decides=False),
-    ]
+def signed(number: float, digits: int = 3) -> str:
+    """A difference in words, also one that there is not."""
+    return f"{number:+.{digits}f}" if number == number else "not comparable"
 
 
 # --- fronts as lines, from arrays (k, 2) ------------------------------------------------------------------------------
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
-    """The points (k, 2) than which no other is better in one score and as good in the other, from left to right, each
-    once."""
-    points = np.unique(points, axis=0)  # from left to right, of one x from below
-    highest = np.maximum.accumulate(points[::-1, 1])[::-1]  # here or further right
-    return points[points[:, 1] > np.append(highest[1:], -np.inf)]
+    """Those of some points (k, 2) than which no other is better, from left to right, each once."""
+    return np.unique(points[front.non_dominated(points)], axis=0)
 
 
 def area(points: np.ndarray) -> float:
@@ -230,11 +372,6 @@ def lead(points: np.ndarray, point: np.ndarray, slack: float) -> float:
     return float(np.interp(point[0] - slack, on[:, 0], on[:, 1], right=0.0) - point[1])
 
 
-def least_lead(points: np.ndarray, others: np.ndarray, slack: float) -> float:
-    """A front's lead over the one of some settings (k, 2) for which it is least."""
-    return min(lead(points, other, slack) for other in others)
-
-
 def margin(points: np.ndarray, point: np.ndarray) -> float:
     """By how much a point could be better in both scores and still be attained by a front: the negative of the additive
     ε-indicator (Zitzler et al., IEEE Trans. Evol. Comput. 7(2), 2003). Below 0: it lies beyond the front."""
@@ -248,9 +385,8 @@ def margin(points: np.ndarray, point: np.ndarray) -> float:
 
 
 def levels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Likenesses that two fronts both attain, evenly spread from the lower of their lower ends to the lower of their
-    upper ends. The lower end itself is none of them: there both are the base model, which differs from itself in
-    nothing."""
+    """Heights that two fronts both attain, evenly spread from the lower of their lower ends, without it, to the lower
+    of their upper ends: at the lower end both are the base model, which differs from itself in nothing."""
     ends = [(on[-1, 1], on[0, 1]) for on in (non_dominated(a), non_dominated(b))]
     return np.linspace(min(low for low, _ in ends), min(high for _, high in ends), _LEVELS + 1)[1:]
 
@@ -260,59 +396,3 @@ def gain(a: np.ndarray, b: np.ndarray, at: np.ndarray) -> float:
     ends. Below its lower end a front attains what it has there."""
     found = [np.interp(at, on[::-1, 1], on[::-1, 0]) for on in (non_dominated(a), non_dominated(b))]
     return float(np.mean(found[0] - found[1]))
-
-
-# --- verdicts ---------------------------------------------------------------------------------------------------------
-
-
-class Verdict(StrEnum):
-    HOLDS = "holds"
-    FAILS = "fails"
-    UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One number that a claim says something about.
-
-    Attributes:
-        what: the number, in words.
-        threshold: what the claim sets it against.
-        above: whether the claim says that it is above the threshold, or below.
-        decides: whether the verdict depends on it; else it is there to be read.
-    """
-
-    what: str
-    value: Interval
-    threshold: float = 0.0
-    above: bool = True
-    decides: bool = True
-
-    @property
-    def verdict(self) -> Verdict:
-        """Holds or fails where the whole interval lies on one side of the threshold."""
-        low, high = self.value.low, self.value.high
-        if low is None or high is None or low != low or high != high:
-            return Verdict.UNDECIDED
-        if low > self.threshold:
-            return Verdict.HOLDS if self.above else Verdict.FAILS
-        if high < self.threshold:
-            return Verdict.FAILS if self.above else Verdict.HOLDS
-        return Verdict.UNDECIDED
-
-
-def signed(number: float, digits: int = 3) -> str:
-    """A difference in words, also one that there is not."""
-    return f"{number:+.{digits}f}" if number == number else "not comparable"
-
-
-def combined(checks: Iterable[Check]) -> Verdict:
-    """Of a claim that needs all of its checks: it fails with one of them, and holds with all.
-
-    That all intervals lie on the right side by chance is no likelier than that one does, so their number needs no
-    correction (intersection–union test).
-    """
-    found = [check.verdict for check in checks if check.decides]
-    if Verdict.FAILS in found:
-        return Verdict.FAILS
-    return Verdict.HOLDS if found and all(verdict is Verdict.HOLDS for verdict in found) else Verdict.UNDECIDED

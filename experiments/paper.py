@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from eval.aggregate import RESAMPLES, Bootstrap
 from experiments import results
-from experiments.evidence import Evidence
+from experiments.evidence import Evidence, Experiment, experiments
 from experiments.exclusive import alone
-from experiments.experiment import Experiment, experiments
-from experiments.photos import PhotoOptions, read_photos
+from experiments.photo_protocols import read_photos
+from experiments.photos import PhotoOptions
 from experiments.pool import Outcome, Pool, Task, seconds_of
 from experiments.protocol import Protocol
 from experiments.runner import Runner, Wanted, task_name

@@ -52,7 +52,6 @@ class Toy:
 
     @property
     def description(self) -> str:
-        """All of its looks in words, before its noun: "green-eyed red striped blue cat"."""
         return described(self.looks)
 
     def about(self) -> dict[str, Any]:
@@ -143,16 +142,12 @@ class Protocol(World):
     at_once = 16
     budget = 60.0
 
-    toys: tuple[Toy, ...] = TABLE_TOYS
+    subjects: tuple[Toy, ...] = TABLE_TOYS
     prompts: tuple[Alternatives, ...] = TABLE_PROMPTS
     pair_prompts: tuple[Alternatives, ...] = PAIR_PROMPTS
     seeds: tuple[int, ...] = TABLE_SEEDS
     steps: int = 12
     guidance: float = 4.0
-
-    @property
-    def subjects(self) -> tuple[Toy, ...]:
-        return self.toys
 
     @property
     def prompts_each(self) -> int:
@@ -161,20 +156,13 @@ class Protocol(World):
     def templates(self, *of: Toy) -> tuple[str, ...]:
         asked_for = self.prompts if len(of) == 1 else self.pair_prompts
         kinds = [toy.superclass for toy in of]
-        return tuple(choose(alternatives, *kinds) for alternatives in asked_for)
+        return tuple(next(one for one in some if suits(filled(one, *kinds))) for some in asked_for)
 
     def listed_prompts(self, pairs: bool) -> list[list[str]]:
         return [list(alternatives) for alternatives in (self.pair_prompts if pairs else self.prompts)]
 
-    def smaller(self, concepts: int, prompts: int, seeds: int, steps: int) -> Protocol:
-        return replace(
-            self,
-            toys=self.toys[:concepts],
-            prompts=self.prompts[:prompts],
-            pair_prompts=self.pair_prompts[:prompts],
-            seeds=tuple(range(seeds)),
-            steps=steps,
-        )
+    def first_prompts(self, count: int) -> Protocol:
+        return replace(self, prompts=self.prompts[:count])
 
     @property
     def weights(self) -> str:
@@ -183,7 +171,8 @@ class Protocol(World):
     def training(self, training: Training) -> Training:
         """One picture is usual; the renderer draws several where it is told to."""
         if training.pictures == SEVERAL:
-            return replace(training, changes=(_SEVERAL, *training.changes), pictures=None)
+            several = f"concept.toyland.count={SEVERAL}"
+            return replace(training, changes=(several, *training.changes), pictures=None)
         return training.usual if training.pictures == ONE else training
 
     def references(self, subjects: Sequence[Toy]) -> References:
@@ -200,16 +189,8 @@ class Protocol(World):
         return autocast(device)
 
 
-_SEVERAL = f"concept.toyland.count={SEVERAL}"
-
-
 @functools.cache
 def _weights_digest() -> str:
-    """12 hexadecimal digits over all of Toyland's weights.
-
-    Raises:
-        ConfigError: they are not there.
-    """
     files = sorted(WEIGHTS.rglob("*.safetensors"))
     if not files:
         raise ConfigError(f"{WEIGHTS}: found no weights; run `make toyland`")
@@ -228,12 +209,7 @@ def _scorers() -> Scorers:
     return Scorers(ClipScorer("toyland"), None, load_reader())
 
 
-TUNING = Protocol(toys=TUNING_TOYS, prompts=TUNING_PROMPTS, seeds=TUNING_SEEDS)
-
-
-def choose(alternatives: Alternatives, *superclasses: str) -> str:
-    """The first of some templates that suits things of these superclasses."""
-    return next(template for template in alternatives if suits(filled(template, *superclasses)))
+TUNING = Protocol(subjects=TUNING_TOYS, prompts=TUNING_PROMPTS, seeds=TUNING_SEEDS)
 
 
 def suits(prompt: str) -> bool:

@@ -18,8 +18,7 @@ from eval.front import fronts
 from eval.looks import title
 from eval.score_kinds import BY_NAME, ordered, score_kind
 from eval.tables import Reported, latex
-from experiments.evidence import Evidence
-from experiments.experiment import Experiment, Finding
+from experiments.evidence import Evidence, Experiment, Finding
 from experiments.world import PHOTOS, TOYLAND, Published, World
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text

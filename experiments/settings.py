@@ -24,8 +24,6 @@ SAMPLE_STEPS = 4  # of samples.png, at which nobody looks here
 _NEVER = 10**6  # a training takes less than a minute: one that was stopped starts anew
 BASE = "base"
 ONE, SEVERAL = 1, 5  # pictures that a subject is learned from; a world with photos takes all of them for several
-
-
 _SAID = {ONE: ", 1 picture", SEVERAL: ", 5 pictures"}  # in labels
 
 
@@ -83,10 +81,10 @@ class Setting:
     @property
     def name(self) -> str:
         """A name for people, unique among the settings of a training."""
-        parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials]
-        parts += [f"share-{self.share:.2f}"] if self.share != 1 else []
         if self.training is None:
             return "described" if self.described else "the-superclass"
+        parts = [f"{name}-{value:g}" if isinstance(value, float) else str(value) for name, value in self.dials]
+        parts += [f"share-{self.share:.2f}"] if self.share != 1 else []
         return "-".join(parts) or "as-trained"
 
 
@@ -98,6 +96,7 @@ TEXTUAL_INVERSION = Training("textual_inversion", "textual_inversion_toyland", s
 DREAMBOOTH = Training("dreambooth", "dreambooth_toyland", shares=(1 / 3, 2 / 3))
 CUSTOM_DIFFUSION = Training("custom_diffusion", "custom_diffusion_toyland", shares=(1 / 3, 2 / 3))
 LORA = Training("lora", "lora_toyland")
+METHODS = (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)
 
 # With τ 0.15 and a word's own i*, the gate is open to 0.95, 0.88, 0.73, 0.5, 0.27 and 0.12. Below these it opens at the
 # words beside it, too.
@@ -113,13 +112,12 @@ def by_beta(training: Training, betas: Sequence[float] = BETAS, **others: Any) -
     return tuple(Setting(training, (("beta", beta), *others.items())) for beta in betas)
 
 
-def by_scale(training: Training) -> tuple[Setting, ...]:
-    """A front of LoRA."""
-    return tuple(Setting(training, (("scale", scale),)) for scale in SCALES)
-
-
-def by_steps(training: Training) -> tuple[Setting, ...]:
-    """The dial of a method that has none in pictures: how long it was trained."""
+def dial(training: Training, betas: Sequence[float] = BETAS) -> tuple[Setting, ...]:
+    """The front of a training by the one dial of its method: β or scale in pictures, else how long it was trained."""
+    if training.preset == PERFUSION.preset:
+        return by_beta(training, betas)
+    if training.preset == LORA.preset:
+        return tuple(Setting(training, (("scale", scale),)) for scale in SCALES)
     return tuple(Setting(training, share=share) for share in (*training.shares, 1.0))
 
 

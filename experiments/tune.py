@@ -21,19 +21,7 @@ from experiments.exclusive import alone
 from experiments.pool import Pool
 from experiments.protocol import TUNING
 from experiments.runner import Runner, Wanted
-from experiments.settings import (
-    CUSTOM_DIFFUSION,
-    DREAMBOOTH,
-    LORA,
-    PERFUSION,
-    TEXTUAL_INVERSION,
-    Setting,
-    Training,
-    by_beta,
-    by_scale,
-    by_steps,
-    preset_value,
-)
+from experiments.settings import METHODS, Setting, Training, dial, preset_value
 from experiments.study import Study, read_space
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
@@ -54,10 +42,7 @@ finished search. The best settings are printed as they go into the preset, and w
 """
 _AT = "at"  # attribute of a trial: what was found, and where on the dial
 _STARTUP = 4  # trials before the sampler learns from them
-
-_BETAS = (0.55, 0.7, 0.85, 1.0)
-
-METHODS = {t.label: t for t in (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)}
+_BETAS = (0.55, 0.7, 0.85, 1.0)  # that a trial of Perfusion is looked at with; others as in tables
 
 
 @dataclass
@@ -68,7 +53,7 @@ class TuneConfig:
     trials: int = 12  # of each method, those of former runs included
     out: str = "runs/tune"  # folder
     workers: int = 2  # processes, one thread each
-    toys: int = len(TUNING.toys)  # of the tuning toys
+    toys: int = len(TUNING.subjects)  # of the tuning toys
     prompts: int = len(TUNING.prompts)  # of the tuning prompts
     seeds: int = len(TUNING.seeds)  # pictures of each prompt
     steps: int = TUNING.steps  # of the sampler
@@ -76,33 +61,20 @@ class TuneConfig:
     seed: int = 0  # of the search
 
 
-def dial(training: Training) -> tuple[Setting, ...]:
-    """What a trial of this method is looked at with: four strengths, or three lengths of the training, as in tables."""
-    if training.preset == PERFUSION.preset:
-        return by_beta(training, _BETAS)
-    return by_scale(training) if training.preset == LORA.preset else by_steps(training)
-
-
 def main(argv: Sequence[str]) -> int:
     """Command line entry point; the exit status, 1 if a trial failed."""
     config = parse_key_values(argv, TuneConfig, USAGE)
-    protocol = dataclasses.replace(
-        TUNING,
-        toys=TUNING.toys[: config.toys],
-        prompts=TUNING.prompts[: config.prompts],
-        seeds=TUNING.seeds[: config.seeds],
-        steps=config.steps,
-    )
-    names = METHODS if config.methods is None else config.methods.split(",")
-    methods = list(dict.fromkeys(name.strip() for name in names))
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ConfigError(f"methods: found {unknown[0]!r}, expected some of {', '.join(METHODS)}")
-    if min(len(protocol.toys), len(protocol.prompts), len(protocol.seeds), config.workers, config.trials) < 1:
+    if min(config.toys, config.prompts, config.seeds, config.workers, config.trials) < 1:
         raise ConfigError("toys, prompts, seeds, workers, trials: expected at least 1 of each")
+    known = {training.label: training for training in METHODS}
+    names = known if config.methods is None else dict.fromkeys(name.strip() for name in config.methods.split(","))
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"methods: found {unknown[0]!r}, expected some of {', '.join(known)}")
+    protocol = TUNING.smaller(config.toys, config.prompts, config.seeds, config.steps)
     out = Path(config.out).expanduser()
     with alone(out, "out="):
         runner = Runner(out, protocol, tuple(config.changes))
-        studies = {METHODS[name]: _opened(METHODS[name], runner) for name in methods}
+        studies = {known[name]: _opened(known[name], runner) for name in names}
         with Pool(config.workers, out / "log") as pool:
             rounds = [_round(number, studies, runner, pool, config) for number in range(config.trials)]
         text = "\n".join(_best(*one) for one in studies.items())
@@ -123,7 +95,7 @@ def _opened(training: Training, runner: Runner) -> Study:
         "seeds": protocol.seeds,
         "sampler": f"{protocol.steps} steps, guidance {protocol.guidance:g}",
         "changes": runner.changes,
-        "dial": [setting.name for setting in dial(training)],
+        "dial": [setting.name for setting in dial(training, _BETAS)],
     }
     file = runner.root / "studies" / f"{training.label}.db"
     first = {key: preset_value(training, key.removeprefix("method.")) for key in space}
@@ -137,7 +109,7 @@ def _round(number: int, studies: Mapping[Training, Study], runner: Runner, pool:
         if len(study.over) <= number:
             trial, words = study.ask(config.seed)
             training = dataclasses.replace(training, changes=tuple(words))
-            wanted = [Wanted(setting, (toy,)) for setting in dial(training) for toy in runner.protocol.subjects]
+            wanted = [Wanted(setting, (toy,)) for setting in dial(training, _BETAS) for toy in runner.protocol.subjects]
             asked.append((study, trial, training, wanted))
     if not asked:
         return []
@@ -146,7 +118,7 @@ def _round(number: int, studies: Mapping[Training, Study], runner: Runner, pool:
     for study, trial, training, wanted in asked:
         name = f"{training.label}: {' '.join(training.changes)}"
         if all(one in runner.points for one in wanted):
-            value, said = objective(runner, dial(training))
+            value, said = objective(runner, dial(training, _BETAS))
             trial.set_user_attr(_AT, said)
             study.tell(trial, value)
             print(f"  {value:.4f}  {name}  ({said})", flush=True)

@@ -8,47 +8,35 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from eval.score_kinds import BY_NAME
-from experiments.settings import Setting, Training
+from experiments.settings import PERFUSION, Setting, Training, preset_value
 from perfusion.config import ConceptConfig
-from perfusion.data.prompts import fill
 
 if TYPE_CHECKING:
     from eval.folders import References
     from eval.scorers import Scorers
 
 TOYLAND, PHOTOS = "toyland", "photos"  # kinds
+_SAID = ("slack", "slack_means", "slight", "title", "thing", "ys", "several", "several_pictures")  # in texts of claims
 
 
 class Subject(Protocol):
-    """One thing to learn."""
+    """One thing to learn, by a name that is unique in its world."""
 
     @property
-    def name(self) -> str:
-        """Unique in its world."""
-        ...
-
+    def name(self) -> str: ...
     @property
     def superclass(self) -> str: ...
-
     @property
-    def placeholder(self) -> str:
-        """The word that stands for it in prompts."""
-        ...
-
+    def placeholder(self) -> str: ...  # the word that stands for it in prompts
     @property
-    def instance(self) -> int | None:
-        """Of a toy: the seed of its looks."""
-        ...
-
+    def instance(self) -> int | None: ...  # of a toy: the seed of its looks
     @property
-    def description(self) -> str:
-        """Its superclass, behind all that the world knows of its looks."""
-        ...
+    def description(self) -> str: ...  # its superclass, behind all that the world knows of its looks
 
     def about(self) -> dict[str, Any]:
         """What results say of it, in JSON values."""
@@ -61,12 +49,8 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Published:
-    """What somebody else reports of a method: shown beside own numbers, and never judged by.
-
-    Attributes:
-        setting: how it was measured, in words.
-        scores: by the names of `eval.score_kinds`.
-    """
+    """What somebody else reports of a method, measured as `setting` says: shown beside own numbers, and never judged
+    by. Scores go by the names of `eval.score_kinds`."""
 
     method: str
     setting: str
@@ -80,8 +64,7 @@ class World(abc.ABC):
     """What the claims are tried on.
 
     Attributes:
-        kind: the word of the command line, `world=<kind>`.
-        title: what texts call it.
+        kind: the word of the command line, `world=<kind>`; `title`: what texts call it.
         thing, ys: what texts call a subject, and values of `y`.
         several, several_pictures: how many pictures a training on several has, in a text and as a label.
         x, y: the scores of fronts: how well the prompt is followed, to the right, and the likeness, up.
@@ -89,10 +72,11 @@ class World(abc.ABC):
         slight: of `x`, which counts as a slight loss.
         scheduler, sampler: of diffusers, and its short name for folders.
         at_once: pictures in one batch.
-        threads: of each worker.
         budget: seconds that a training of Perfusion may take; None: there is none to be held.
         measured: whether the time of a picture and of a training is measured, rather than known beforehand.
         tables: whether results are also written as tables in LaTeX.
+        pair_prompts: of two subjects together.
+        published: what others report.
         seeds, steps, guidance: of all pictures.
     """
 
@@ -113,13 +97,12 @@ class World(abc.ABC):
     budget: ClassVar[float | None] = None
     measured: ClassVar[bool] = False
     tables: ClassVar[bool] = False
+    subjects: tuple[Any, ...] = ()
+    pair_prompts: tuple[Any, ...] = ()
+    published: tuple[Published, ...] = ()
     seeds: tuple[int, ...] = (0,)
     steps: int = 50
     guidance: float = 6.0
-
-    @property
-    @abc.abstractmethod
-    def subjects(self) -> Sequence[Subject]: ...
 
     @property
     @abc.abstractmethod
@@ -135,31 +118,13 @@ class World(abc.ABC):
         """All prompts of single subjects, or of pairs: alternatives, of which a subject has the first that suits it."""
 
     @abc.abstractmethod
-    def smaller(self, concepts: int, prompts: int, seeds: int, steps: int) -> World:
-        """The first of its subjects and prompts, and so many seeds and steps."""
+    def first_prompts(self, count: int) -> World:
+        """The same world with so many prompts of each subject."""
 
     @property
     @abc.abstractmethod
     def weights(self) -> str:
         """12 hexadecimal digits over the weights of the base model. Raises ConfigError: they are not there."""
-
-    @property
-    def folder(self) -> str:
-        """The name of the folder of all that is made in it."""
-        return self.weights
-
-    @property
-    def threads(self) -> int:
-        return 1
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """Words of `perfusion.train` for all trainings: which model, and what kind of concept."""
-        return ()
-
-    @property
-    def published(self) -> tuple[Published, ...]:
-        return ()
 
     @abc.abstractmethod
     def training(self, training: Training) -> Training:
@@ -174,15 +139,35 @@ class World(abc.ABC):
     def scorers(self) -> Scorers:
         """The models that score pictures, loaded once in a process."""
 
-    @abc.abstractmethod
+    # --- the same in all worlds, where they do not say otherwise ---
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder of all that is made in it."""
+        return self.weights
+
+    @property
+    def threads(self) -> int:
+        """Of each worker."""
+        return 1
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words of `perfusion.train` for all trainings: which model, and what kind of concept."""
+        return ()
+
     def autocast(self, device: Any) -> AbstractContextManager[Any]:
         """The arithmetic that pictures are drawn in."""
+        return nullcontext()
 
     def lacks(self, settings: Sequence[Setting]) -> str | None:
         """What these settings need that the world has not, in words; None: nothing."""
         return None
 
-    # --- the same in all worlds ---
+    def smaller(self, concepts: int, prompts: int, seeds: int, steps: int) -> World:
+        """The first of its subjects and prompts, and so many seeds and steps."""
+        some = replace(self, subjects=self.subjects[:concepts], pair_prompts=self.pair_prompts[:prompts], steps=steps)
+        return replace(some.first_prompts(prompts), seeds=tuple(range(self.seeds[0], self.seeds[0] + seeds)))
 
     @property
     def pairs(self) -> tuple[tuple[Any, Any], ...]:
@@ -198,27 +183,15 @@ class World(abc.ABC):
         return setting if setting.training is None else replace(setting, training=self.training(setting.training))
 
     def said(self, text: str) -> str:
-        """A text of a claim, with this world's words in the places of `{x}` and the like, see below; `{beta}` is that
+        """A text of a claim, with this world's words in the places of `{x}`, `{thing}` and the like; `{beta}` is that
         with which Perfusion is trained."""
-        from experiments.settings import PERFUSION, preset_value
-
-        return text.format(
-            x=BY_NAME[self.x].title,
-            y=BY_NAME[self.y].title,
-            slack=f"{self.slack:g}",
-            slack_means=self.slack_means,
-            slight=f"{self.slight:g}",
-            title=self.title,
-            thing=self.thing,
-            ys=self.ys,
-            several=self.several,
-            several_pictures=self.several_pictures,
-            beta=f"{float(preset_value(self.training(PERFUSION), 'beta')):g}",
-        )
+        words = {name: getattr(self, name) for name in _SAID}
+        beta = float(preset_value(self.training(PERFUSION), "beta"))
+        return text.format(x=BY_NAME[self.x].title, y=BY_NAME[self.y].title, beta=f"{beta:g}", **words)
 
 
 def filled(template: str, *phrases: str) -> str:
     """`template` with phrases in the places of its `{}`, in their order."""
-    for phrase in phrases[:-1]:
+    for phrase in phrases:
         template = template.replace("{}", phrase, 1)
-    return fill(template, phrases[-1])
+    return template

@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval.record import read_scores
 from experiments import paper, tune
-from experiments.experiment import experiments
+from experiments.evidence import experiments
 from experiments.pool import Outcome, Task
 from experiments.protocol import TABLE_TOYS, Protocol
 from experiments.results import page

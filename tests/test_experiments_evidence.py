@@ -13,17 +13,18 @@ from eval.record import Picture, Point
 from experiments.evidence import (
     Check,
     Evidence,
+    Experiment,
+    Finding,
     Line,
     Verdict,
     area,
-    combined,
+    experiments,
     gain,
     lead,
     levels,
     margin,
     non_dominated,
 )
-from experiments.experiment import Experiment, experiments
 from experiments.protocol import Protocol
 from experiments.runner import Wanted
 from experiments.settings import BASE, FEW_BETAS, Setting
@@ -86,9 +87,9 @@ def test_an_interval_on_one_side_decides(interval: Interval, above: bool, verdic
 def test_all_deciding_checks_are_needed() -> None:
     good, bad, open_ = (Check("x", Interval(v, v - 0.1, v + 0.1)) for v in (1.0, -1.0, 0.0))
     beside = Check("x", bad.value, decides=False)
-    assert combined([good, good, beside]) is Verdict.HOLDS
-    assert combined([good, open_]) is Verdict.UNDECIDED and combined([good, open_, bad]) is Verdict.FAILS
-    assert combined([]) is combined([beside]) is Verdict.UNDECIDED
+    verdicts = [Finding(checks, "").verdict for checks in ([good, good, beside], [good, open_], [good, open_, bad])]
+    assert verdicts == [Verdict.HOLDS, Verdict.UNDECIDED, Verdict.FAILS]
+    assert Finding([], "").verdict is Finding([beside], "").verdict is Verdict.UNDECIDED
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +263,7 @@ def test_one_picture_of_each_prompt_says_nothing_of_diversity() -> None:
 def test_one_concept_with_one_seed_decides_nothing() -> None:
     experiment = KNOWN["mask"]
     runner: Any = MadeUp(experiment, lambda setting: (0.9 if SIDES["mask"](setting) else 0.1, 0.5, 0.1))
-    runner.protocol = replace(runner.protocol, toys=runner.protocol.toys[:1])
+    runner.protocol = replace(runner.protocol, subjects=runner.protocol.subjects[:1])
     for wanted, point in runner.points.items():
         runner.points[wanted] = replace(point, pictures=tuple(p for p in point.pictures if p.seed == 0), pairs=())
     evidence = Evidence(runner, experiment.groups(runner.protocol), experiment.times, Bootstrap(20))

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from experiments import paper
-from experiments.photos import PROTOCOLS, PhotoOptions, Photos, read_photos
+from experiments.photo_protocols import PROTOCOLS, read_photos
+from experiments.photos import PhotoOptions, Photos
 from experiments.settings import FIVE_PICTURES, ONE_PICTURE, PERFUSION, Setting, config_of
 from perfusion.cli import run_cli
 from perfusion.config import ConfigError

@@ -25,12 +25,12 @@ def test_counts() -> None:
     assert len(TABLE_TOYS) >= 40 and {toy.superclass for toy in TABLE_TOYS} == {*SUPERCLASSES}
     assert len(TABLE_PROMPTS) >= 16 and len(TABLE_SEEDS) == 1
     assert WHOLE.seeds_of(2) == (0, 1) and TUNING.seeds_of(1) == TUNING.seeds
-    assert len({toy.name for toy in (*TABLE_TOYS, *TUNING.toys)}) == len(TABLE_TOYS) + len(TUNING.toys)
+    assert len({toy.name for toy in (*TABLE_TOYS, *TUNING.subjects)}) == len(TABLE_TOYS) + len(TUNING.subjects)
     assert len(WHOLE.pairs) == 20 and len({toy for pair in WHOLE.pairs for toy in pair}) == 40
 
 
 def test_toys_are_more_than_their_colour_and_chosen_by_a_rule() -> None:
-    for toy in (*TABLE_TOYS, *TUNING.toys):
+    for toy in (*TABLE_TOYS, *TUNING.subjects):
         assert toy.looks.pattern != "plain" and toy.looks == known_toy(toy.instance, toy.superclass)
         assert toy.instance not in (3, 7, 11, 16), "those of examples and presets"
     first, second = toys(("cat", "dog"), 100)
@@ -39,7 +39,7 @@ def test_toys_are_more_than_their_colour_and_chosen_by_a_rule() -> None:
 
 
 def test_a_toy_described_has_all_of_its_looks_before_its_noun() -> None:
-    for toy in (*TABLE_TOYS, *TUNING.toys):
+    for toy in (*TABLE_TOYS, *TUNING.subjects):
         words = toy.description.split()
         assert words[-1] == toy.superclass
         source = parse(f"a photo of a {toy.description}")
@@ -48,7 +48,7 @@ def test_a_toy_described_has_all_of_its_looks_before_its_noun() -> None:
 
 
 def test_tuning_sees_nothing_of_the_tables() -> None:
-    assert not {toy.instance for toy in TABLE_TOYS} & {toy.instance for toy in TUNING.toys}
+    assert not {toy.instance for toy in TABLE_TOYS} & {toy.instance for toy in TUNING.subjects}
     assert not {*TABLE_SEEDS} & {*TUNING.seeds}
     tables = {template for alternatives in TABLE_PROMPTS for template in alternatives}
     assert not tables & {template for alternatives in TUNING.prompts for template in alternatives}
@@ -56,7 +56,7 @@ def test_tuning_sees_nothing_of_the_tables() -> None:
 
 @pytest.mark.parametrize("protocol", [WHOLE, TUNING])
 def test_every_prompt_can_be_read_and_was_in_training(protocol: Protocol) -> None:
-    for toy in protocol.toys:
+    for toy in protocol.subjects:
         templates = protocol.templates(toy)
         assert len({*templates}) == len(protocol.prompts), "no prompt twice"
         for template in templates:

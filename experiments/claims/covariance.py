@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.evidence import Evidence, gained, signed
-from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
+from experiments.evidence import AT_SAME_Y, BASE_SERIES, Evidence, Experiment, Finding, Series, gained, signed
 from experiments.settings import FEW_BETAS, PERFUSION, by_beta
 
 CHOICES = {
@@ -24,9 +23,7 @@ def judge(evidence: Evidence) -> Finding:
     for series in OTHERS:
         by = f"the default over {series.label}"
         checks += gained(evidence, OWN, series.settings, by, decides=series is OTHERS[0])
-    return Finding(
-        tuple(checks), f"{evidence.x} {signed(checks[0].value.mean)} over words alone, at the same {evidence.y}"
-    )
+    return Finding(checks, f"{evidence.x} {signed(checks[0].value.mean)} over words alone, at the same {evidence.y}")
 
 
 EXPERIMENT = Experiment(
@@ -34,9 +31,8 @@ EXPERIMENT = Experiment(
     place=10,
     claim="C over all positions that the cross-attention reads gives a better front than over a caption's words alone.",
     source="a choice of this project, docs/covariance.md",
-    test="How much more {x} the front with the default C (all positions, ridge 0.01) has than that with C "
-    "over the words alone, at the same {y} (mean over five {ys} that both have). The claim holds if the "
-    "95 % interval lies above 0. Other ridges stand beside it.",
+    test="How much more {x} the front with the default C (all positions, ridge 0.01) has than that with C over the "
+    f"words alone, {AT_SAME_Y} Other ridges stand beside it.",
     series=(Series("default", OWN), *OTHERS, BASE_SERIES),
     judge=judge,
     caveats="The other settings were chosen with the default C.",

@@ -3,21 +3,20 @@ how much passes through words."""
 
 from __future__ import annotations
 
-from experiments.evidence import Check, Evidence, front, lead
-from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
-from experiments.settings import DESCRIBED, LORA, PERFUSION, by_beta, by_scale
+from experiments.evidence import BASE_SERIES, Check, Evidence, Experiment, Finding, Series
+from experiments.settings import DESCRIBED, LORA, PERFUSION, dial
 
-ALL = by_scale(LORA)
-TEXT = by_scale(LORA.changed("lora, K and V of the text", "method.targets=[attn2.to_k,attn2.to_v]"))
-OWN = by_beta(PERFUSION)
+ALL = dial(LORA)
+TEXT = dial(LORA.changed("lora, K and V of the text", "method.targets=[attn2.to_k,attn2.to_v]"))
+OWN = dial(PERFUSION)
 
 
 def judge(evidence: Evidence) -> Finding:
     """LoRA on all of the attention over LoRA on what Perfusion edits; and Perfusion over the latter."""
-    text, y, slack = evidence.line(TEXT), evidence.y, evidence.world.slack
-    beyond, own = evidence.lead(ALL, TEXT), evidence.lead(OWN, TEXT)
-    most = evidence.number(lambda a, b: float(a[:, 1].max() - b[:, 1].max()), evidence.line(ALL), text)
-    told = evidence.number(lambda a, b: lead(a, b[0], slack), front(evidence, OWN), evidence.line([DESCRIBED]))
+    y, beyond = evidence.y, evidence.lead(ALL, TEXT)
+    own, told = evidence.lead(OWN, TEXT), evidence.lead(OWN, [DESCRIBED])
+    lines = evidence.line(ALL), evidence.line(TEXT)
+    most = evidence.number(lambda a, b: float(a[:, 1].max() - b[:, 1].max()), *lines)
     checks = (
         Check(f"{y} of LoRA on all attention above all settings of LoRA on K and V of the text", beyond),
         Check(f"highest {y} of the former above the highest of the latter", most, decides=False),

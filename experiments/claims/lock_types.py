@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from experiments.claims.key_lock import GLOBAL, LOCAL, NONE, SERIES
-from experiments.evidence import Check, Evidence, signed
-from experiments.experiment import Experiment, Finding
+from experiments.evidence import Check, Evidence, Experiment, Finding, signed
 
 
 def judge(evidence: Evidence) -> Finding:
     """Diversity at the same β, and what it costs."""
-    varied = evidence.mean_difference(GLOBAL, LOCAL, "diversity")
+    by = "by global locking, at the same β"
+    varied, keys = (evidence.mean_difference(*pair, "diversity") for pair in ((GLOBAL, LOCAL), (LOCAL, NONE)))
     checks = (
-        Check("diversity gained by global locking, at the same β", varied),
-        Check(
-            f"{evidence.x} gained by global locking, at the same β",
-            evidence.x_gained(GLOBAL, LOCAL),
-            -evidence.world.slight,
-        ),
-        Check(
-            f"{evidence.y} gained by global locking, at the same β",
-            evidence.y_gained(GLOBAL, LOCAL),
-            decides=False,
-        ),
-        Check(
-            "diversity of local locking above trained keys",
-            evidence.mean_difference(LOCAL, NONE, "diversity"),
-            decides=False,
-        ),
+        Check(f"diversity gained {by}", varied),
+        Check(f"{evidence.x} gained {by}", evidence.x_gained(GLOBAL, LOCAL), -evidence.world.slight),
+        Check(f"{evidence.y} gained {by}", evidence.y_gained(GLOBAL, LOCAL), decides=False),
+        Check("diversity of local locking above trained keys", keys, decides=False),
     )
     return Finding(checks, f"diversity {signed(varied.mean, 4)} with global locking")
 

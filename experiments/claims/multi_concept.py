@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from experiments.evidence import Evidence, beyond
-from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
-from experiments.settings import CUSTOM_DIFFUSION, PERFUSION, by_beta, by_steps
+from experiments.evidence import BASE_SERIES, Evidence, Experiment, Finding, Series, beyond
+from experiments.settings import CUSTOM_DIFFUSION, PERFUSION, dial
 
-BOTH = by_beta(PERFUSION)
-MERGED = by_steps(CUSTOM_DIFFUSION)
+BOTH, MERGED = dial(PERFUSION), dial(CUSTOM_DIFFUSION)
 
 
 def judge(evidence: Evidence) -> Finding:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from experiments.evidence import Check, Evidence, area_gained, same_likeness, signed
-from experiments.experiment import BASE_SERIES, Experiment, Finding, Series
+from experiments.evidence import (
+    BASE_SERIES,
+    Check,
+    Evidence,
+    Experiment,
+    Finding,
+    Series,
+    signed,
+)
 from experiments.settings import FEW_BETAS, FIVE_PICTURES, ONE_PICTURE, by_beta
 
 ONE = by_beta(ONE_PICTURE, FEW_BETAS)
@@ -13,16 +20,12 @@ FIVE = by_beta(FIVE_PICTURES, FEW_BETAS)
 def judge(evidence: Evidence) -> Finding:
     """What one picture loses."""
     x, y, slight = evidence.x, evidence.y, evidence.world.slight
-    loss = same_likeness(evidence, FIVE, ONE)
+    loss = evidence.same_likeness(FIVE, ONE)
     checks = (
         Check(f"{x} lost with one picture, at the same {y}", loss, slight, above=False),
         Check("the same at the same β", evidence.x_gained(FIVE, ONE), slight, False, False),
-        Check(
-            f"{y} lost with one picture, at the same β",
-            evidence.y_gained(FIVE, ONE),
-            decides=False,
-        ),
-        Check("area lost", area_gained(evidence, FIVE, ONE), decides=False),
+        Check(f"{y} lost with one picture, at the same β", evidence.y_gained(FIVE, ONE), decides=False),
+        Check("area lost", evidence.area_gained(FIVE, ONE), decides=False),
     )
     return Finding(checks, f"{x} {signed(-loss.mean)} with one picture, at the same {y}")
 

@@ -6,28 +6,12 @@ import statistics
 from dataclasses import replace
 
 from eval.looks import title
-from experiments.evidence import Check, Evidence, beyond
-from experiments.experiment import BASE_SERIES, Experiment, Finding, Series, Table
+from experiments.evidence import BASE_SERIES, Check, Evidence, Experiment, Finding, Series, Table, beyond
 from experiments.runner import Wanted
-from experiments.settings import (
-    CUSTOM_DIFFUSION,
-    DREAMBOOTH,
-    LORA,
-    PERFUSION,
-    TEXTUAL_INVERSION,
-    by_beta,
-    by_scale,
-    by_steps,
-)
+from experiments.settings import METHODS, dial
 from experiments.world import TOYLAND
 
-FRONT = by_beta(PERFUSION)
-OTHERS = (
-    Series("textual_inversion", by_steps(TEXTUAL_INVERSION)),
-    Series("dreambooth", by_steps(DREAMBOOTH)),
-    Series("custom_diffusion", by_steps(CUSTOM_DIFFUSION)),
-    Series("lora", by_scale(LORA)),
-)
+OWN, *OTHERS = (Series(training.label, dial(training)) for training in METHODS)
 NAMED = ("textual_inversion", "dreambooth", "custom_diffusion")  # by the claim; LoRA came later
 
 
@@ -35,7 +19,7 @@ def judge(evidence: Evidence) -> Finding:
     """Perfusion's front against each method; LoRA's checks stand beside."""
     checks: list[Check] = []
     for series in OTHERS:
-        found = beyond(evidence, FRONT, series.settings, title(series.label))
+        found = beyond(evidence, OWN.settings, series.settings, title(series.label))
         checks += found if series.label in NAMED else [replace(check, decides=False) for check in found]
     least = min((c for c in checks if c.decides), key=lambda c: c.value.mean)
     return Finding(checks, f"{least.what}: {least.value.mean:+.3f}", (_costs(evidence),))
@@ -44,21 +28,16 @@ def judge(evidence: Evidence) -> Finding:
 def _costs(evidence: Evidence) -> Table:
     """What the points of each front take, measured while they were made."""
     rows = []
-    for series in (Series("perfusion", FRONT), *OTHERS):
-        training = series.settings[0].training
-        assert training is not None
+    for training in METHODS:
+        points = [evidence.world.setting(setting) for setting in dial(training)]
+        drawn = [Wanted(setting, subjects) for setting in points for subjects in evidence.groups]
         seconds = statistics.mean(evidence.training_seconds(training))
-        each = statistics.mean(evidence.runner.seconds(wanted) for wanted in _pictures(series, evidence))
-        rows.append((title(series.label), f"{seconds:.0f} s", f"{len(series.settings)}", f"{each:.1f} s"))
+        each = statistics.mean(map(evidence.runner.seconds, drawn))
+        rows.append((title(training.label), f"{seconds:.0f} s", f"{len(points)}", f"{each:.1f} s"))
     pictures = evidence.world.prompts_each * len(evidence.world.seeds)
     head = ("method", "its one training", "points", f"{pictures} pictures of a point")
     where = ", on one core while the others were busy" if evidence.world.kind == TOYLAND else ""
     return Table(f"What a front of one concept costs{where}", head, tuple(rows))
-
-
-def _pictures(series: Series, evidence: Evidence) -> list[Wanted]:
-    settings = map(evidence.world.setting, series.settings)
-    return [Wanted(setting, subjects) for setting in settings for subjects in evidence.groups]
 
 
 EXPERIMENT = Experiment(
@@ -71,7 +50,7 @@ EXPERIMENT = Experiment(
     "the {x} of that setting (less {slack}, {slack_means})? What counts is the setting "
     "over which this lead is least. The claim holds if the 95 % interval of the least lead lies above 0 for all three "
     "methods, and fails if it lies below 0 for one.",
-    series=(Series("perfusion", FRONT), *OTHERS, BASE_SERIES),
+    series=(OWN, *OTHERS, BASE_SERIES),
     judge=judge,
     caveats="Perfusion's line has more points than the others have; a line through more points lies no lower. The one "
     "setting that lies furthest out decides; a method's best trade-off stands beside it. The margin is the negative of "

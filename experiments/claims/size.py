@@ -8,12 +8,10 @@ from pathlib import Path
 
 from eval.aggregate import Interval
 from eval.looks import title
-from experiments.evidence import Check, Evidence
-from experiments.experiment import Experiment, Finding, Table
-from experiments.settings import CUSTOM_DIFFUSION, DREAMBOOTH, LORA, PERFUSION, TEXTUAL_INVERSION
+from experiments.evidence import Check, Evidence, Experiment, Finding, Table
+from experiments.settings import METHODS, PERFUSION
 from perfusion.training.run_folder import RunFolder, read_config
 
-TRAININGS = (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)
 SMALLER_THAN = ("dreambooth", "custom_diffusion", "lora")  # Textual Inversion's is smaller, in the paper as well
 FAR = 10.0  # times
 LAYOUTS = {"sd15": "Stable Diffusion 1.5", "sdxl": "Stable Diffusion XL"}
@@ -22,36 +20,25 @@ LAYOUTS = {"sd15": "Stable Diffusion 1.5", "sdxl": "Stable Diffusion XL"}
 def judge(evidence: Evidence) -> Finding:
     """Files of concepts as they lie on the disk."""
     sizes, rows = {}, []
-    for training in TRAININGS:
+    for training in METHODS:
         runs = evidence.runs(training)
         sizes[training.label] = statistics.mean(run.concept.stat().st_size for run in runs)
         exported = statistics.mean(_bytes(run.diffusers) for run in runs)
         seconds = evidence.training_seconds(training)
-        rows.append(
-            (
-                title(training.label),
-                _length(runs[0]),
-                f"{sizes[training.label] / 1000:,.1f} kB",
-                f"{exported / 1000:,.1f} kB" if exported else "–",
-                f"{statistics.mean(seconds):.0f} s ({min(seconds):.0f} to {max(seconds):.0f})",
-            )
-        )
+        file, diffusers = (f"{size / 1000:,.1f} kB" if size else "–" for size in (sizes[training.label], exported))
+        took = f"{statistics.mean(seconds):.0f} s ({min(seconds):.0f} to {max(seconds):.0f})"
+        rows.append((title(training.label), _length(runs[0]), file, diffusers, took))
     own = sizes["perfusion"]
-    checks, beside = [], []
-    for label in SMALLER_THAN:
-        times = sizes[label] / own
-        checks.append(Check(f"{title(label)}'s file, in files of Perfusion", Interval(times, times, times), FAR))
+    times = {title(label): sizes[label] / own for label in SMALLER_THAN}
+    checks = [Check(f"{name}'s file, in files of Perfusion", Interval(k, k, k), FAR) for name, k in times.items()]
     if (budget := evidence.world.budget) is not None:
         longest = max(evidence.training_seconds(PERFUSION))
         interval = Interval(longest, longest, longest)
-        beside.append(Check("Perfusion's longest training, seconds", interval, budget, above=False, decides=False))
-    measured = Table(
-        f"On {evidence.world.title}",
-        ("method", "trained for", "concept file", "for stock diffusers", "training"),
-        tuple(rows),
-    )
-    key = ", ".join(f"{title(label)} {sizes[label] / own:,.0f} times" for label in SMALLER_THAN)
-    return Finding((*checks, *beside), f"{own / 1000:.1f} kB; {key} as large", (measured, _stable_diffusion()))
+        checks.append(Check("Perfusion's longest training, seconds", interval, budget, above=False, decides=False))
+    head = ("method", "trained for", "concept file", "for stock diffusers", "training")
+    measured = Table(f"On {evidence.world.title}", head, tuple(rows))
+    key = ", ".join(f"{name} {k:,.0f} times" for name, k in times.items())
+    return Finding(checks, f"{own / 1000:.1f} kB; {key} as large", (measured, _stable_diffusion()))
 
 
 def _length(run: RunFolder) -> str:
@@ -73,7 +60,7 @@ def _stable_diffusion() -> Table:
 
     rows = []
     backbones = [meta_backbone(layout, None) for layout in LAYOUTS]
-    for training in TRAININGS:
+    for training in METHODS:
         method = build({"name": training.label}, Word("<new*>", "object"))
         numbers = [sum(math.prod(shape) for shape in method.state_shapes(backbone).values()) for backbone in backbones]
         rows.append((title(training.label), *(f"{2 * count / 1000:,.1f} kB" for count in numbers)))
@@ -90,7 +77,7 @@ EXPERIMENT = Experiment(
     f"Custom Diffusion's and LoRA's are all more than {FAR:g} times as large as Perfusion's. Nothing here is drawn by "
     "chance.",
     series=(),
-    trainings=TRAININGS,
+    trainings=METHODS,
     judge=judge,
     caveats="Textual Inversion's concept is smaller still. LoRA is no method that the paper compares with. Trainings "
     "ran beside one another, one on each core; their times are those of the optimization, with the snapshots that "
