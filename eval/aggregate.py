@@ -35,6 +35,13 @@ class Interval:
     low: float | None = None
     high: float | None = None
 
+    def spelled(self, between: str = " ± ") -> str:
+        """The mean and half the width of the interval: `0.700 ± 0.050`."""
+        if self.mean != self.mean:
+            return "–"
+        half = "" if self.low is None or self.high is None else f"{between}{(self.high - self.low) / 2:.3f}"
+        return f"{self.mean:.3f}{half}"
+
 
 @dataclass(frozen=True)
 class Bootstrap:

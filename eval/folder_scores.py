@@ -45,6 +45,7 @@ VERSION = 1  # changes when the scores of the same picture do
 _AT_ONCE = 64  # pictures in memory
 
 _log = logging.getLogger(__name__)
+Means = dict[tuple[str, str], np.ndarray]  # mean embeddings of references, by the scorer's kind and their digest
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,20 @@ def score_folder(
     cache: Path | None = None,
     progress: bool = True,
 ) -> tuple[FolderScores, bool]:
-    """Score a folder, or take what was kept of the same pictures; says whether it was there.
-
+    """Score a folder, or take what was kept of the same pictures in the folder `cache`; says whether it was there.
     Pictures whose prompt names no concept are held against the base model's, where there is `base`, and else not
     scored.
-
-    Args:
-        cache: folder of what is kept; None: nothing is.
 
     Raises:
         ScoreError: no references for a concept, no picture of the base model for a prompt.
         ConceptImageError: a picture cannot be read.
         OSError: `cache` is no folder that can be written; nothing has been scored then.
     """
-    subjects = [_subject(folder, record, references, base) for record in folder.records]
+    subjects = []
+    for record in folder.records:
+        shown, file = shows_concept(record), folder.file(record)
+        targets = references.targets(folder, record) if shown else ()
+        subjects.append(_Subject(record, file, targets, None if shown or base is None else base.file(record)))
     file = None if cache is None else cache / f"{_key(subjects, scorers)}.json"
     if file is not None and file.is_file() and (kept := _read(file, len(subjects))) is not None:
         return kept, True
@@ -128,24 +129,18 @@ class _Subject:
     base: Path | None
 
 
-def _subject(folder: ImageFolder, record: ImageRecord, references: References, base: Base | None) -> _Subject:
-    if shows_concept(record):
-        return _Subject(record, folder.file(record), references.targets(folder, record), None)
-    return _Subject(record, folder.file(record), (), None if base is None else base.file(record))
-
-
 def _scored(folder: ImageFolder, subjects: Sequence[_Subject], scorers: Scorers, progress: bool) -> FolderScores:
     seen = [i for i, one in enumerate(subjects) if one.targets or one.base]
     embedded: dict[int, np.ndarray] = {}
     scores: list[dict[str, float]] = [{} for _ in subjects]
-    cosines = _Cosines()
+    means: Means = {}
     with tqdm(total=len(seen), desc=f"Scoring {folder.path.name}", unit="picture", disable=not progress) as bar:
         for start in range(0, len(seen), _AT_ONCE):
             part = seen[start : start + _AT_ONCE]
             batch = [subjects[i] for i in part]
             images = [read_image(one.file) for one in batch]
             vectors = _numpy(scorers.clip.image_embeddings(images))
-            for i, vector, found in zip(part, vectors, _scores(batch, images, vectors, scorers, cosines), strict=True):
+            for i, vector, found in zip(part, vectors, _scores(batch, images, vectors, scorers, means), strict=True):
                 scores[i] = found
                 if subjects[i].targets:
                     embedded[i] = vector
@@ -163,29 +158,26 @@ def _scores(
     images: Sequence[Image.Image],
     vectors: np.ndarray,
     scorers: Scorers,
-    cosines: _Cosines,
+    means: Means,
 ) -> list[dict[str, float]]:
     """The scores of each picture; `vectors` are their CLIP embeddings (n, d)."""
     found: list[dict[str, float]] = [{} for _ in batch]
-    shown = [k for k, one in enumerate(batch) if one.targets]
-    if shown:
+    if shown := [k for k, one in enumerate(batch) if one.targets]:
         prompts = {k: plain_prompt(batch[k].record) for k in shown}
         texts = list(dict.fromkeys(prompts.values()))
         rows = dict(zip(texts, _numpy(scorers.clip.text_embeddings(texts)), strict=True))
         for k, prompt in prompts.items():
             cosine = float(vectors[k] @ rows[prompt])
-            found[k]["clip_i"] = cosines.mean("clip", scorers.clip, vectors[k], batch[k].targets)
+            found[k]["clip_i"] = _likeness(means, "clip", scorers.clip, vectors[k], batch[k].targets)
             found[k] |= {"clip_t": cosine, "clip_t_scaled": TEXT_SCALE * max(cosine, 0.0)}
         if (dino := scorers.dino) is not None:
             seen = _numpy(dino.image_embeddings([images[k] for k in shown]))
             for k, vector in zip(shown, seen, strict=True):
-                found[k]["dino"] = cosines.mean("dino", dino, vector, batch[k].targets)
-    if scorers.reader is not None:
-        wishes = {k: wish for k in shown if (wish := _wish(batch[k])) is not None}
-        if wishes:
-            judged = judge(scorers.reader, [images[k] for k in wishes], list(wishes.values()))
-            for k, read in zip(wishes, judged, strict=True):
-                found[k] |= read
+                found[k]["dino"] = _likeness(means, "dino", dino, vector, batch[k].targets)
+    if scorers.reader is not None and (wishes := {k: wish for k in shown if (wish := _wish(batch[k])) is not None}):
+        judged = judge(scorers.reader, [images[k] for k in wishes], list(wishes.values()))
+        for k, read in zip(wishes, judged, strict=True):
+            found[k] |= read
     if held := {k: one.base for k, one in enumerate(batch) if one.base is not None}:
         before = [read_image(file) for file in held.values()]
         changes = zip(*drift(before, [images[k] for k in held], scorers.clip), strict=True)
@@ -194,21 +186,13 @@ def _scores(
     return found
 
 
-class _Cosines:
-    """Likeness to reference pictures: the mean cosine over all of them is the product with their mean."""
-
-    def __init__(self) -> None:
-        self._means: dict[tuple[str, str], np.ndarray] = {}
-
-    def mean(self, kind: str, scorer: Embedder, vector: np.ndarray, targets: Sequence[Target]) -> float:
-        """The mean cosine to the references of each target, and the mean over targets."""
-        return float(np.mean([vector @ self._of(kind, scorer, target) for target in targets]))
-
-    def _of(self, kind: str, scorer: Embedder, target: Target) -> np.ndarray:
-        key = (kind, target.digest)
-        if key not in self._means:
-            self._means[key] = _numpy(scorer.image_embeddings(target.images)).mean(0)
-        return self._means[key]
+def _likeness(means: Means, kind: str, scorer: Embedder, vector: np.ndarray, targets: Sequence[Target]) -> float:
+    """The mean cosine to the references of each target, and the mean over targets. The mean over all references of one
+    is the product with their mean, which is kept in `means`."""
+    for target in targets:
+        if (kind, target.digest) not in means:
+            means[kind, target.digest] = _numpy(scorer.image_embeddings(target.images)).mean(0)
+    return float(np.mean([vector @ means[kind, target.digest] for target in targets]))
 
 
 def drift(
@@ -262,14 +246,9 @@ def _key(subjects: Sequence[_Subject], scorers: Scorers) -> str:
     """A hash over pictures, manifest, references and models."""
     content: list[Any] = [VERSION, scorers.identity]
     for one in subjects:
-        files = [_digest(file) for file in (one.file, one.base) if file is not None]
+        files = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (one.file, one.base) if file is not None]
         content.append([asdict(one.record), files, [[target.digest, target.instance] for target in one.targets]])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _read(file: Path, count: int) -> FolderScores | None:

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.aggregate import Interval, Summary, labels_of
+from eval.aggregate import Interval, Summary, labels_of, percentiles
 from eval.record import ScoreError, Value
 from eval.score_kinds import ScoreKind
 
 
 def non_dominated(points: np.ndarray) -> np.ndarray:
-    """Which of n points (n, d) no other point is at least as good as everywhere and better somewhere: bool (n,).
-    All coordinates are better when they are higher.
-
-    Of equal points none dominates the other.
-    """
+    """Which of n points (n, d) no other point is at least as good as everywhere and better somewhere: bool (n,). All
+    coordinates are better when they are higher; of equal points none dominates the other."""
     points = np.asarray(points, float)
     no_worse = (points[:, None] >= points[None]).all(-1)  # [i, j]: i is nowhere worse than j
     better = (points[:, None] > points[None]).any(-1)
@@ -25,10 +22,8 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
-    """The area that n points (n, 2) dominate above `reference` (2,): of the union of the boxes between them.
-
-    Points that are not above the reference in both coordinates add nothing.
-    """
+    """The area that n points (n, 2) dominate above `reference` (2,): of the union of the boxes between them. Points
+    that are not above the reference in both coordinates add nothing."""
     points = points[(points > reference).all(1)]
     x, y = points[np.argsort(-points[:, 0])].T  # from right to left
     # Each point adds a strip from the reference to itself, as high as it rises above all before.
@@ -72,32 +67,25 @@ def fronts(
     A score that is better when it is lower counts from the reference downwards.
     """
     summaries = [s for s in summaries if x.name in s.scores and y.name in s.scores]
-    signs = np.array([1.0 if m.higher else -1.0 for m in (x, y)])
-    means = np.array([[s.scores[m.name].mean for m in (x, y)] for s in summaries]).reshape(-1, 2) * signs
-    best = non_dominated(means)
-    labels = labels_of(summaries)
-    start = np.array(reference) * signs
+    signs = np.array([1.0 if kind.higher else -1.0 for kind in (x, y)])
+    means = np.array([[s.scores[kind.name].mean for kind in (x, y)] for s in summaries]).reshape(-1, 2) * signs
+    best, labels, start = non_dominated(means), labels_of(summaries), np.array(reference) * signs
     found = []
     for method in dict.fromkeys(s.method for s in summaries):
         mine = [i for i, s in enumerate(summaries) if s.method == method]
-        on_front = non_dominated(means[mine])
-        points = tuple(
-            FrontPoint(
-                dict(summaries[i].setting),
-                labels[i],
-                summaries[i].scores[x.name],
-                summaries[i].scores[y.name],
-                bool(on),
-                bool(best[i]),
-                len(summaries[i].concepts),
-                summaries[i].images,
-            )
-            for i, on in zip(mine, on_front, strict=True)
-        )
-        drawn = np.stack([[summaries[i].draws[m.name] for m in (x, y)] for i in mine])  # (settings, 2, resamples)
-        volume = _volume(means[mine], np.moveaxis(drawn, -1, 0) * signs, start, level)
-        has_interval = any(point.x.low is not None for point in points)
-        found.append(Front(method, points, volume if has_interval else Interval(volume.mean)))
+        points = []
+        for i, on in zip(mine, non_dominated(means[mine]), strict=True):
+            s = summaries[i]
+            sides = s.scores[x.name], s.scores[y.name]
+            number = len(s.concepts)
+            points.append(FrontPoint(dict(s.setting), labels[i], *sides, bool(on), bool(best[i]), number, s.images))
+        volume = Interval(hypervolume(means[mine], start))
+        if any(point.x.low is not None for point in points):
+            drawn = np.array([[summaries[i].draws[kind.name] for kind in (x, y)] for i in mine])  # (settings, 2, B)
+            drawn = np.moveaxis(drawn, -1, 0) * signs
+            volumes = [hypervolume(one, start) for one in drawn if np.isfinite(one).all()]
+            volume = percentiles(volume.mean, np.array(volumes), level)
+        found.append(Front(method, tuple(points), volume))
     return found
 
 
@@ -111,13 +99,3 @@ def asked_fronts(
         return found
     known = ", ".join(sorted({name for s in summaries for name in s.scores}))
     raise ScoreError(f"x={x.name}, y={y.name}: nothing has both scores; there are {known}")
-
-
-def _volume(means: np.ndarray, drawn: np.ndarray, start: np.ndarray, level: float) -> Interval:
-    """The hypervolume of the means, with an interval over the resamples (B, settings, 2)."""
-    drawn = drawn[np.isfinite(drawn).all((1, 2))]
-    mean = hypervolume(means, start)
-    if not len(drawn):
-        return Interval(mean)
-    low, high = np.quantile([hypervolume(one, start) for one in drawn], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))

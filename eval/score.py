@@ -10,21 +10,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from eval.aggregate import (
-    RESAMPLES,
-    Bootstrap,
-    Interval,
-    Summary,
-    as_json,
-    labels_of,
-    prompt_scores,
-    summarize,
-    summary,
-)
+from eval.aggregate import RESAMPLES, Bootstrap, Summary, as_json, labels_of, prompt_scores, summarize, summary
 from eval.folders import Base, ImageFolder, References, Said, find_folders, read_folder, shows_concept
 from eval.record import Point, ScoreError, merged, write_scores
 from eval.score_kinds import ordered
-from perfusion.cli import parse_key_values, run_cli
+from perfusion.cli import aligned, parse_key_values, run_cli
 
 USAGE = """
 Usage: python -m eval.score images=<folder> [key=value ...]
@@ -89,19 +79,7 @@ def score(config: ScoreConfig) -> list[Summary]:
     if not points:
         raise ScoreError(f"images={config.images}: no prompt names a concept, and base= is not given: nothing to score")
     summaries = summarize(points, bootstrap)
-    document |= {
-        "bootstrap": asdict(bootstrap),
-        "summary": [
-            {
-                "method": s.method,
-                "setting": dict(s.setting),
-                "concepts": list(s.concepts),
-                "images": s.images,
-                "scores": as_json(s.scores),
-            }
-            for s in summaries
-        ],
-    }
+    document |= {"bootstrap": asdict(bootstrap), "summary": [_summary(s) for s in summaries]}
     write_scores(out, document, [(point, _said(point, bootstrap)) for point in points])
     print(table(summaries))
     print(f"scores: {out}")
@@ -136,6 +114,11 @@ def _points(
     return merged(found), scored_with(scorers, references, _SHOWN)
 
 
+def _summary(s: Summary) -> dict[str, Any]:
+    said = {"method": s.method, "setting": dict(s.setting), "concepts": list(s.concepts), "images": s.images}
+    return {**said, "scores": as_json(s.scores)}
+
+
 def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
     """What the record says of a point for people to read."""
     prompts = [
@@ -148,24 +131,11 @@ def _said(point: Point, bootstrap: Bootstrap) -> dict[str, Any]:
 def table(summaries: Sequence[Summary]) -> str:
     """The scores as aligned text, one line for each method and setting."""
     kinds = ordered({name for s in summaries for name in s.scores})
-    labels = labels_of(summaries)
-    names = [f"{s.method}, {label}" if label else s.method for s, label in zip(summaries, labels, strict=True)]
-    width = max(map(len, [*names, "method"]))
-    cells = [[_cell(s.scores.get(m.name)) for m in kinds] for s in summaries]
-    widths = [max(len(m.title), *(len(row[k]) for row in cells)) for k, m in enumerate(kinds)]
-    lines = [[m.title for m in kinds], *cells]
-    return "\n".join(
-        f"{name:<{width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
-        for name, row in zip(["method", *names], lines, strict=True)
-    )
-
-
-def _cell(interval: Interval | None) -> str:
-    if interval is None:
-        return "-"
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:.3f}"
-    return f"{interval.mean:.3f} ±{(interval.high - interval.low) / 2:.3f}"
+    rows = [["method", *(kind.title for kind in kinds)]]
+    for s, label in zip(summaries, labels_of(summaries), strict=True):
+        cells = [s.scores[kind.name].spelled(" ±") if kind.name in s.scores else "-" for kind in kinds]
+        rows.append([f"{s.method}, {label}" if label else s.method, *cells])
+    return "\n".join(aligned(rows, right=range(1, len(kinds) + 1)))
 
 
 if __name__ == "__main__":

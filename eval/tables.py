@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from eval.aggregate import Interval, Summary, labels_of
+from eval.aggregate import Summary, labels_of
 from eval.looks import title
 from eval.score_kinds import ScoreKind, ordered
 
@@ -20,10 +20,12 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Reported:
-    """A row of numbers that others report, which are never marked as the best."""
+    """What somebody else reports of a method, measured as `setting` says: shown beside own numbers, and never marked as
+    the best."""
 
     method: str
     setting: str
+    source: str
     concepts: int
     scores: Mapping[str, float]
 
@@ -31,9 +33,14 @@ class Reported:
 def markdown(summaries: Sequence[Summary]) -> str:
     """A table in GitHub's Markdown: mean and half the width of its interval, the best mean of a column in bold."""
     heads, rows = _table(summaries, "**{}**".format, _bare)
-    lines = [_line(["method", "setting", "concepts", "images", *heads])]
-    lines.append(_line(["---", "---", *["---:"] * (2 + len(heads))]))
-    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+    return "\n".join(grid(["method", "setting", "concepts", "images", *heads], rows, 2)) + "\n"
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> list[str]:
+    """The lines of a table in Markdown, of cells that mean themselves there; all columns but the first `words` hold
+    numbers."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
+    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)]
 
 
 def latex(
@@ -41,20 +48,20 @@ def latex(
 ) -> str:
     """The same in LaTeX, which needs the package booktabs there; what others report comes below a line."""
     heads, rows = _table(summaries, "\\textbf{{{}}}".format, escape, reported)
-    below = [r"    \midrule"] if reported else []
-    heads = ["Method", "Setting", "Concepts", "Images", *heads]
+    head = map(escape, ["Method", "Setting", "Concepts", "Images", *heads])
+    lines = ["    " + " & ".join(cells) + r" \\" for cells in (head, *rows)]
+    own = 1 + len(summaries)
     lines = [
         r"\begin{table}",
         r"  \centering",
         f"  \\caption{{{escape(caption)}}}",
         f"  \\label{{{label}}}",
-        f"  \\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
+        f"  \\begin{{tabular}}{{ll{'r' * (2 + len(heads))}}}",
         r"    \toprule",
-        "    " + " & ".join(map(escape, heads)) + r" \\",
+        lines[0],
         r"    \midrule",
-        *("    " + " & ".join(row) + r" \\" for row in rows[: len(summaries)]),
-        *below,
-        *("    " + " & ".join(row) + r" \\" for row in rows[len(summaries) :]),
+        *lines[1:own],
+        *([r"    \midrule", *lines[own:]] if reported else []),
         r"    \bottomrule",
         r"  \end{tabular}",
         r"\end{table}",
@@ -74,12 +81,13 @@ def _table(
     for s, label in zip(summaries, labels_of(summaries), strict=True):
         cells = []
         for kind in kinds:
-            text = escaped(_mean_and_half(s.scores.get(kind.name)))
+            text = escaped(s.scores[kind.name].spelled() if kind.name in s.scores else "–")
             cells.append(bold(text) if _is_best(s, kind, summaries) else text)
         rows.append([escaped(title(s.method)), escaped(label or "–"), str(len(s.concepts)), str(s.images), *cells])
     for one in reported:
         cells = [f"{one.scores[kind.name]:.3f}" if kind.name in one.scores else escaped("–") for kind in kinds]
-        rows.append([escaped(one.method), escaped(one.setting), str(one.concepts), escaped("–"), *cells])
+        said = f"{title(one.method)} (published)", one.setting, str(one.concepts), "–"
+        rows.append([*map(escaped, said), *cells])
     return [kind.title if kind.higher else f"{kind.title} ↓" for kind in kinds], rows
 
 
@@ -97,18 +105,6 @@ def escape(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-def _mean_and_half(score: Interval | None) -> str:
-    if score is None or score.mean != score.mean:
-        return "–"
-    if score.low is None or score.high is None:
-        return f"{score.mean:.3f}"
-    return f"{score.mean:.3f} ± {(score.high - score.low) / 2:.3f}"
-
-
 def _bare(text: str) -> str:
     """Text that means itself in a Markdown cell."""
     return re.sub(r"([\\|*_<>`\[\]])", r"\\\1", " ".join(text.split()))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -19,9 +19,9 @@ from experiments.evidence import Evidence, Experiment, experiments
 from experiments.exclusive import alone
 from experiments.photo_protocols import read_photos
 from experiments.photos import PhotoOptions
-from experiments.pool import Outcome, Pool, Task, seconds_of
+from experiments.pool import Pool, Task
 from experiments.protocol import Protocol
-from experiments.runner import Runner, Wanted, task_name
+from experiments.runner import Runner, task_name
 from experiments.world import PHOTOS, TOYLAND, World
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
@@ -93,13 +93,25 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             "report: found no plotly, expected it (the extra `report` of this project); or go without it, report=false"
         )
-    _check(config)
     workers = config.workers or (1 if config.world == PHOTOS else os.cpu_count() or 1)
     whole = _whole(config, workers)
-    world = _asked_for(config, whole)
+    for key, most in (("concepts", len(whole.subjects)), ("prompts", whole.prompts_each)):
+        if (value := getattr(config, key)) is not None and not 1 <= value <= most:
+            raise ConfigError(f"{key}: found {value}, expected 1 to {most}")
+    world = whole.smaller(
+        config.concepts or len(whole.subjects),
+        config.prompts or whole.prompts_each,
+        config.seeds or len(whole.seeds),
+        config.steps or whole.steps,
+    )
     chosen = _chosen(config.only, world)
     runs = Path(config.runs).expanduser()
-    out = _out(config, runs, world, small=world != whole or bool(config.changes))
+    if config.out is not None:
+        out = Path(config.out).expanduser()
+    else:
+        out = runs / world.folder if world.kind == PHOTOS else Path()
+        if world != whole or config.changes:
+            out = (out if world.kind == PHOTOS else runs) / "small"
     results.check_world(results.read_all(out / "results"), world)  # that the page will show as well: better now
     with alone(runs, "runs="):
         runner = Runner(runs, world, tuple(config.changes))
@@ -111,37 +123,19 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def _check(config: PaperConfig) -> None:
-    """Hold what does not depend on files. Raises ConfigError."""
+def _whole(config: PaperConfig, workers: int) -> World:
+    """All of the world that is asked for. Raises ConfigError, also for options that do not depend on it."""
     for key in ("seeds", "steps", "workers", "resamples"):
         if (value := getattr(config, key)) is not None and value < 1:
             raise ConfigError(f"{key}: found {value}, expected at least 1")
     if config.world not in (TOYLAND, PHOTOS):
         raise ConfigError(f"world: found {config.world!r}, expected {TOYLAND} or {PHOTOS}")
-    given = [one.name for one in fields(PhotoOptions) if getattr(config, one.name) is not None]
-    if config.world == TOYLAND and given:
+    options = {one.name: getattr(config, one.name) for one in fields(PhotoOptions)}
+    if config.world == PHOTOS:
+        return read_photos(PhotoOptions(**options), workers)
+    if given := [key for key, value in options.items() if value is not None]:
         raise ConfigError(f"{given[0]}: found it beside world={TOYLAND}, expected it beside world={PHOTOS} alone")
-
-
-def _whole(config: PaperConfig, workers: int) -> World:
-    """All of the world that is asked for."""
-    if config.world == TOYLAND:
-        return Protocol()
-    return read_photos(PhotoOptions(**{one.name: getattr(config, one.name) for one in fields(PhotoOptions)}), workers)
-
-
-def _asked_for(config: PaperConfig, whole: World) -> World:
-    """As much of the world as is asked for."""
-    limits = {"concepts": len(whole.subjects), "prompts": whole.prompts_each}
-    for key, limit in limits.items():
-        if (value := getattr(config, key)) is not None and not 1 <= value <= limit:
-            raise ConfigError(f"{key}: found {value}, expected 1 to {limit}")
-    return whole.smaller(
-        config.concepts or limits["concepts"],
-        config.prompts or limits["prompts"],
-        config.seeds or len(whole.seeds),
-        config.steps or whole.steps,
-    )
+    return Protocol()
 
 
 def _chosen(only: str | None, world: World) -> list[Experiment]:
@@ -162,97 +156,59 @@ def _chosen(only: str | None, world: World) -> list[Experiment]:
     return chosen
 
 
-def _out(config: PaperConfig, runs: Path, world: World, small: bool) -> Path:
-    """The folder of results/ and docs/."""
-    if config.out is not None:
-        return Path(config.out).expanduser()
-    if world.kind == PHOTOS:
-        return runs / world.folder / "small" if small else runs / world.folder
-    return runs / "small" if small else Path()
-
-
 def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, workers: int, out: Path) -> list[str]:
     """Do what is missing, and judge each experiment as soon as all of it is there; gives what failed."""
-    wanted = {one.id: one.wanted(runner.protocol) for one in chosen}
+    world = runner.protocol
+    wanted = {one.id: one.wanted(world) for one in chosen}
 
     def planned() -> list[Task]:
         return runner.tasks((w for some in wanted.values() for w in some), (t for one in chosen for t in one.trainings))
 
     tasks = planned()
-    needed = {one.id: {t.name for t in _tasks_of(tasks, one, wanted[one.id], runner)} for one in chosen}
+    needed: dict[str, set[str]] = {}  # names of the tasks that an experiment waits for
+    for one in chosen:
+        trained = {task_name(training, subject) for training in one.trained(world) for subject in world.subjects}
+        drawn = {task.name for task in tasks if task.about and {*wanted[one.id]} & {*task.about}}
+        needed[one.id] = {task.name for task in tasks} & (trained | drawn)
     over: set[str] = set()
     failures: list[str] = []
     evidence: dict[Any, Evidence] = {}  # by what its pictures are of: experiments share what they have in common
 
-    def settle() -> None:
+    def settle(name: str = "") -> None:
+        over.add(name)
         for one in [one for one in chosen if one.id in needed and needed[one.id] <= over]:
             del needed[one.id]
-            if not (groups := one.groups(runner.protocol)):
+            if not (groups := one.groups(world)):
                 tqdm.write(f"{one.id}: left out, it needs two concepts")
                 continue
             new = Evidence(runner, groups, one.times, Bootstrap(config.resamples))
-            mine = evidence.setdefault((one.pairs, one.times), new)
             try:
-                failures.extend(_judge(one, mine, out))
+                tqdm.write(results.settle(one, evidence.setdefault((one.pairs, one.times), new), out))
+            except results.Unfinished as error:
+                failures.append(f"{one.id}: not judged, {error}")
             except Exception as error:  # what is still to be trained and drawn does not depend on it
                 traceback.print_exc()
                 failures.append(f"{one.id}: not judged, {type(error).__name__}: {error}")
 
-    def done(outcome: Outcome) -> None:
-        runner.keep(outcome)
-        over.add(outcome.task.name)
-        settle()
-
     with Pool(workers, runner.root / "log") as pool:
-        if runner.protocol.measured and tasks:
-            print(_amount(tasks, runner), flush=True)
-            if failed := pool.run([runner.timing()], runner.keep):
+        if world.measured and tasks:
+            trainings, pictures, priors = runner.amount(tasks)
+            prior = f" and at most {priors} pictures of superclasses for prior preservation" if priors else ""
+            print(
+                f"{trainings} trainings and {pictures} pictures{prior}, of {len(world.subjects)} {world.thing}s, "
+                f"{world.prompts_each} prompts and {len(world.seeds)} seeds; timing a picture on this device",
+                flush=True,
+            )
+            if failed := runner.run(pool, [runner.timing()]):
                 raise ConfigError(f"nothing was begun: {failed[0]}")
             tasks = planned()
         *_, priors = runner.amount(tasks)
-        minutes = (seconds_of(tasks) + priors * runner.pace.get("draw", 0.0)) / workers / 60
+        minutes = (sum(task.guess for task in tasks) + priors * runner.pace["draw"]) / workers / 60
         print(f"{len(tasks)} tasks for {', '.join(wanted)}; about {minutes:.0f} minutes", flush=True)
         settle()
-        failed = pool.run(tasks, done)
+        failed = runner.run(pool, tasks, settle)
     print(f"results: {out / 'results'}, {out / 'docs' / 'results.md'}")
     return failed + failures
-
-
-def _amount(tasks: Sequence[Task], runner: Runner) -> str:
-    """What is to be done, in words."""
-    trainings, pictures, priors = runner.amount(tasks)
-    world = runner.protocol
-    prior = f" and at most {priors} pictures of superclasses for prior preservation" if priors else ""
-    return (
-        f"{trainings} trainings and {pictures} pictures{prior}, of {len(world.subjects)} {world.thing}s, "
-        f"{world.prompts_each} prompts and {len(world.seeds)} seeds; timing a picture on this device"
-    )
-
-
-def _tasks_of(tasks: Sequence[Any], one: Experiment, wanted: Sequence[Wanted], runner: Runner) -> list[Any]:
-    """The tasks that an experiment waits for."""
-    mine = {*wanted}
-    world = runner.protocol
-    named = {task_name(t, subject) for t in one.trained(world) for subject in world.subjects}
-    return [task for task in tasks if task.name in named or (task.about and mine & {*task.about})]
-
-
-def _judge(one: Experiment, evidence: Evidence, out: Path) -> list[str]:
-    """Write an experiment's result, figures and the page anew; gives why it could not be judged."""
-    runner = evidence.runner
-    wanted = one.wanted(runner.protocol)
-    missing = [w.name for w in wanted if w not in runner.points]
-    if missing or not runner.trained(one.trainings):
-        return [f"{one.id}: not judged, {len(missing)} of {len(wanted)} sets of pictures are missing"]
-    finding = one.judge(evidence)
-    content = results.document(one, finding, evidence)
-    if one.series:
-        results.draw(one, evidence, runner.root / "figures", out / "docs" / results.IMAGES)
-    results.write(out, content)
-    if one.series and runner.protocol.tables:
-        results.write_table(out, one, evidence)
-    tqdm.write(f"{one.id}: {finding.verdict.value} ({finding.key})")
-    return []
 
 
 def _report(runner: Runner, bootstrap: Bootstrap) -> None:

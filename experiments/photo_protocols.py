@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from eval.score_kinds import BY_NAME
+from eval.tables import Reported
 from experiments.photos import PhotoOptions, Photos, PhotoSubject, word
-from experiments.world import Published
 from perfusion.config import ConfigError, checked
 
 PROTOCOLS = Path(__file__).with_name("protocols")
@@ -122,7 +122,7 @@ def _read_protocol(name: str, above: tuple[Path, ...] = ()) -> tuple[ProtocolFil
     return protocol, file
 
 
-def _published(entries: Mapping[str, Any], file: Path) -> Iterator[Published]:
+def _published(entries: Mapping[str, Any], file: Path) -> Iterator[Reported]:
     for key, value in entries.items():
         if not isinstance(value, dict):
             raise ConfigError(f"{file}: published.{key}: found {value!r}, expected source, setting, concepts, methods")
@@ -132,7 +132,7 @@ def _published(entries: Mapping[str, Any], file: Path) -> Iterator[Published]:
                 raise ConfigError(
                     f"{file}: published.{key}: found {unknown[0]!r}, expected some of {', '.join(BY_NAME)}"
                 )
-            yield Published(method, report.setting, report.source, report.concepts, tuple(scores.items()))
+            yield Reported(method, report.setting, report.source, report.concepts, scores)
 
 
 # --- subjects ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Tasks in worker processes, one thread each: what a worker has loaded, it keeps for its next task.
 
-A task that raises, or whose worker is killed, costs that task and those that need it; the others go on. (One executor
-of `size` processes would be broken as a whole by one kill, so each worker is an executor of its own.) Workers end with
-the process that started them, however that ends.
+A task that raises, or whose worker is killed, costs that task and those that need it; the others go on. One executor of
+`size` processes, the standard library's or joblib's, is broken as a whole by one kill, so each worker is an executor of
+its own. Workers end with the process that started them, however that ends.
 """
 
 from __future__ import annotations
@@ -24,21 +24,18 @@ from typing import Any
 from tqdm import tqdm
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_SECONDS = {"train": 0.03, "draw": 0.45}  # of one core, for one unit of a task's size: a training picture, a drawn one
 _EVERY = 20.0  # seconds between two lines of progress where nobody watches a terminal
 
 
 @dataclass(frozen=True)
 class Task:
-    """A call, made in a worker.
+    """A call of a function at the top level of a module, made in a worker.
 
     Attributes:
         name: for people, and unique.
-        call: a function at the top level of a module.
-        kind: tasks of one kind take time in proportion to their `size`.
+        kind, size, pace: tasks of one kind take time in proportion to their size, `pace` seconds of a core a unit.
         needs: names of tasks that have to succeed before it.
         about: whatever the one who made it wants to find again in its outcome.
-        pace: seconds for one unit of its size; None: what tasks of its kind take on Toyland.
     """
 
     name: str
@@ -48,12 +45,12 @@ class Task:
     size: float = 1.0
     needs: tuple[str, ...] = ()
     about: Any = None
-    pace: float | None = None
+    pace: float = 1.0
 
     @property
     def guess(self) -> float:
         """Seconds that it takes, about."""
-        return self.size * (_SECONDS.get(self.kind, 1.0) if self.pace is None else self.pace)
+        return self.size * self.pace
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,7 @@ class Outcome:
 
 @dataclass
 class Pool:
-    """Workers for tasks: `with Pool(2, logs) as pool: failed = pool.run(tasks)`.
-
-    Attributes:
-        size: number of workers.
-        logs: folder, made if missing, for what the workers print.
-    """
+    """So many workers, which print into a folder: `with Pool(2, logs) as pool: failed = pool.run(tasks)`."""
 
     size: int
     logs: Path
@@ -92,11 +84,8 @@ class Pool:
                 process.terminate()
 
     def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> list[str]:
-        """What failed, a line for each task. Tasks begin in their order as far as what they need is there.
-
-        Args:
-            done: called with each outcome, in this process, as soon as it is known.
-        """
+        """What failed, a line for each task. Tasks begin in their order as far as what they need is there; `done` is
+        called with each outcome, in this process, as soon as it is known."""
         errors: dict[str, str | None] = {}  # of tasks that are over
         waiting, busy = list(tasks), dict[Future[Any], tuple[Task, int, ProcessPoolExecutor]]()
         bar = _bar(tasks)
@@ -129,10 +118,10 @@ class Pool:
                     error = future.exception()
                     killed = isinstance(error, BrokenProcessPool)
                     self._idle[number] = self._worker(number) if killed else worker
-                    if error is not None:
-                        settle(Outcome(task, error="its worker was killed" if killed else str(error)))
-                    else:
+                    if error is None:
                         settle(Outcome(task, *future.result()))
+                    else:
+                        settle(Outcome(task, error="its worker was killed" if killed else str(error)))
         return [f"{name}: {error}" for name, error in errors.items() if error is not None]
 
     def _worker(self, number: int) -> ProcessPoolExecutor:
@@ -141,16 +130,13 @@ class Pool:
         return ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(self.logs / f"worker-{number}.log",))
 
 
-def seconds_of(tasks: Sequence[Task]) -> float:
-    """How long they take on one core, about."""
-    return sum(task.guess for task in tasks)
-
-
 def _bar(tasks: Sequence[Task]) -> Any:
     """Progress in guessed seconds of one core, from which tqdm tells the time that is left."""
     shape = f"{{percentage:3.0f}}% of {len(tasks)} tasks after {{elapsed}}, about {{remaining}} left{{postfix}}"
     pace = 0.1 if sys.stderr.isatty() else _EVERY
-    return tqdm(total=seconds_of(tasks), bar_format=shape, mininterval=pace, maxinterval=pace, smoothing=0)
+    return tqdm(
+        total=sum(task.guess for task in tasks), bar_format=shape, mininterval=pace, maxinterval=pace, smoothing=0
+    )
 
 
 def _begin(log: Path) -> None:

@@ -17,9 +17,9 @@ from eval.aggregate import Interval, Summary, as_json
 from eval.front import fronts
 from eval.looks import title
 from eval.score_kinds import BY_NAME, ordered, score_kind
-from eval.tables import Reported, latex
+from eval.tables import Reported, grid, latex
 from experiments.evidence import Evidence, Experiment, Finding
-from experiments.world import PHOTOS, TOYLAND, Published, World
+from experiments.world import PHOTOS, TOYLAND, World
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 
@@ -28,6 +28,7 @@ PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
 IMAGES = "images/results"  # beside the page
 _WIDTH = 900  # pixels of a figure on the page
 _COLOURS = 64
+Results = Sequence[Mapping[str, Any]]  # contents of files
 _SHOWN = ("identity", "prompt", "superclass", "clip_i", "clip_t", "dino", "diversity")
 _HEAD = """# Results
 
@@ -74,6 +75,32 @@ _TEXTS = {TOYLAND: (_HEAD, _CAVEATS), PHOTOS: (_HEAD_PHOTOS, _CAVEATS_PHOTOS)}
 _OWNER = {TOYLAND: "Toyland's", PHOTOS: "The model's"}
 
 
+class Unfinished(Exception):
+    """An experiment of which something is missing."""
+
+
+def settle(experiment: Experiment, evidence: Evidence, out: Path) -> str:
+    """Judge an experiment and write its files below `out`, its figures and the page anew; gives its verdict in a line.
+    Raises Unfinished: not all of it is there."""
+    runner, world = evidence.runner, evidence.world
+    wanted = experiment.wanted(world)
+    missing = sum(one not in runner.points for one in wanted)
+    if missing or not runner.trained(experiment.trainings):
+        raise Unfinished(f"{missing} of {len(wanted)} sets of pictures are missing")
+    finding = experiment.judge(evidence)
+    content = document(experiment, finding, evidence)
+    for folder in (out / "results", out / "docs" / IMAGES, runner.root / "figures"):
+        folder.mkdir(parents=True, exist_ok=True)
+    if experiment.series:
+        _draw(experiment, evidence, runner.root / "figures", out / "docs" / IMAGES)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    atomic_write_text(out / "results" / f"{experiment.id}.json", text)
+    atomic_write_text(out / "docs" / "results.md", page(read_all(out / "results")))
+    if experiment.series and world.tables:
+        atomic_write_text(out / "results" / f"{experiment.id}.tex", _latex(experiment, evidence))
+    return f"{experiment.id}: {finding.verdict.value} ({finding.key})"
+
+
 def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> dict[str, Any]:
     """The file's content, in JSON values. `notes` were written by people, `verdict` follows from `checks` alone."""
     world = evidence.world
@@ -110,11 +137,10 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
             for check in finding.checks
         ],
         "series": [
-            {"label": label, "settings": [_scores(evidence.summary(s, label), s.name) for s in one.settings]}
+            {"label": world.said(one.label), "settings": [_scores(evidence.summary(s), s.name) for s in one.settings]}
             for one in experiment.series
-            for label in [world.said(one.label)]
         ],
-        "published": [asdict(one) | {"scores": dict(one.scores)} for one in _published(experiment, world)],
+        "published": [asdict(one) for one in _published(experiment, world)],
         "tables": [asdict(table) for table in finding.tables],
         "axes": list(experiment.axes(world)),
         "caveats": world.said(caveats),
@@ -129,38 +155,22 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
     }
 
 
-def _published(experiment: Experiment, world: World) -> tuple[Published, ...]:
+def _published(experiment: Experiment, world: World) -> tuple[Reported, ...]:
     """What others report, beside an experiment that compares methods."""
     presets = {s.training.preset for s in experiment.settings if s.training is not None}
     return world.published if len(presets) > 1 and not experiment.pairs else ()
 
 
-def write_table(out: Path, experiment: Experiment, evidence: Evidence) -> None:
-    """Write an experiment's scores as a table in LaTeX, `results/<id>.tex`, with what others report below a line."""
-    folder = out / "results"
-    folder.mkdir(parents=True, exist_ok=True)
+def _latex(experiment: Experiment, evidence: Evidence) -> str:
+    """The scores as a table, with what others report below a line."""
+    published = _published(experiment, evidence.world)
     kept = [
         replace(s, scores={name: value for name, value in s.scores.items() if name in _SHOWN})
         for s in _summaries(experiment, evidence)
     ]
-    beside = [
-        Reported(f"{title(one.method)} (published)", one.setting, one.concepts, dict(one.scores))
-        for one in _published(experiment, evidence.world)
-    ]
-    sources = dict.fromkeys(one.source for one in _published(experiment, evidence.world))
-    caption = " ".join([evidence.world.said(experiment.claim), *(f"Published: {source}." for source in sources)])
-    text = latex(kept, caption, f"tab:{experiment.id}", beside)
-    atomic_write_text(folder / f"{experiment.id}.tex", text)
-
-
-def write(out: Path, content: Mapping[str, Any]) -> None:
-    """Write one experiment's file below `out`, and the page anew, each atomically."""
-    for folder in (out / "results", out / "docs"):
-        folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(
-        out / "results" / f"{content['id']}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    )
-    atomic_write_text(out / "docs" / "results.md", page(read_all(out / "results")))
+    sources = (f"Published: {source}." for source in dict.fromkeys(one.source for one in published))
+    caption = " ".join([evidence.world.said(experiment.claim), *sources])
+    return latex(kept, caption, f"tab:{experiment.id}", published)
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
@@ -180,20 +190,16 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda content: content["place"])
 
 
-def check_world(found: Sequence[Mapping[str, Any]], world: World) -> None:
+def check_world(found: Results, world: World) -> None:
     """Hold that results are of this world: one page shows one. Raises ConfigError."""
-    if found and world_of(found) != world.kind:
-        raise ConfigError(
-            f"out: found results of world={world_of(found)} there, expected none, or those of {world.kind}"
-        )
+    if found and (kind := world_of(found)) != world.kind:
+        raise ConfigError(f"out: found results of world={kind} there, expected none, or those of {world.kind}")
 
 
-def draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path) -> None:
+def _draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path) -> None:
     """Write the figures as PNG and SVG into `folder`, and small PNG files into `images`."""
     from eval.figures import draw_fronts, save_figure  # matplotlib, which takes long to import
 
-    folder.mkdir(parents=True, exist_ok=True)
-    images.mkdir(parents=True, exist_ok=True)
     summaries = _summaries(experiment, evidence)
     scores = {name for summary in summaries for name in summary.scores}
     for end, (right, up) in _figures(experiment.axes(evidence.world), scores).items():
@@ -221,13 +227,8 @@ def _summaries(experiment: Experiment, evidence: Evidence) -> list[Summary]:
 
 
 def _scores(summary: Summary, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "setting": dict(summary.setting),
-        "concepts": len(summary.concepts),
-        "images": summary.images,
-        "scores": as_json(summary.scores),
-    }
+    said = {"name": name, "setting": dict(summary.setting), "concepts": len(summary.concepts), "images": summary.images}
+    return {**said, "scores": as_json(summary.scores)}
 
 
 def _numbers(value: Interval) -> dict[str, float | None]:
@@ -236,7 +237,7 @@ def _numbers(value: Interval) -> dict[str, float | None]:
 
 def _seconds(experiment: Experiment, evidence: Evidence) -> dict[str, float]:
     """Of one core, what other experiments use as well included."""
-    drawing = sum(evidence.runner.seconds(one) for one in experiment.wanted(evidence.runner.protocol))
+    drawing = sum(evidence.runner.seconds(one) for one in experiment.wanted(evidence.world))
     training = sum(seconds for one in experiment.trained(evidence.world) for seconds in evidence.training_seconds(one))
     return {"training": round(training, 1), "drawing": round(drawing, 1)}
 
@@ -248,7 +249,7 @@ def _hash(content: Any) -> str:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(results: Sequence[Mapping[str, Any]]) -> str:
+def page(results: Results) -> str:
     """The page, in Markdown."""
     head, caveats = _TEXTS[world_of(results)]
     lines = [head, "| | claim | verdict | number |", "|---|---|---|---|"]
@@ -260,12 +261,12 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def world_of(results: Sequence[Mapping[str, Any]]) -> str:
+def world_of(results: Results) -> str:
     """The kind of world that results are of; those of former versions are of Toyland."""
     return next((one["world"] for one in results if "world" in one), TOYLAND)
 
 
-def _several_weights(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _several_weights(results: Results) -> list[str]:
     if len({one["weights"] for one in results}) == 1:
         return []
     made = "; ".join(f"{one['id']} with {one['weights']}" for one in results)
@@ -273,59 +274,48 @@ def _several_weights(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"- **Not all of this was made with the same weights{of}**: {made}.", ""]
 
 
-def _several_settings(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def _several_settings(results: Results) -> list[str]:
     """Where one method was trained in two ways, as when a preset was changed between two calls."""
     runs: dict[str, set[tuple[str, ...]]] = {}
     for one in results:
         for label, folders in one["runs"].items():
             runs.setdefault(label, set()).add(tuple(folders))
-    if not (several := [label for label, found in runs.items() if len({*map(len, found)}) < len(found)]):
-        return []
-    return [f"- **Not all of this was made with the same settings** of {', '.join(several)}.", ""]
+    several = ", ".join(label for label, found in runs.items() if len({*map(len, found)}) < len(found))
+    return [f"- **Not all of this was made with the same settings** of {several}.", ""] if several else []
 
 
-def _protocol(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    shown = max(
-        (one for one in results if one["series"]), key=lambda one: len(one["protocol"]["prompts"]), default=None
-    )
-    if shown is None:
+def _protocol(results: Results) -> list[str]:
+    drawn = [one for one in results if one["series"]]
+    if not drawn:
         return []
-    protocol = shown["protocol"]
-    others = [one for one in results if one["series"] and one["protocol"]["prompts"] != protocol["prompts"]]
-    prompts = "; ".join(f"*{alternatives[0]}*" for alternatives in protocol["prompts"])
-    in_all = ""
+    protocol = max((one["protocol"] for one in drawn), key=lambda protocol: len(protocol["prompts"]))
     if world_of(results) == TOYLAND:
-        concepts = ", ".join(
-            f"{toy['name']} ({toy['body']}, {toy['pattern']} {toy['second']}, {toy['detail']})"
-            for toy in protocol["concepts"]
-        )
-        concepts = f"Concepts, with the seeds of their looks: {concepts}."
-        prompts += (
+        looks = "{name} ({body}, {pattern} {second}, {detail})"
+        concepts, in_all = "Concepts, with the seeds of their looks", ""
+        suited = (
             ". Where a concept and a prompt make a pair that Toyland's training left out, another prompt of the same "
             "kind stands in its place."
         )
     else:
-        concepts = ", ".join(f"{one['name']} ({one['superclass']})" for one in protocol["concepts"])
-        concepts, in_all = f"Concepts: {concepts}.", " in all, of which each concept has those of its class,"
-        prompts += "."
-    return [
+        looks, concepts, suited = "{name} ({superclass})", "Concepts", "."
+        in_all = " in all, of which each concept has those of its class,"
+    lines = [
         "## What was drawn",
-        "",
         f"{len(protocol['concepts'])} concepts, {len(protocol['prompts'])} prompts{in_all} and "
         f"{len(protocol['seeds'])} seeds for every setting; {protocol['steps']} {protocol.get('scheduler', 'DDIM')} "
         f"steps, guidance {protocol['guidance']:g}.",
-        "",
-        concepts,
-        "",
-        f"Prompts: {prompts}",
-        "",
-        *(line for one in others for line in (_other_prompts(one), "")),
+        f"{concepts}: {', '.join(looks.format(**one) for one in protocol['concepts'])}.",
+        f"Prompts: {_prompts(protocol)}{suited}",
     ]
+    for one in drawn:
+        if one["protocol"]["prompts"] != protocol["prompts"]:
+            groups = f"{one['protocol']['groups']} pairs of neighbours in this list, and other prompts"
+            lines.append(f"{one['id']}: {groups}: {_prompts(one['protocol'])}.")
+    return [text for line in lines for text in (line, "")]
 
 
-def _other_prompts(one: Mapping[str, Any]) -> str:
-    prompts = "; ".join(f"*{alternatives[0]}*" for alternatives in one["protocol"]["prompts"])
-    return f"{one['id']}: {one['protocol']['groups']} pairs of neighbours in this list, and other prompts: {prompts}."
+def _prompts(protocol: Mapping[str, Any]) -> str:
+    return "; ".join(f"*{alternatives[0]}*" for alternatives in protocol["prompts"])
 
 
 def _section(one: Mapping[str, Any]) -> list[str]:
@@ -354,12 +344,9 @@ def _section(one: Mapping[str, Any]) -> list[str]:
             lines += [f"![{said}]({IMAGES}/{one['id']}{end}.png)", ""]
         lines += [*_table(one), ""]
     for table in one["tables"]:
-        lines += [f"{table['title']}:", "", _row(table["head"]), _row(["---"] * len(table["head"]))]
-        lines += [*map(_row, table["rows"]), ""]
-    if one["caveats"]:
-        lines += [f"Caveats: {one['caveats']}", ""]
-    if one["notes"]:
-        lines += [f"Notes: {one['notes']}", ""]
+        lines += [f"{table['title']}:", "", *_grid(table["head"], table["rows"], len(table["head"])), ""]
+    for key in ("caveats", "notes"):
+        lines += [f"{key.capitalize()}: {one[key]}", ""] if one[key] else []
     seconds, core = one["seconds"], " of one core" if world_of([one]) == TOYLAND else ""
     lines += [
         f"{_OWNER[world_of([one])]} weights {one['weights']}, config {one['config_hash']}, "
@@ -377,16 +364,15 @@ def _table(one: Mapping[str, Any]) -> list[str]:
     published = one.get("published", [])
     names = {name for setting in settings for name in setting["scores"]} & {*_SHOWN}
     kinds = ordered(names | {name for row in published for name in row["scores"]})
-    lines = [_row(["", "setting", *(m.title for m in kinds)])]
-    lines.append(_row(["---", "---", *["---:"] * len(kinds)]))
-    for line in one["series"]:
-        for setting in line["settings"]:
-            cells = [_interval(setting["scores"].get(m.name)) for m in kinds]
-            lines.append(_row([title(line["label"]), setting["name"], *cells]))
+    rows = [
+        [title(line["label"]), setting["name"], *(_interval(setting["scores"].get(kind.name)) for kind in kinds)]
+        for line in one["series"]
+        for setting in line["settings"]
+    ]
     for row in published:
-        cells = [f"{row['scores'][m.name]:.3f}" if m.name in row["scores"] else "–" for m in kinds]
-        lines.append(_row([f"{title(row['method'])}, published", f"{row['setting']} ({row['source']})", *cells]))
-    return lines
+        cells = [f"{row['scores'][kind.name]:.3f}" if kind.name in row["scores"] else "–" for kind in kinds]
+        rows.append([f"{title(row['method'])}, published", f"{row['setting']} ({row['source']})", *cells])
+    return _grid(["", "setting", *(kind.title for kind in kinds)], rows, 2)
 
 
 def _interval(score: Mapping[str, Any] | None) -> str:
@@ -397,8 +383,8 @@ def _interval(score: Mapping[str, Any] | None) -> str:
     return f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_cell, cells)) + " |"
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> list[str]:
+    return grid([_cell(text) for text in head], [[_cell(text) for text in row] for row in rows], words)
 
 
 def _cell(text: str) -> str:

@@ -12,19 +12,20 @@ import functools
 import gc
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.record import Point
-from experiments.pool import Outcome, Task
+from experiments.pool import Outcome, Pool, Task
 from experiments.settings import PERFUSION, Setting, Training, config_of, snapshot_file, step_of
 from experiments.world import Subject, World, filled
 from perfusion.config import BackboneConfig, ConfigError, TrainConfig, checked
 from perfusion.files import atomic_write_text
-from perfusion.manifest import FILE_NAME, JOINED, ImageRecord
+from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, read_manifest
 from perfusion.provenance import provenance
 from perfusion.training.run_folder import RunFolder
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from perfusion.concept import Attached
 
 SECONDS = "seconds.json"  # how long the pictures of each folder took
+_PACE = {"train": 0.03, "draw": 0.45}  # seconds of a core for a training picture and for a drawn one, on Toyland
 _TIMED = 3  # steps of a picture that is drawn to know how long it takes
 _PICTURES = 192  # of one task, at most: small enough that all cores end at about the same time
 
@@ -49,19 +51,19 @@ class Wanted:
     times: int = 1
 
     @property
+    def whose(self) -> str:
+        names = " and ".join(one.name for one in self.subjects)
+        return f"{names}, {self.times} times" if self.times > 1 else names
+
+    @property
     def name(self) -> str:
-        shown = f"{self.setting.label} {self.setting.name}, {' and '.join(one.name for one in self.subjects)}"
-        return f"{shown}, {self.times} times" if self.times > 1 else shown
+        return f"{self.setting.label} {self.setting.name}, {self.whose}"
 
 
 @dataclass(frozen=True)
 class Look:
-    """Pictures of one setting of the dials.
-
-    Attributes:
-        folder: where they lie, with their manifest.
-        said: what else sets them apart, for the manifest.
-    """
+    """Pictures of one setting of the dials, the folder that they lie in with their manifest, and what else sets them
+    apart, for the manifest."""
 
     wanted: Wanted
     folder: Path
@@ -84,24 +86,21 @@ class Job:
     measured: Path
 
     @property
-    def setting(self) -> Setting:
-        return self.looks[0].wanted.setting
-
-    @property
-    def subjects(self) -> Together:
-        return self.looks[0].wanted.subjects
+    def wanted(self) -> Wanted:
+        """What all looks have in common."""
+        return self.looks[0].wanted
 
     @property
     def words(self) -> list[str]:
         """What stands for each subject in prompts."""
-        if self.setting.training is not None:
-            return [one.placeholder for one in self.subjects]
-        return [one.description if self.setting.described else one.superclass for one in self.subjects]
+        setting = self.wanted.setting
+        kind = "placeholder" if setting.training else "description" if setting.described else "superclass"
+        return [getattr(one, kind) for one in self.wanted.subjects]
 
     @property
     def prompts(self) -> dict[str, str]:
         """Each template and the prompt that it becomes."""
-        return {template: filled(template, *self.words) for template in self.protocol.templates(*self.subjects)}
+        return {template: filled(template, *self.words) for template in self.protocol.templates(*self.wanted.subjects)}
 
 
 class Runner:
@@ -113,7 +112,7 @@ class Runner:
         self.root, self.protocol, self.changes = root / protocol.folder, protocol, changes
         self.made_with = provenance()  # now: results that are written later would count as changes of the checkout
         self.points: dict[Wanted, Point] = {}
-        self.pace: dict[str, float] = {}  # seconds for a unit of a task's size, by its kind, where that was measured
+        self.pace = dict(_PACE)  # until it is measured
         self.document: Mapping[str, Any] = {}
         file = self.root / SECONDS
         self._seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -129,10 +128,7 @@ class Runner:
 
     def tasks(self, wanted: Iterable[Wanted], trainings: Iterable[Training] = ()) -> list[Task]:
         """What has to be done for these settings, and to train these trainings, those that are finished left out.
-
-        Raises:
-            ConfigError: a setting that cannot be, or two that are the same.
-        """
+        Raises ConfigError: a setting that cannot be, or two that are the same."""
         tasks: dict[str, Task] = {}
         groups: dict[Any, list[Wanted]] = {}
         folders: dict[Path, Wanted] = {}
@@ -170,22 +166,31 @@ class Runner:
                 priors[config.concept.superclass, kind] = count
         return len(trainings), pictures, sum(priors.values())
 
+    def run(self, pool: Pool, tasks: Sequence[Task], then: Callable[[str], None] = lambda name: None) -> list[str]:
+        """Run tasks and keep what they find; `then` is called with the name of each after that. Gives what failed."""
+
+        def done(outcome: Outcome) -> None:
+            self.keep(outcome)
+            then(outcome.task.name)
+
+        return pool.run(tasks, done)
+
     def keep(self, outcome: Outcome) -> None:
         """Take in what a task has found."""
-        if outcome.task.kind == "time" and outcome.error is None:
-            each = outcome.value
+        task = outcome.task
+        if outcome.error is not None or task.kind == "train":
+            return
+        if task.kind == "time":
             # A step of drawing with guidance runs the denoiser forward twice, one of training once and then backward,
             # which takes as long as two further runs.
-            self.pace = {"draw": each, "train": 1.5 * each / self.protocol.steps}
-        if outcome.task.kind != "draw" or outcome.error is not None:
+            self.pace = {"draw": outcome.value, "train": 1.5 * outcome.value / self.protocol.steps}
             return
-        wanted: tuple[Wanted, ...] = outcome.task.about
-        if outcome.task.size > 1:
-            for one in wanted:
-                self._seconds[self._place(one)] = round(self.seconds(one) + outcome.seconds / len(wanted), 1)
+        if task.size > 1:
+            for one in task.about:
+                self._seconds[self._place(one)] = round(self.seconds(one) + outcome.seconds / len(task.about), 1)
             atomic_write_text(self.root / SECONDS, json.dumps(self._seconds, indent=1) + "\n")
         points, document = outcome.value
-        self.points |= zip(wanted, points, strict=True)
+        self.points |= zip(task.about, points, strict=True)
         self.document = {**document, "references": {**self.document.get("references", {}), **document["references"]}}
 
     def trained(self, trainings: Iterable[Training]) -> bool:
@@ -220,7 +225,7 @@ class Runner:
                 pictures = config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
                 name = task_name(self.protocol.training(training), subject)
                 size = config.method["steps"] * pictures
-                yield Task(name, train, (config, self.protocol.threads), "train", size, pace=self.pace.get("train"))
+                yield Task(name, train, (config, self.protocol.threads), "train", size, pace=self.pace["train"])
 
     def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
         setting, subjects, times = members[0].setting, members[0].subjects, members[0].times
@@ -230,12 +235,9 @@ class Runner:
         protocol = replace(self.protocol, seeds=self.protocol.seeds_of(times))
         job = Job(protocol, backbone, concepts, looks, self.root / "measured")
         new = sum(not (look.folder / FILE_NAME).exists() for look in looks)
-        size = new * len(job.prompts) * len(protocol.seeds)
-        names = ", ".join(one.setting.name for one in members)
-        name = f"draw {setting.label} {names}, {' and '.join(one.name for one in subjects)}"
-        name += f", {times} times" if times > 1 else ""
-        about = tuple(members)
-        return Task(name, draw, (job,), "draw", max(size, 1), needs, about, self.pace.get("draw"))
+        size = max(1, new * len(job.prompts) * len(protocol.seeds))
+        name = f"draw {setting.label} {', '.join(one.setting.name for one in members)}, {members[0].whose}"
+        return Task(name, draw, (job,), "draw", size, needs, tuple(members), self.pace["draw"])
 
     def _concept(self, setting: Setting, subject: Subject) -> Path:
         assert setting.training is not None
@@ -286,7 +288,6 @@ def time_picture(world: World, config: BackboneConfig) -> float:
     count = 1 if backbone.pipe.device.type == "cpu" else world.at_once
     steps = min(world.steps, _TIMED)
     prompts, seeds = ["a photo"] * count, list(range(count))
-    started = 0.0
     for number in (1, steps):  # the first call also loads kernels
         started = time.monotonic()
         sample(backbone.pipe, prompts, seeds, number, world.guidance, count, size=config.resolution)
@@ -321,43 +322,40 @@ def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> l
     from perfusion.drawing import described, recorded
     from perfusion.generate import slug
 
-    superclasses = [one.superclass for one in job.subjects]
+    setting, subjects = look.wanted.setting, look.wanted.subjects
+    superclasses = [one.superclass for one in subjects]
     common: dict[str, Any] = {
-        **described(pipe, [one.concept for one in attached], [one.name for one in job.subjects]),
+        **described(pipe, [one.concept for one in attached], [one.name for one in subjects]),
         # Scores read prompts with the superclass in its place, so that looks which are told are no wish of the prompt.
         "placeholder": None if job.words == superclasses else JOINED.join(job.words),
         "superclass": JOINED.join(superclasses),
-        "method": job.setting.label,
+        "method": setting.label,
         "backbone": job.backbone.name,
-        "instance": job.subjects[0].instance if len(job.subjects) == 1 else None,
-        "dials": recorded(attached, [dict(look.wanted.setting.dials)] * len(attached)),
+        "instance": subjects[0].instance if len(subjects) == 1 else None,
+        "dials": recorded(attached, [dict(setting.dials)] * len(attached)),
         "steps": job.protocol.steps,
         "guidance": job.protocol.guidance,
         "setting": look.said,
     }
-    names: dict[str, str] = {}  # of files; long prompts may begin alike
-    for template in job.prompts:
+    records, seen = [], Counter[str]()
+    for template, prompt in job.prompts.items():
         name = slug(template)
-        again = sum(other == name or other.startswith(f"{name}--") for other in names.values())
-        names[template] = f"{name}--{again + 1}" if again else name
-    return [
-        ImageRecord(file=f"{names[template]}-{seed}.png", prompt=prompt, seed=seed, **common)
-        for template, prompt in job.prompts.items()
-        for seed in job.protocol.seeds
-    ]
+        seen[name] += 1
+        name += f"--{seen[name]}" if seen[name] > 1 else ""  # long prompts may begin alike
+        records += [ImageRecord(f"{name}-{seed}.png", prompt, seed, **common) for seed in job.protocol.seeds]
+    return records
 
 
 def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
     from eval.folder_scores import points_of, score_folder, scored_with
-    from eval.folders import Said, read_folder
+    from eval.folders import ImageFolder
 
-    scorers, references = job.protocol.scorers(), job.protocol.references(job.subjects)
-    asked = {*job.prompts.values()}
+    scorers, references = job.protocol.scorers(), job.protocol.references(job.wanted.subjects)
+    asked = {(prompt, seed) for prompt in job.prompts.values() for seed in job.protocol.seeds}
     points: list[Point] = []
     for look in job.looks:
-        folder = read_folder(look.folder, Said())
-        records = tuple(r for r in folder.records if r.prompt in asked and r.seed in job.protocol.seeds)
-        folder = replace(folder, records=records)
+        records = [record for record in read_manifest(look.folder) if (record.prompt, record.seed) in asked]
+        folder = ImageFolder(look.folder, tuple(records))
         scores, _ = score_folder(folder, scorers, references, None, job.measured, progress=False)
         points += points_of(folder, scores)
     return points, scored_with(scorers, references, 1)

@@ -114,7 +114,7 @@ def _round(number: int, studies: Mapping[Training, Study], runner: Runner, pool:
     if not asked:
         return []
     print(f"trial {number + 1} of {config.trials}", flush=True)
-    failures = pool.run(runner.tasks(one for *_, wanted in asked for one in wanted), runner.keep)
+    failures = runner.run(pool, runner.tasks(one for *_, wanted in asked for one in wanted))
     for study, trial, training, wanted in asked:
         name = f"{training.label}: {' '.join(training.changes)}"
         if all(one in runner.points for one in wanted):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from eval.score_kinds import BY_NAME
+from eval.tables import Reported
 from experiments.settings import PERFUSION, Setting, Training, preset_value
 from perfusion.config import ConceptConfig
 
@@ -45,18 +46,6 @@ class Subject(Protocol):
     def concept(self, given: ConceptConfig, pictures: int | None) -> ConceptConfig:
         """The part of a run's config that says what is learned, from so many pictures (None: as many as usual)."""
         ...
-
-
-@dataclass(frozen=True)
-class Published:
-    """What somebody else reports of a method, measured as `setting` says: shown beside own numbers, and never judged
-    by. Scores go by the names of `eval.score_kinds`."""
-
-    method: str
-    setting: str
-    source: str
-    concepts: int
-    scores: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,7 @@ class World(abc.ABC):
     tables: ClassVar[bool] = False
     subjects: tuple[Any, ...] = ()
     pair_prompts: tuple[Any, ...] = ()
-    published: tuple[Published, ...] = ()
+    published: tuple[Reported, ...] = ()
     seeds: tuple[int, ...] = (0,)
     steps: int = 50
     guidance: float = 6.0

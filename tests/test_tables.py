@@ -56,7 +56,7 @@ def test_methods_keep_their_looks_in_every_company():
 
 
 def test_what_others_report_stands_below_a_line_and_is_never_the_best():
-    others = [Reported("DreamBooth (published)", "47 concepts", 47, {"clip_i": 0.9, "dino": 0.6})]
+    others = [Reported("dreambooth", "47 concepts", "a study", 47, {"clip_i": 0.9, "dino": 0.6})]
     lines = latex(SUMMARIES[:2], "x", reported=others).splitlines()
     rows = lines[lines.index(r"    \midrule") + 1 : lines.index(r"    \bottomrule")]
     assert rows[2:] == [
