@@ -199,11 +199,7 @@ def drift(
     before: Sequence[Image.Image], after: Sequence[Image.Image], scorer: Embedder
 ) -> tuple[np.ndarray, np.ndarray]:
     """How much n pictures changed: 1 − cosine of their embeddings, and the mean squared difference of their pixels on
-    [0, 1]; both float64 (n,).
-
-    Raises:
-        ScoreError: a picture changed its size.
-    """
+    [0, 1]; both float64 (n,). Raises ScoreError: a picture changed its size."""
     assert len(before) == len(after) > 0
     squares = []
     for old, new in zip(before, after, strict=True):

@@ -59,11 +59,8 @@ class ImageFolder:
 
 
 def find_folders(spec: Any) -> list[Path]:
-    """The folders that hold a manifest: those named, and all below them.
-
-    Raises:
-        ScoreError: nothing named, no such folder, or no manifest in it.
-    """
+    """The folders that hold a manifest: those named, and all below them. Raises ScoreError: nothing named, no such
+    folder, or no manifest in it."""
     named = spec if isinstance(spec, list) else [spec]
     if not named or not all(isinstance(name, str) and name.strip() for name in named):
         raise ScoreError(f"images: found {spec!r}, expected a folder or a list of folders")
@@ -273,11 +270,7 @@ def _pictures(concept: ConceptConfig, resolution: int) -> tuple[Image.Image, ...
 
 
 class Base:
-    """The base model's pictures, found by prompt and seed.
-
-    Raises:
-        ScoreError: two of the same prompt and seed.
-    """
+    """The base model's pictures, found by prompt and seed. Raises ScoreError: two of the same prompt and seed."""
 
     def __init__(self, folder: ImageFolder) -> None:
         self._path = folder.path

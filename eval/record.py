@@ -70,11 +70,8 @@ def setting_key(setting: Mapping[str, Value]) -> str:
 
 
 def merged(points: Iterable[Point]) -> list[Point]:
-    """One point for each key, in order of method, setting and concept; the same pictures given again count once.
-
-    Raises:
-        ScoreError: two points share some of their pictures, but not all.
-    """
+    """One point for each key, in order of method, setting and concept; the same pictures given again count once. Raises
+    ScoreError: two points share some of their pictures, but not all."""
     together: dict[tuple[str, str, str], Point] = {}
     for point in points:
         if (before := together.get(point.key)) is None:
@@ -136,11 +133,8 @@ def write_scores(
 
 
 def read_scores(path: PathLike) -> tuple[dict[str, Any], list[Point]]:
-    """What a record says of itself, and its points.
-
-    Raises:
-        ScoreError: no such file, no record of scores, or one of another version.
-    """
+    """What a record says of itself, and its points. Raises ScoreError: no such file, no record of scores, or one of
+    another version."""
     path = Path(path)
     if not path.is_file():
         raise ScoreError(f"{path}: found no such file, expected what `python -m eval.score` writes")
@@ -160,11 +154,8 @@ def read_scores(path: PathLike) -> tuple[dict[str, Any], list[Point]]:
 
 
 def read_all(files: Any) -> tuple[dict[str, Any], list[Point]]:
-    """Several records as one, with what the first says of itself and the references of all.
-
-    Raises:
-        ScoreError: none given, one that cannot be read, or records that were scored with different models.
-    """
+    """Several records as one, with what the first says of itself and the references of all. Raises ScoreError: none
+    given, one that cannot be read, or records that were scored with different models."""
     listed = files if isinstance(files, list) else [files]
     if not listed or not all(isinstance(file, str) and file.strip() for file in listed):
         raise ScoreError(f"scores: found {files!r}, expected a score file or a list of them")

@@ -59,12 +59,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def report(config: ReportConfig) -> Path:
-    """Write a report; returns its page.
-
-    Raises:
-        ScoreError: a record or a picture that cannot be read, plotly is not installed.
-        ConfigError: no such score.
-    """
+    """Write a report; returns its page. Raises ScoreError: a record or a picture that cannot be read, plotly is not
+    installed; ConfigError: no such score."""
     x, y = score_kind(config.x, "x"), score_kind(config.y, "y")
     if config.side < 8:
         raise ScoreError(f"side: found {config.side}, expected at least 8 pixels")

@@ -64,12 +64,8 @@ class Scorers:
 
 
 def clip_scorer(name: str | None, pretrained: str | None, device: str, folders: Sequence[ImageFolder]) -> ClipScorer:
-    """The CLIP model called `name`; None is Toyland's own, for pictures of Toyland alone.
-
-    Raises:
-        ScorerError: there is none by that name, or none was named for pictures of other models.
-        BackboneError: no such device.
-    """
+    """The CLIP model called `name`; None is Toyland's own, for pictures of Toyland alone. Raises ScorerError: there is
+    none by that name, or none was named for pictures of other models; BackboneError: no such device."""
     of_toyland = all(_of_toyland(record) for folder in folders for record in folder.records)
     foreign = None if of_toyland else "not all pictures are Toyland's"
     return named_scorer(name, pretrained, resolve_device(device), foreign)
@@ -106,11 +102,8 @@ def _of_toyland(record: ImageRecord) -> bool:
 
 
 def load_reader(folder: str | Path | None = None) -> Reader:
-    """The reader in `folder`; default: the one that ships with the project.
-
-    Raises:
-        ScorerError: it is not there, damaged, or of another version of the world.
-    """
+    """The reader in `folder`; default: the one that ships with the project. Raises ScorerError: it is not there,
+    damaged, or of another version of the world."""
     path = READER if folder is None else Path(folder).expanduser()
     if not path.is_dir():
         how = "run `make toyland`, or leave it out with reader=none" if folder is None else "expected a reader's folder"

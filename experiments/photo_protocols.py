@@ -53,11 +53,8 @@ class _Report:
 
 
 def read_photos(options: PhotoOptions, workers: int) -> Photos:
-    """The world that a command line describes, all of its files looked at; no model is loaded.
-
-    Raises:
-        ConfigError: an option that is missing, a protocol or a folder that cannot be used.
-    """
+    """The world that a command line describes, all of its files looked at; no model is loaded. Raises ConfigError: an
+    option that is missing, a protocol or a folder that cannot be used."""
     data = _folder(options.data, "data", "a folder with a folder of photos for each subject")
     if options.scorer is None:
         raise ConfigError(

@@ -174,11 +174,7 @@ def _latex(experiment: Experiment, evidence: Evidence) -> str:
 
 
 def read_all(folder: Path) -> list[dict[str, Any]]:
-    """All files of a folder, in the order of the experiments.
-
-    Raises:
-        ConfigError: one that cannot be read.
-    """
+    """All files of a folder, in the order of the experiments. Raises ConfigError: one that cannot be read."""
     found = []
     for path in folder.glob("*.json"):
         try:

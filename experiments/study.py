@@ -55,11 +55,8 @@ Space = Mapping[str, Dimension]
 
 
 def read_space(name: str) -> dict[str, Dimension]:
-    """The space of that name, or in that file: key -> what its value may be.
-
-    Raises:
-        ConfigError: no such file, or not such a file.
-    """
+    """The space of that name, or in that file: key -> what its value may be. Raises ConfigError: no such file, or not
+    such a file."""
     shipped = {path.stem: path for path in SPACES.glob("*.yaml")}
     path = shipped.get(name, Path(name))
     try:
