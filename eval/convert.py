@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -73,26 +72,22 @@ def convert(config: ConvertConfig) -> list[ImageRecord]:
     words = [] if config.placeholder is None else config.placeholder.split(" + ")
     if words and not any(contains(prompt, word) for prompt in prompts.values() for word in words):
         raise ScoreError(f"{root / PROMPTS}: no prompt has the placeholder {config.placeholder!r}, expected it in some")
-    known: dict[str, Any] = {
-        key: getattr(config, key)
-        for key in ("method", "concept", "superclass", "placeholder", "setting", "backbone", "steps", "guidance")
-    }
-    records = [
-        ImageRecord(file=f"{SAMPLES}/{file.name}", prompt=prompts[stem], **known) for stem, file in files.items()
-    ]
+    known = {key: value for key, value in vars(config).items() if key not in ("root", "overwrite")}
+    records = [ImageRecord(f"{SAMPLES}/{file.name}", prompts[stem], **known) for stem, file in files.items()]
     write_manifest(root, records)
     return records
 
 
 def _prompts(file: Path) -> dict[str, str]:
+    expected = "expected an object from picture names without suffix to prompts"
     if not file.is_file():
-        raise ScoreError(f"{file}: no such file; expected an object from picture names without suffix to prompts")
+        raise ScoreError(f"{file}: no such file; {expected}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ScoreError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(prompt, str) and prompt for prompt in content.values()):
-        raise ScoreError(f"{file}: expected an object from picture names without suffix to prompts")
+        raise ScoreError(f"{file}: {expected}")
     return content
 
 

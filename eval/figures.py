@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from eval.aggregate import Interval
 from eval.front import Front
 from eval.looks import looks
 from eval.score_kinds import ScoreKind
@@ -45,31 +46,14 @@ def draw_fronts(found: Sequence[Front], x: ScoreKind, y: ScoreKind, title: str =
         for front in found:
             colour, mark = look[front.method].colour, look[front.method].mark
             points = front.points
-            on = sorted((p for p in points if p.on_front), key=lambda p: p.x.mean)
-            axes.plot([p.x.mean for p in on], [p.y.mean for p in on], color=colour, linewidth=1.6, alpha=0.8, zorder=2)
-            axes.errorbar(
-                [p.x.mean for p in points],
-                [p.y.mean for p in points],
-                xerr=np.array([_sides(p.x) for p in points]).T,
-                yerr=np.array([_sides(p.y) for p in points]).T,
-                fmt="none",
-                ecolor=colour,
-                elinewidth=0.8,
-                alpha=0.35,
-                zorder=1,
-            )
+            xs, ys = [p.x.mean for p in points], [p.y.mean for p in points]
+            on = sorted((p.x.mean, p.y.mean) for p in points if p.on_front)
+            axes.plot(*zip(*on, strict=True), color=colour, linewidth=1.6, alpha=0.8, zorder=2)
+            right, up = (np.array([_sides(getattr(p, side)) for p in points]).T for side in "xy")
+            axes.errorbar(xs, ys, up, right, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.35, zorder=1)
             faces = [colour if p.on_front else "white" for p in points]
-            axes.scatter(
-                [p.x.mean for p in points],
-                [p.y.mean for p in points],
-                c=faces,
-                edgecolors=colour,
-                marker=mark,
-                s=34,
-                linewidths=1.2,
-                zorder=3,
-                label=plain(look[front.method].title),
-            )
+            name = plain(look[front.method].title)
+            axes.scatter(xs, ys, s=34, c=faces, edgecolors=colour, marker=mark, linewidths=1.2, zorder=3, label=name)
             for p in points if len(points) <= _LABELLED else ():
                 place = {"textcoords": "offset points", "fontsize": 7, "color": _INK}
                 axes.annotate(plain(p.label), (p.x.mean, p.y.mean), (4, 4), **place)
@@ -100,10 +84,11 @@ def save_figure(figure: Figure, stem: Path) -> None:
             figure.savefig(file, metadata={"Date": None, "Creator": None})
 
 
-def _sides(interval: object) -> tuple[float, float]:
+def _sides(value: Interval) -> tuple[float, float]:
     """Lengths of an error bar to both sides; none is negative, though a percentile interval may lie beside its mean."""
-    low, mean, high = (getattr(interval, name) for name in ("low", "mean", "high"))
-    return (0.0, 0.0) if low is None else (max(0.0, mean - low), max(0.0, high - mean))
+    if value.low is None or value.high is None:
+        return 0.0, 0.0
+    return max(0.0, value.mean - value.low), max(0.0, value.high - value.mean)
 
 
 def _axis(kind: ScoreKind) -> str:

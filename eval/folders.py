@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from eval.record import BESIDE_DIALS, ScoreError, Value
-from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
+from perfusion.config import ConceptConfig, ToylandConcept
 from perfusion.data.images import find_images, read_image
 from perfusion.data.prompts import contains, replace_placeholder
 from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, read_manifest
@@ -86,14 +86,13 @@ def read_folder(path: Path, said: Said) -> ImageFolder:
         ManifestError: the manifest cannot be used.
         ScoreError: no concept is known for a picture, a prompt names a concept whose superclass is not known.
     """
-    filled = [_filled(record, said, path) for record in read_manifest(path)]
-    if not filled:
-        raise ScoreError(f"{path / FILE_NAME}: names no picture")
-    return ImageFolder(path, tuple(filled))
+    if filled := tuple(_filled(record, said, path) for record in read_manifest(path)):
+        return ImageFolder(path, filled)
+    raise ScoreError(f"{path / FILE_NAME}: names no picture")
 
 
 def _filled(record: ImageRecord, said: Said, folder: Path) -> ImageRecord:
-    missing = {name: value for name, value in dataclasses.asdict(said).items() if getattr(record, name) is None}
+    missing = {name: value for name, value in vars(said).items() if getattr(record, name) is None}
     record = dataclasses.replace(record, **missing)
     record = record if record.method else dataclasses.replace(record, method=folder.resolve().name)
     where = f"{folder / FILE_NAME}: {record.file}"
@@ -153,17 +152,11 @@ def same_prompt(records: Sequence[ImageRecord]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Target:
-    """What pictures of one concept are held against.
+    """What pictures of one concept are held against."""
 
-    Attributes:
-        images: reference pictures, at least one.
-        instance: the toy's seed, if it is one that Toyland draws.
-        digest: the same for the same pictures.
-    """
-
-    images: tuple[Image.Image, ...]
-    instance: int | None
-    digest: str
+    images: tuple[Image.Image, ...]  # at least one
+    instance: int | None  # the toy's seed, if it is one that Toyland draws
+    digest: str  # the same for the same pictures
 
 
 class References:
@@ -172,10 +165,7 @@ class References:
     Pictures: `references` (a mapping from concepts to pictures; a folder with a sub-folder for each concept; else
     pictures of the one concept that all is about); else, of a known toy, DRAWN renders; else the pictures that the run
     was trained on which the generated pictures lie in. A toy's seed: the manifest's; else `instance` (a number, or a
-    mapping from concepts to numbers); else that of the run.
-
-    Raises:
-        ScoreError: `instance` or `references` is neither of these.
+    mapping from concepts to numbers); else that of the run. Raises ScoreError for what is neither of these.
     """
 
     def __init__(self, references: Any = None, instance: Any = None) -> None:
@@ -204,7 +194,9 @@ class References:
         return [self._target(folder, record, *pair) for pair in zip(concepts, kinds, strict=True)]
 
     def _target(self, folder: ImageFolder, record: ImageRecord, concept: str, superclass: str | None) -> Target:
-        run = self._run(folder, alone=JOINED not in (record.concept or ""), concept=concept)
+        run = None if folder.run_config is None else self._config(folder.run_config)  # that the folder lies in
+        if run is not None and JOINED in (record.concept or "") and run.concept.name != concept:
+            run = None
         instance = record.instance
         if instance is None:
             instance = self._instance.get(concept) if isinstance(self._instance, dict) else self._instance
@@ -218,9 +210,8 @@ class References:
             toy = ConceptConfig(concept, superclass, "<toy*>", toyland=ToylandConcept(instance, DRAWN))
             images, digest = self._once(f"drawn {superclass} {instance}", lambda: _pictures(toy, _TOYLAND_SIDE))
         elif run is not None:
-            images, digest = self._once(
-                f"trained {folder.run_config}", lambda: _pictures(run.concept, run.backbone.resolution)
-            )
+            side = run.backbone.resolution
+            images, digest = self._once(f"trained {folder.run_config}", lambda: _pictures(run.concept, side))
         else:
             raise ScoreError(
                 f"{folder.path}: nothing to hold pictures of {concept!r} against. Give references=<pictures of it>, or "
@@ -247,11 +238,6 @@ class References:
                 )
             self._shared_by = concept
         return self._once(f"given {spec}", lambda: tuple(map(read_image, find_images(spec, key="references"))))
-
-    def _run(self, folder: ImageFolder, alone: bool, concept: str) -> TrainConfig | None:
-        """The training run that the folder lies in, if it is one of this concept."""
-        run = None if folder.run_config is None else self._config(folder.run_config)
-        return run if run is not None and (alone or run.concept.name == concept) else None
 
     def _once(self, name: str, make: Callable[[], tuple[Image.Image, ...]]) -> tuple[tuple[Image.Image, ...], str]:
         if name not in self._read:

@@ -7,17 +7,8 @@ from dataclasses import dataclass
 
 # Okabe and Ito's colours, which colour-blind people can tell apart, without the yellow that fades on white.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6BB1")
-# Of matplotlib, and of plotly.
-MARKS = (
-    ("o", "circle"),
-    ("s", "square"),
-    ("D", "diamond"),
-    ("^", "triangle-up"),
-    ("v", "triangle-down"),
-    ("P", "cross"),
-    ("X", "x"),
-    ("h", "hexagon"),
-)
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "hexagon")
+MARKS = tuple(zip("osD^vPXh", _SYMBOLS, strict=True))  # of matplotlib, and of plotly
 _KNOWN = {
     "perfusion": "Perfusion",
     "textual_inversion": "Textual Inversion",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +84,9 @@ def merged(points: Iterable[Point]) -> list[Point]:
         pairs = before.pairs + tuple((i + shift, j + shift, d) for i, j, d in point.pairs)
         together[point.key] = Point(point.method, point.concept, point.setting, before.pictures + point.pictures, pairs)
     for point in together.values():
-        seen: set[Path] = set()
-        for picture in point.pictures:
-            if picture.file in seen:
-                raise ScoreError(f"{picture.file}: is in two points of {point.method}, {point.concept}, expected one")
-            seen.add(picture.file)
+        for file, count in Counter(picture.file for picture in point.pictures).most_common(1):
+            if count > 1:
+                raise ScoreError(f"{file}: is in two points of {point.method}, {point.concept}, expected one")
     keys = _keys([point.setting for point in together.values()])
     return sorted(together.values(), key=lambda p: (p.method, setting_order(p.setting, keys), p.concept))
 
@@ -165,49 +164,33 @@ def read_all(files: Any) -> tuple[dict[str, Any], list[Point]]:
         if scorer != scorers[0]:
             raise ScoreError(f"{file}: scored with {scorer}, but {listed[0]} with {scorers[0]}; expected one scorer")
     points = merged(point for _, points in read for point in points)
-    shown: dict[str, Any] = {}
-    for document, _ in read:
-        shown |= document.get("references", {})
     if not points:
         raise ScoreError(f"scores: found no scored picture in {', '.join(listed)}")
+    shown = {concept: seen for document, _ in read for concept, seen in document.get("references", {}).items()}
     return {**read[0][0], "references": shown}, points
 
 
 def _entry(point: Point, said: Mapping[str, Any], base: Path) -> dict[str, Any]:
     pictures = []
     for picture in point.pictures:
-        entry = {
-            "file": Path(os.path.relpath(picture.file, base)).as_posix(),
-            "prompt": picture.prompt,
-            "seed": picture.seed,
-            "training": picture.training,
-            "scores": {name: round(value, 6) for name, value in picture.scores.items()},
-        }
+        file = Path(os.path.relpath(picture.file, base)).as_posix()
+        scores = {name: round(value, 6) for name, value in picture.scores.items()}
+        entry = {**vars(picture), "file": file, "scores": scores}
         pictures.append({key: value for key, value in entry.items() if value is not None})
-    return {
-        "method": point.method,
-        "concept": point.concept,
-        "setting": dict(point.setting),
-        **said,
-        "pictures": pictures,
-        "pairs": [[i, j, round(distance, 6)] for i, j, distance in point.pairs],
-    }
+    pairs = [[i, j, round(distance, 6)] for i, j, distance in point.pairs]
+    which = {"method": point.method, "concept": point.concept, "setting": dict(point.setting)}
+    return {**which, **said, "pictures": pictures, "pairs": pairs}
 
 
 def _point(entry: Mapping[str, Any], base: Path) -> Point:
-    pictures = tuple(
-        Picture(
-            Path(os.path.normpath(base / picture["file"])),
-            picture["prompt"],
-            picture.get("seed"),
-            picture.get("training"),
-            {name: float(value) for name, value in picture["scores"].items()},
-        )
-        for picture in entry["pictures"]
-    )
+    pictures = []
+    for known in entry["pictures"]:
+        file = Path(os.path.normpath(base / known["file"]))
+        scores = {name: float(value) for name, value in known["scores"].items()}
+        pictures.append(Picture(**{**known, "file": file, "scores": scores}))
     pairs = tuple((int(i), int(j), float(distance)) for i, j, distance in entry["pairs"])
     assert all(0 <= i < j < len(pictures) for i, j, _ in pairs)
-    return Point(entry["method"], entry["concept"], dict(entry["setting"]), pictures, pairs)
+    return Point(entry["method"], entry["concept"], dict(entry["setting"]), tuple(pictures), pairs)
 
 
 def _pretty(value: Any, depth: int = 0) -> str:

@@ -64,7 +64,10 @@ def report(config: ReportConfig) -> Path:
     x, y = score_kind(config.x, "x"), score_kind(config.y, "y")
     if config.side < 8:
         raise ScoreError(f"side: found {config.side}, expected at least 8 pixels")
-    plotly = _plotly()
+    try:
+        plotly: Any = importlib.import_module("plotly.offline")
+    except ImportError as error:
+        raise ScoreError("the page needs plotly, the extra report of this package; `make setup` installs it") from error
     bootstrap = Bootstrap(config.resamples, config.seed)
     document, points = read_all(config.scores)
     summaries = summarize(points, bootstrap)
@@ -82,7 +85,7 @@ def report(config: ReportConfig) -> Path:
     data |= {"x": x.name, "y": y.name, "volumes": [_volumes(f, *pair) for f, pair in zip(drawn, axes, strict=True)]}
     files = _write_tables_and_figures(out, summaries, drawn, axes)
     level = f"{bootstrap.level:.0%}".replace("%", " %")
-    atomic_write_text(out / PAGE, _page(config.title, data, plotly, level, files))
+    atomic_write_text(out / PAGE, _page(config.title, data, plotly.get_plotlyjs(), level, files))
     _forget_old_sheets(out / SHEETS, sheets)
     print(f"report: {out / PAGE}")
     print(f"tables and figures beside it: {', '.join(files)}")
@@ -101,7 +104,7 @@ def _data(
     methods = list(look)
     prompts = list(dict.fromkeys(p.prompt for point in points for p in point.pictures))
     number = {prompt: k for k, prompt in enumerate(prompts)}
-    concepts = list(dict.fromkeys(sorted(point.concept for point in points)))
+    concepts = sorted({point.concept for point in points})
     behind: dict[tuple[str, str, str], int] = {point.key: k for k, point in enumerate(points)}
     rows, single = [], []
     scopes = [(_ALL, summaries)] if len(concepts) > 1 else []
@@ -186,34 +189,21 @@ def _write_tables_and_figures(
 
 
 def _page(title: str, data: Mapping[str, Any], plotly: str, level: str, files: Sequence[str]) -> str:
+    style, script, page = ((_TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js", "page.html"))
     # "<" ends a script wherever it stands, and means the same in JSON when it is escaped.
     content = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     links = ", ".join(f'<a href="{name}">{name}</a>' for name in files)
     parts = {
         "title": html.escape(title),
-        "style": _template("page.css"),
+        "style": style,
         "level": level,
         "files": f"Tables and figures: {links}.",
         "data": content,
         "plotly": f"<script>{plotly}</script>",
-        "script": _template("page.js"),
+        "script": script,
     }
-    page = _template("page.html")
     head, *rest = page.split("{{")
     return head + "".join(parts[name] + text for name, text in (piece.split("}}", 1) for piece in rest))
-
-
-def _template(name: str) -> str:
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    """The source of plotly.js that comes with the package."""
-    try:
-        offline: Any = importlib.import_module("plotly.offline")
-    except ImportError as error:
-        raise ScoreError("the page needs plotly, the extra report of this package; `make setup` installs it") from error
-    return offline.get_plotlyjs()
 
 
 def _forget_old_sheets(folder: Path, sheets: Sequence[Sheet]) -> None:

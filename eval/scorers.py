@@ -49,18 +49,17 @@ class Scorers:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Hashes of the models' weights: scores by the same weights can be compared."""
-        found = {"clip": self.clip.fingerprint()}
-        if self.dino is not None:
-            found["dino"] = self.dino.fingerprint()
-        if self.reader is not None:
-            found["reader"] = fingerprint(self.reader)
-        return found
+        reader = {} if self.reader is None else {"reader": fingerprint(self.reader)}
+        return {kind: scorer.fingerprint() for kind, scorer in self._embedders.items()} | reader
 
     @property
     def names(self) -> dict[str, str]:
         """The names of the models."""
-        found = {"clip": self.clip.name}
-        return found if self.dino is None else {**found, "dino": self.dino.name}
+        return {kind: scorer.name for kind, scorer in self._embedders.items()}
+
+    @property
+    def _embedders(self) -> dict[str, Embedder]:
+        return {"clip": self.clip} if self.dino is None else {"clip": self.clip, "dino": self.dino}
 
 
 def clip_scorer(name: str | None, pretrained: str | None, device: str, folders: Sequence[ImageFolder]) -> ClipScorer:
@@ -81,18 +80,10 @@ def dino_scorer(name: str | None, pretrained: str | None, device: str) -> DinoSc
 
 
 def attribute_reader(choice: str, folders: Sequence[ImageFolder], instances: bool) -> Reader | None:
-    """The attribute reader: `none`, a folder, or `auto`, the shipped one wherever a picture is Toyland's.
-
-    Args:
-        instances: whether the command line names a toy, so that the pictures are Toyland's.
-
-    Raises:
-        ScorerError: it cannot be loaded.
-    """
-    if choice == NONE:
-        return None
+    """The attribute reader: `none`, a folder, or `auto`, the shipped one wherever a picture is Toyland's, as those are
+    where the command line names a toy (`instances`). Raises ScorerError: it cannot be loaded."""
     if choice != AUTO:
-        return load_reader(choice)
+        return None if choice == NONE else load_reader(choice)
     there = instances or any(_of_toyland(record) for folder in folders for record in folder.records)
     return load_reader() if there else None
 

@@ -22,13 +22,9 @@ _QUALITY = 86
 
 @dataclass(frozen=True)
 class Sheet:
-    """Cells of one size, from left to right and top to bottom.
+    """Cells of one size, from left to right and top to bottom."""
 
-    Attributes:
-        source: address of the picture for a page: a file's name, or a data URI.
-    """
-
-    source: str
+    source: str  # address of the picture for a page: a file's name, or a data URI
     columns: int
     rows: int
     width: int  # of a cell, in pixels
@@ -36,14 +32,8 @@ class Sheet:
 
 
 def make_sheet(files: Sequence[Path], folder: Path | None, side: int = SIDE) -> Sheet:
-    """The pictures of `files`, each made smaller to fit `side`, on one sheet.
-
-    Args:
-        folder: where the sheet is written, named after its contents, unless it is there; None: it becomes a data URI.
-
-    Raises:
-        ScoreError: a picture is gone or cannot be read.
-    """
+    """The pictures of `files`, each made smaller to fit `side`, on one sheet. It is written into `folder`, named after
+    its contents, unless it is there; None: it becomes a data URI. Raises ScoreError: a picture that cannot be read."""
     small = [_small(file, side) for file in files]
     width, height = max(s.width for s in small), max(s.height for s in small)
     columns = min(COLUMNS, len(small))

@@ -28,10 +28,8 @@ Draw the README's pictures on Toyland. What is missing is trained first, half a 
 
 CAT = ["+experiment=cat_oneshot"]
 TRAINED_KEYS = [*CAT, "method.key_lock=none"]
-TEDDY = [
-    *CAT, "concept.name=teddy", "concept.superclass=teddy", "concept.placeholder=<teddy*>",
-    "concept.toyland.instance=7",
-]  # fmt: skip
+_TEDDY = {"name": "teddy", "superclass": "teddy", "placeholder": "<teddy*>", "toyland.instance": 7}
+TEDDY = [*CAT, *(f"concept.{key}={value}" for key, value in _TEDDY.items())]
 BETAS = (0.6, 0.8, 1.0, 1.2, 1.4)
 SCENES = (
     "a photo of {}",
@@ -84,11 +82,9 @@ class Studio:
         from perfusion.drawing import sample
 
         prompts = [template.format(*names) for template in templates]
-        seeds = range(self.seed, self.seed + len(prompts))
-        config = self.backbone.config
-        return sample(
-            self.backbone.pipe, prompts, seeds, config.steps, config.guidance, progress=True, size=config.resolution
-        )
+        seeds, config = range(self.seed, self.seed + len(prompts)), self.backbone.config
+        size = config.resolution
+        return sample(self.backbone.pipe, prompts, seeds, config.steps, config.guidance, progress=True, size=size)
 
 
 def strengths(studio: Studio) -> list[tuple[str, list[Any]]]:

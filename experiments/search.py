@@ -19,13 +19,14 @@ from omegaconf import MISSING, OmegaConf
 from tqdm import trange
 
 from experiments.exclusive import alone
-from experiments.study import Dimension, Study, error_of, read_space, words_of
+from experiments.study import Study, error_of, read_space, words_of
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
 from perfusion.training import sweep
 from perfusion.training.composition import multirun
 
+Execute = Callable[[Sequence[str]], list[sweep.Result]]  # runs the jobs of one trial, as its words say
 _FOLDER = "folder"  # attribute of a trial: of its first run
 
 USAGE = """
@@ -57,39 +58,28 @@ class SearchConfig:
     root: str = "runs/.search"
 
 
-def main(argv: Sequence[str], execute: Callable[[Sequence[str]], list[sweep.Result]] = sweep.execute) -> int:
-    """Search as a command line says; `execute` runs the jobs of one trial. The exit status, 1 if no trial succeeded."""
+def main(argv: Sequence[str], execute: Execute = sweep.execute) -> int:
+    """Search as a command line says; the exit status, 1 if no trial succeeded."""
     own = [word.removeprefix("search.") for word in argv if word.startswith("search.") or word in ("-h", "--help")]
     words = [word for word in argv if not word.startswith("search.")]
     settings = parse_key_values(own, SearchConfig, USAGE)
     if settings.direction not in ("maximize", "minimize"):
         raise ConfigError(f"search.direction={settings.direction}: expected maximize or minimize")
     space = read_space(settings.space)
-    # A key that is none is found here.
-    if multirun([*words, *words_of({key: _first(dimension) for key, dimension in space.items()})]) is None:
+    first = {key: one.low if one.choices is None else one.choices[0] for key, one in space.items()}
+    if multirun([*words, *words_of(first)]) is None:  # which also finds a key that is none
         raise ConfigError("hydra/sweeper: expected basic, for what a trial tries is this search's to choose")
     folder = Path(settings.root).expanduser() / settings.name
     with alone(folder, "search.name="):
-        study = Study(
-            folder / "study.db",
-            space,
-            {"words": words, "objective": settings.objective},
-            direction=settings.direction,
-            instead="search.name=",
-        )
+        asked = {"words": words, "objective": settings.objective}
+        study = Study(folder / "study.db", space, asked, direction=settings.direction, instead="search.name=")
         before = len(study.over)
         for number in trange(before, settings.trials, initial=before, total=settings.trials, desc="trials"):
             _try(study, number + 1, settings, words, execute)
         return _report(study, settings, folder)
 
 
-def _try(
-    study: Study,
-    number: int,
-    settings: SearchConfig,
-    words: Sequence[str],
-    execute: Callable[[Sequence[str]], list[sweep.Result]],
-) -> None:
+def _try(study: Study, number: int, settings: SearchConfig, words: Sequence[str], execute: Execute) -> None:
     """Run one trial."""
     trial, point = study.ask(settings.sampler_seed)
     print(f"trial {number} of {settings.trials}: {' '.join(point)}", flush=True)
@@ -118,9 +108,8 @@ def _report(study: Study, settings: SearchConfig, folder: Path) -> int:
     found = OmegaConf.create()
     for key, value in best.params.items():
         OmegaConf.update(found, key, value, force_add=True)
-    text = OmegaConf.to_yaml(found)
+    text, file = OmegaConf.to_yaml(found), folder / "best.yaml"
     config = Path(best.user_attrs[_FOLDER]) / "config.yaml"
-    file = folder / "best.yaml"
     comment = f"# {settings.objective} {best.value:.6g}, the best of {trials} trials, with\n"
     comment += "".join(f"#   {line}\n" for line in text.splitlines())
     atomic_write_text(file, comment + config.read_text(encoding="utf-8"))
@@ -141,10 +130,6 @@ def _value(result: sweep.Result, objective: str) -> float:
     if not isinstance(found, int | float):
         raise ConfigError(f"search.objective={objective}: expected a number in metrics.json, found {found!r}")
     return float(found)
-
-
-def _first(dimension: Dimension) -> Any:
-    return dimension.low if dimension.choices is None else dimension.choices[0]
 
 
 if __name__ == "__main__":

@@ -97,10 +97,8 @@ class Study:
         """Open the study in `file`, or begin it; trials that were stopped are asked for first.
 
         Args:
-            file: made if missing.
             asked: what all trials have in common beside the space, in values that JSON can hold.
-            startup: trials before the sampler learns from them.
-            first: the settings of the first trial; default: what the sampler says.
+            startup: trials before the sampler learns from them; `first`: the settings of the first one.
             instead: the key that names another file, for the message.
 
         Raises:
@@ -114,9 +112,8 @@ class Study:
         self._optuna: Any = optuna
         self._space, self._startup = space, startup
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._study = self._optuna.create_study(
-            storage=f"sqlite:///{file}", study_name="search", direction=direction, load_if_exists=True
-        )
+        place = f"sqlite:///{file}"
+        self._study = optuna.create_study(storage=place, study_name="search", direction=direction, load_if_exists=True)
         asked = {**asked, "space": {key: repr(dimension) for key, dimension in space.items()}}
         asked = json.loads(json.dumps(asked))  # as it will be found there
         found = self._study.user_attrs.get(_ASKED, asked)
@@ -145,10 +142,8 @@ class Study:
         return self._study.best_trial if any(trial.value is not None for trial in self.over) else None
 
     def ask(self, seed: int) -> tuple[Any, list[str]]:
-        """The next trial, and its settings as words of a command line.
-
-        Every trial has a seed of its own: a search that was stopped tries what one that never stopped would try.
-        """
+        """The next trial, and its settings as words of a command line. Every trial has a seed of its own: a search that
+        was stopped tries what one that never stopped would try."""
         own = int(np.random.SeedSequence([seed, len(self.over)]).generate_state(1)[0])
         self._study.sampler = self._optuna.samplers.TPESampler(seed=own, n_startup_trials=self._startup)
         trial = self._study.ask()
