@@ -38,7 +38,7 @@ from perfusion.provenance import provenance
 from perfusion.scoring.clip import ScorerError
 from perfusion.scoring.metrics import TEXT_SCALE
 from perfusion.toyland.captions import CaptionError, parse
-from perfusion.toyland.judge import Wish, judge
+from perfusion.toyland.reader import Wish, judge
 from perfusion.toyland.world import SUPERCLASSES, Instance, sample_instance
 
 VERSION = 1  # changes when the scores of the same picture do

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from perfusion.toyland.captions import CaptionError
-from perfusion.toyland.judge import Wish, judge
-from perfusion.toyland.reader import HEADS, labels
+from perfusion.toyland.reader import HEADS, Wish, judge, labels
 from perfusion.toyland.world import Instance, Scene, concept_scene, sample_scene
 
 CAT = Instance("cat", "purple", "pink", "striped", "blue")

@@ -24,9 +24,8 @@ from perfusion.toyland.build.report import Row, at_least, at_most, table
 from perfusion.toyland.build.shipped import Toyland
 from perfusion.toyland.build.train_diffusion import denoising_loss
 from perfusion.toyland.captions import asked, described, parse, vocabulary
-from perfusion.toyland.judge import Wish
 from perfusion.toyland.models import TEXT_POSITIONS, scheduler, scorer_config
-from perfusion.toyland.reader import HEADS, Reader
+from perfusion.toyland.reader import HEADS, Reader, Wish
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.world import HELD_OUT, LIVING, Instance, concept_scene, sample_instance, sample_scene
 from tests.pipelines import toyland_folder

@@ -31,8 +31,7 @@ from perfusion.toyland.captions import (
     possible_nouns,
     renamed,
 )
-from perfusion.toyland.judge import Wish, judge
-from perfusion.toyland.reader import as_pixels
+from perfusion.toyland.reader import Wish, as_pixels, judge
 from perfusion.toyland.world import (
     HELD_OUT,
     PLACES,
