@@ -140,15 +140,13 @@ def concept_draws(point: Point, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
 
 def prompt_scores(point: Point) -> list[dict[str, Any]]:
     """For each prompt of a point: `prompt`, the number of `images`, and `scores`, their means."""
+    members = _by_prompt(point.pictures)
+    alone = np.array([[picture.prompt == prompt for picture in point.pictures] for prompt in members], float)
+    found = {name: values for name, values in _weighted(point, alone).items() if name != "harmonic"}
     rows = []
-    for prompt, members in _by_prompt(point.pictures).items():
-        names = list(dict.fromkeys(name for i in members for name in point.pictures[i].scores))
-        values = {n: [s[n] for i in members if n in (s := point.pictures[i].scores)] for n in names}
-        scores = {name: float(np.mean(found)) for name, found in values.items()}
-        inside = {*members}
-        if distances := [distance for i, j, distance in point.pairs if i in inside and j in inside]:
-            scores["diversity"] = float(np.mean(distances))
-        rows.append({"prompt": prompt, "images": len(members), "scores": scores})
+    for k, (prompt, those) in enumerate(members.items()):
+        scores = {name: float(values[k]) for name, values in found.items() if np.isfinite(values[k])}
+        rows.append({"prompt": prompt, "images": len(those), "scores": scores})
     return rows
 
 

@@ -31,17 +31,6 @@ _TOYLAND_SIDE = 64
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the command line says of pictures whose manifest does not; None: nothing."""
-
-    method: str | None = None
-    concept: str | None = None
-    superclass: str | None = None
-    placeholder: str | None = None
-    setting: str | None = None
-
-
-@dataclass(frozen=True)
 class ImageFolder:
     """A folder of pictures with everything that is known of each; `method` and `concept` always are."""
 
@@ -79,8 +68,9 @@ def find_folders(spec: Any) -> list[Path]:
     return list(found)
 
 
-def read_folder(path: Path, said: Said) -> ImageFolder:
-    """The pictures of a folder, described as far as its manifest and `said` go; a method is else the folder's name.
+def read_folder(path: Path, **said: str | None) -> ImageFolder:
+    """The pictures of a folder, described as far as its manifest goes, and `said` where that leaves them open: fields
+    of a record, None being nothing. A method is else the folder's name.
 
     Raises:
         ManifestError: the manifest cannot be used.
@@ -91,8 +81,8 @@ def read_folder(path: Path, said: Said) -> ImageFolder:
     raise ScoreError(f"{path / FILE_NAME}: names no picture")
 
 
-def _filled(record: ImageRecord, said: Said, folder: Path) -> ImageRecord:
-    missing = {name: value for name, value in vars(said).items() if getattr(record, name) is None}
+def _filled(record: ImageRecord, said: Mapping[str, Any], folder: Path) -> ImageRecord:
+    missing = {name: value for name, value in said.items() if getattr(record, name) is None}
     record = dataclasses.replace(record, **missing)
     record = record if record.method else dataclasses.replace(record, method=folder.resolve().name)
     where = f"{folder / FILE_NAME}: {record.file}"

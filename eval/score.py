@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from eval.aggregate import RESAMPLES, Bootstrap, Summary, as_json, labels_of, prompt_scores, summarize, summary
-from eval.folders import Base, ImageFolder, References, Said, find_folders, read_folder, shows_concept
+from eval.folders import Base, ImageFolder, References, find_folders, read_folder, shows_concept
 from eval.record import Point, ScoreError, merged, write_scores
 from eval.score_kinds import ordered
 from perfusion.cli import aligned, parse_key_values, run_cli
@@ -72,9 +72,9 @@ def score(config: ScoreConfig) -> list[Summary]:
     out = Path(config.out).expanduser()
     if not out.parent.is_dir():
         raise ScoreError(f"out={config.out}: the folder {out.parent} is not there")
-    said = Said(config.method, config.concept, config.superclass, config.placeholder, config.setting)
-    folders = [read_folder(path, said) for path in find_folders(config.images)]
-    base = None if config.base is None else read_folder(Path(config.base).expanduser(), Said(concept="none"))
+    said = {key: getattr(config, key) for key in ("method", "concept", "superclass", "placeholder", "setting")}
+    folders = [read_folder(path, **said) for path in find_folders(config.images)]
+    base = None if config.base is None else read_folder(Path(config.base).expanduser(), concept="none")
     points, document = _points(config, folders, base)
     if not points:
         raise ScoreError(f"images={config.images}: no prompt names a concept, and base= is not given: nothing to score")

@@ -115,6 +115,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
     }
     runs = {t.label: [run.path.name for run in evidence.runs(t)] for t in experiment.trained(world)}
     test = world.said(experiment.test)
+    digest = hashlib.sha256(json.dumps([runs, drawn, test], sort_keys=True).encode())
     caveats = " ".join(filter(None, [experiment.caveats, experiment.of_toys if world.kind == TOYLAND else ""]))
     return {
         "version": VERSION,
@@ -149,7 +150,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "bootstrap": asdict(evidence.bootstrap),
         "runs": runs,
         "weights": evidence.runner.weights,
-        "config_hash": _hash([runs, drawn, test]),
+        "config_hash": digest.hexdigest()[:12],
         "seconds": _seconds(experiment, evidence),
         "provenance": evidence.runner.made_with,
     }
@@ -236,10 +237,6 @@ def _seconds(experiment: Experiment, evidence: Evidence) -> dict[str, float]:
     drawing = sum(evidence.runner.seconds(one) for one in experiment.wanted(evidence.world))
     training = sum(seconds for one in experiment.trained(evidence.world) for seconds in evidence.training_seconds(one))
     return {"training": round(training, 1), "drawing": round(drawing, 1)}
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Wanted:
 
     @property
     def whose(self) -> str:
+        """What it shows, and how often, in words."""
         names = " and ".join(one.name for one in self.subjects)
         return f"{names}, {self.times} times" if self.times > 1 else names
 
@@ -151,7 +152,7 @@ class Runner:
 
     def timing(self) -> Task:
         """The task that measures how long a picture takes, from which `keep` knows how long tasks take."""
-        backbone = self.config(PERFUSION, next(iter(self.protocol.subjects))).backbone
+        backbone = self.config(PERFUSION, self.protocol.subjects[0]).backbone
         return Task("time a picture of the base model", time_picture, (self.protocol, backbone), "time")
 
     def amount(self, tasks: Iterable[Task]) -> tuple[int, int, int]:
@@ -254,7 +255,7 @@ class Runner:
         training = wanted.setting.training
         said = [f"{len(wanted.subjects)} concepts"] if len(wanted.subjects) > 1 else []
         if training is not None and training.shares:
-            said.append(f"trained {self._step(wanted.setting, next(iter(wanted.subjects)))} steps")
+            said.append(f"trained {self._step(wanted.setting, wanted.subjects[0])} steps")
         return ", ".join(said) or None
 
 

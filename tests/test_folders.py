@@ -10,7 +10,6 @@ from eval.folders import (
     DRAWN,
     Base,
     References,
-    Said,
     find_folders,
     plain_prompt,
     read_folder,
@@ -25,8 +24,6 @@ from perfusion.manifest import ImageRecord
 from perfusion.training.module import examples_of
 from perfusion.training.run_folder import RunFolder
 from tests.scored import folder, noise, record
-
-NOTHING = Said()
 
 
 def test_every_manifest_below_a_folder_is_found(tmp_path: Path):
@@ -48,18 +45,18 @@ def test_every_manifest_below_a_folder_is_found(tmp_path: Path):
 def test_the_command_line_fills_what_the_manifest_leaves_open(tmp_path: Path):
     bare = ImageRecord("0.png", "a photo of sks")
     path = folder(tmp_path / "my_lora", [bare, record("1.png", method="perfusion", setting="x")])
-    said = Said(concept="dog", superclass="dog", placeholder="sks", setting="rank 8")
-    first, second = read_folder(path, said).records
+    said = {"concept": "dog", "superclass": "dog", "placeholder": "sks", "setting": "rank 8"}
+    first, second = read_folder(path, **said).records
     assert first == ImageRecord("0.png", "a photo of sks", None, "dog", None, "sks", "dog", "my_lora", setting="rank 8")
     assert (second.method, second.concept, second.setting) == ("perfusion", "cat", "x")
     assert plain_prompt(first) == "a photo of dog"
     with pytest.raises(ScoreError, match=r"manifest\.json: 0\.png: which concept is it\?"):
-        read_folder(path, NOTHING)
+        read_folder(path)
     with pytest.raises(ScoreError, match="has the placeholder 'sks', expected its superclass, too"):
-        read_folder(path, Said(concept="dog", placeholder="sks"))
+        read_folder(path, concept="dog", placeholder="sks")
     two = folder(tmp_path / "two", [record("0.png", placeholder="<cat*> + <dog*>")])
     with pytest.raises(ScoreError, match=r"found concept 'cat', placeholder .* expected as many of each"):
-        read_folder(two, NOTHING)
+        read_folder(two)
 
 
 def test_prompts_name_concepts_or_do_not():
@@ -95,7 +92,7 @@ def photos(tmp_path: Path) -> Path:
 def target(tmp_path: Path, references: References, **known):
     if not (tmp_path / "made").exists():
         folder(tmp_path / "made", [record("0.png", **known)])
-    read = read_folder(tmp_path / "made", NOTHING)
+    read = read_folder(tmp_path / "made")
     return references.targets(read, read.records[0])
 
 
@@ -112,7 +109,7 @@ def test_references_of_each_concept(tmp_path: Path, photos: Path):
 
 def test_one_folder_of_references_is_of_one_concept(tmp_path: Path, photos: Path):
     references = References(str(photos / "cat"))
-    made = read_folder(folder(tmp_path / "a", [record("0.png"), record("1.png", concept="dog")]), NOTHING)
+    made = read_folder(folder(tmp_path / "a", [record("0.png"), record("1.png", concept="dog")]))
     (first,) = references.targets(made, made.records[0])
     assert len(first.images) == 2
     with pytest.raises(ScoreError, match=r"pictures of 'cat' and of 'dog'\? Expected a sub-folder for each"):
@@ -161,17 +158,17 @@ def test_what_is_missing_is_asked_for(tmp_path: Path, photos: Path):
             References(instance=wrong)
     with pytest.raises(ScoreError, match="references: found 3"):
         References(3)
-    bare = read_folder(folder(tmp_path / "b", [ImageRecord("0.png", "x", concept="cat")]), NOTHING)
+    bare = read_folder(folder(tmp_path / "b", [ImageRecord("0.png", "x", concept="cat")]))
     with pytest.raises(ScoreError, match=r"instance=3 of which superclass\? Give superclass"):
         References(instance=3).targets(bare, bare.records[0])
 
 
 def test_the_base_models_pictures_are_found_by_prompt_and_seed(tmp_path: Path):
     made = [record("0.png", "a dog", 3), record("1.png", "a dog", 4)]
-    base = Base(read_folder(folder(tmp_path / "base", made), NOTHING))
+    base = Base(read_folder(folder(tmp_path / "base", made)))
     assert base.file(record("x.png", "a dog", 4)) == tmp_path / "base" / "1.png"
     with pytest.raises(ScoreError, match=r"base=.*base: has no picture of 'a cat' with seed 3"):
         base.file(record("x.png", "a cat", 3))
     twice = folder(tmp_path / "twice", [record("0.png", "a dog", 3), record("1.png", "a dog", 3)])
     with pytest.raises(ScoreError, match=r"base=.*twice: has two pictures of 'a dog' with seed 3"):
-        Base(read_folder(twice, NOTHING))
+        Base(read_folder(twice))
