@@ -58,18 +58,14 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Summary:
-    """One method at one setting, over all its concepts.
-
-    Attributes:
-        draws: the scores in every resample, (resamples,) for each kind; NaN where a draw had no value.
-    """
+    """One method at one setting, over all its concepts."""
 
     method: str
     setting: Mapping[str, Any]
     concepts: tuple[str, ...]
     images: int
     scores: Mapping[str, Interval]
-    draws: Mapping[str, np.ndarray]
+    draws: Mapping[str, np.ndarray]  # the scores in every resample, (B,); NaN where a draw had no value
 
 
 def percentiles(mean: float, drawn: np.ndarray, level: float) -> Interval:

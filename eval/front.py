@@ -33,19 +33,14 @@ def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One setting of a method.
-
-    Attributes:
-        on_front: no other setting of the same method is better in one score and no worse in the other.
-        best: the same among the settings of all methods.
-    """
+    """One setting of a method."""
 
     setting: dict[str, Value]
     label: str
     x: Interval
     y: Interval
-    on_front: bool
-    best: bool
+    on_front: bool  # no other setting of the same method is better in one score and no worse in the other
+    best: bool  # the same among the settings of all methods
     concepts: int
     images: int
 

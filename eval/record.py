@@ -47,17 +47,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Point:
-    """All pictures of one method, concept and setting.
-
-    Attributes:
-        pairs: (i, j, distance) of pictures i < j of one prompt and one training.
-    """
+    """All pictures of one method, concept and setting."""
 
     method: str
     concept: str
     setting: Mapping[str, Value]
     pictures: tuple[Picture, ...]
-    pairs: tuple[tuple[int, int, float], ...] = ()
+    pairs: tuple[tuple[int, int, float], ...] = ()  # (i, j, distance), i < j, of one prompt and one training
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -49,19 +49,13 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One number that a claim says something about.
+    """One number that a claim says something about."""
 
-    Attributes:
-        what: the number, in words.
-        threshold: what the claim sets it against; `above`: whether it says that the number is above, or below.
-        decides: whether the verdict depends on it; else it is there to be read.
-    """
-
-    what: str
+    what: str  # the number, in words
     value: Interval
-    threshold: float = 0.0
-    above: bool = True
-    decides: bool = True
+    threshold: float = 0.0  # what the claim sets it against
+    above: bool = True  # whether the claim says that it is above the threshold, or below
+    decides: bool = True  # whether the verdict depends on it; else it is there to be read
 
     @property
     def verdict(self) -> Verdict:
@@ -116,36 +110,23 @@ BASE_SERIES = Series("base", (BASE_MODEL,))
 @dataclass(frozen=True)
 class Experiment:
     """One claim, what is drawn for it, and how it is judged. Its texts, and labels of series, may have what
-    `World.said` puts in.
-
-    Attributes:
-        source: where the paper says it; `test`: what has to be true for it to hold, in words.
-        judge: gives the numbers; the verdict follows from them.
-        caveats: what the experiment cannot show; of_toys: nor what it cannot show in Toyland.
-        pairs: whether two subjects are in each picture.
-        times: how many times as many pictures of each prompt it draws as others do.
-        x, y: scores of the figure; None: those of the world.
-        trainings: what has to be trained, drawn or not.
-        notes: what people found out about a surprising verdict. Not computed.
-        of_paper: whether `make paper` tries it; others are tried where `only=` names them.
-    """
+    `World.said` puts in."""
 
     id: str
-    place: int
+    place: int  # in the list of experiments
     claim: str
-    source: str
-    test: str
+    source: str  # where the paper says it
+    test: str  # what has to be true for the claim to hold, in words
     series: tuple[Series, ...]
-    judge: Callable[[Evidence], Finding]
-    caveats: str = ""
-    of_toys: str = ""
-    pairs: bool = False
-    times: int = 1
-    x: str | None = None
-    y: str | None = None
-    trainings: tuple[Training, ...] = ()
-    notes: str = ""
-    of_paper: bool = True
+    judge: Callable[[Evidence], Finding]  # gives the numbers; the verdict follows from them
+    caveats: str = ""  # what the experiment cannot show
+    of_toys: str = ""  # nor in Toyland
+    pairs: bool = False  # whether two subjects are in each picture
+    times: int = 1  # how many times as many pictures of each prompt it draws as others do
+    y: str | None = None  # score of the figure that goes up; None: that of the world
+    trainings: tuple[Training, ...] = ()  # what has to be trained, drawn or not
+    notes: str = ""  # what people found out about a surprising verdict; not computed
+    of_paper: bool = True  # whether `make paper` tries it; others are tried where `only=` names them
 
     @property
     def settings(self) -> list[Setting]:
@@ -168,7 +149,7 @@ class Experiment:
 
     def axes(self, world: World) -> tuple[str, str]:
         """The scores of the figure, to the right and up."""
-        return self.x or world.x, self.y or world.y
+        return world.x, self.y or world.y
 
     def lacks(self, world: World) -> str | None:
         """What a world has not that it needs, in words."""
@@ -189,12 +170,11 @@ def experiments() -> list[Experiment]:
 
 @dataclass(frozen=True)
 class Line:
-    """Some settings in two scores: means (k, 2), and the same in B resamples, (B, k, 2); `varied` says whether there is
-    anything to draw from: one concept with one seed says nothing of others."""
+    """Some settings in two scores."""
 
-    means: np.ndarray
-    draws: np.ndarray
-    varied: bool
+    means: np.ndarray  # (k, 2)
+    draws: np.ndarray  # the same in B resamples, (B, k, 2)
+    varied: bool  # whether there is anything to draw from: one concept with one seed says nothing of others
 
 
 @dataclass

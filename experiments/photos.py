@@ -52,21 +52,15 @@ class PhotoOptions:
 
 @dataclass(frozen=True)
 class PhotoSubject:
-    """One thing to learn from the photos in a folder.
-
-    Attributes:
-        photos: the folder; `first` of them is what is learned from where one picture is to be enough.
-        masks: `clipseg`, or a folder with a mask for each photo.
-        prompts: templates with one `{}`.
-    """
+    """One thing to learn from the photos in a folder."""
 
     name: str
     superclass: str
-    photos: str
-    first: str
-    count: int
-    prompts: tuple[str, ...]
-    masks: str | None = None
+    photos: str  # the folder
+    first: str  # of the photos: what is learned from where one picture is to be enough
+    count: int  # of the photos
+    prompts: tuple[str, ...]  # templates with one `{}`
+    masks: str | None = None  # `clipseg`, or a folder with a mask for each photo
     instance: None = None  # it is no toy
 
     @property
@@ -92,11 +86,6 @@ class Photos(World):
 
     The slack of CLIP-T is a twentieth of what separates the methods of a published comparison (0.199 to 0.307), and
     what counts as slight is to it as in Toyland. Both were set before anything was measured.
-
-    Attributes:
-        protocol: the name of the protocol.
-        model: the options that name the base model and the scorers.
-        workers: processes that share this machine's cores.
     """
 
     kind = PHOTOS
@@ -112,9 +101,9 @@ class Photos(World):
     tables = True
 
     subjects: tuple[PhotoSubject, ...] = ()
-    protocol: str = ""
-    model: PhotoOptions = field(default_factory=PhotoOptions)
-    workers: int = 1
+    protocol: str = ""  # its name
+    model: PhotoOptions = field(default_factory=PhotoOptions)  # which names the base model and the scorers
+    workers: int = 1  # processes that share this machine's cores
 
     @property
     def prompts_each(self) -> int:

@@ -29,23 +29,16 @@ _EVERY = 20.0  # seconds between two lines of progress where nobody watches a te
 
 @dataclass(frozen=True)
 class Task:
-    """A call of a function at the top level of a module, made in a worker.
+    """A call of a function at the top level of a module, made in a worker."""
 
-    Attributes:
-        name: for people, and unique.
-        kind, size, pace: tasks of one kind take time in proportion to their size, `pace` seconds of a core a unit.
-        needs: names of tasks that have to succeed before it.
-        about: whatever the one who made it wants to find again in its outcome.
-    """
-
-    name: str
+    name: str  # for people, and unique
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
-    kind: str
+    kind: str  # tasks of one kind take time in proportion to their size
     size: float = 1.0
-    needs: tuple[str, ...] = ()
-    about: Any = None
-    pace: float = 1.0
+    needs: tuple[str, ...] = ()  # names of tasks that have to succeed before it
+    about: Any = None  # whatever the one who made it wants to find again in its outcome
+    pace: float = 1.0  # seconds of a core for one unit of its size
 
     @property
     def guess(self) -> float:

@@ -63,28 +63,22 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Look:
-    """Pictures of one setting of the dials, the folder that they lie in with their manifest, and what else sets them
-    apart, for the manifest."""
+    """Pictures of one setting of the dials."""
 
     wanted: Wanted
-    folder: Path
-    said: str | None
+    folder: Path  # where they lie, with their manifest
+    said: str | None  # what else sets them apart, for the manifest
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures to draw and to score, of the same subjects and of one training or the base model.
-
-    Attributes:
-        concepts: files of the subjects' concepts, in their order; none: the base model draws.
-        measured: folder of scores that are kept.
-    """
+    """Pictures to draw and to score, of the same subjects and of one training or the base model."""
 
     protocol: World
     backbone: BackboneConfig
-    concepts: tuple[Path, ...]
+    concepts: tuple[Path, ...]  # files of the subjects' concepts, in their order; none: the base model draws
     looks: tuple[Look, ...]
-    measured: Path
+    measured: Path  # folder of scores that are kept
 
     @property
     def wanted(self) -> Wanted:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from experiments.world import Subject
 
 EXPERIMENT = "trained"  # names the folder of the runs
+SEED = 0  # of all trainings
 SAMPLE_STEPS = 4  # of samples.png, at which nobody looks here
 _NEVER = 10**6  # a training takes less than a minute: one that was stopped starts anew
 BASE = "base"
@@ -29,21 +30,13 @@ _SAID = {ONE: ", 1 picture", SEVERAL: ", 5 pictures"}  # in labels
 
 @dataclass(frozen=True)
 class Training:
-    """A method and its settings, to be trained on any subject.
+    """A method and its settings, to be trained on any subject."""
 
-    Attributes:
-        label: what manifests, tables and figures call it.
-        preset: a file of conf/method; other worlds than Toyland have the one without `_toyland` in its place.
-        changes: words of `python -m perfusion.train`.
-        shares: of its steps, after which the concept is kept beside the one at the end.
-        pictures: ONE or SEVERAL; None: as many as its world usually has.
-    """
-
-    label: str
-    preset: str
-    changes: tuple[str, ...] = ()
-    shares: tuple[float, ...] = ()
-    pictures: int | None = None
+    label: str  # what manifests, tables and figures call it
+    preset: str  # a file of conf/method; other worlds than Toyland have the one without `_toyland` in its place
+    changes: tuple[str, ...] = ()  # words of `python -m perfusion.train`
+    shares: tuple[float, ...] = ()  # of its steps, after which the concept is kept beside the one at the end
+    pictures: int | None = None  # ONE or SEVERAL; None: as many as its world usually has
 
     def changed(self, label: str, *words: str, pictures: int | None = None) -> Training:
         """This training with further words on its command line, or with another number of pictures."""
@@ -58,19 +51,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of a front: a training, and what the dials of its method are set to while it draws.
+    """One point of a front: a training, and what the dials of its method are set to while it draws."""
 
-    Attributes:
-        training: None: the base model, with the superclass's word.
-        dials: names and values; not a mapping, so that settings can be keys of one.
-        described: all looks of the subject are told beside the superclass's word; of the base model alone.
-        share: of the training's steps that have been taken.
-    """
-
-    training: Training | None
-    dials: tuple[tuple[str, Any], ...] = ()
-    share: float = 1.0
-    described: bool = False
+    training: Training | None  # None: the base model, with the superclass's word
+    dials: tuple[tuple[str, Any], ...] = ()  # names and values; not a mapping, so that settings can be keys of one
+    share: float = 1.0  # of the training's steps that have been taken
+    described: bool = False  # all looks of the subject are told beside the superclass's word; of the base model alone
 
     @property
     def label(self) -> str:
@@ -137,27 +123,19 @@ def snapshot_file(run: Path, step: int) -> Path:
 
 
 @functools.cache
-def config_of(
-    training: Training, subject: Subject, root: Path, seed: int = 0, words: tuple[str, ...] = ()
-) -> TrainConfig:
-    """The config of a run, which `python -m perfusion.train from=<its folder>` trains as well.
-
-    Args:
-        words: of `perfusion.train`, what all trainings of a world have in common.
-
-    Raises:
-        ConfigError: a preset, key or value that cannot be.
-    """
+def config_of(training: Training, subject: Subject, root: Path, words: tuple[str, ...] = ()) -> TrainConfig:
+    """The config of a run, which `python -m perfusion.train from=<its folder>` trains as well; all trainings of a world
+    have some `words` of it in common. Raises ConfigError: a preset, key or value that cannot be."""
     config = copy.deepcopy(_composed((f"method={training.preset}", "callbacks=none", *words, *training.changes)))
     callbacks = {**config.callbacks}
     callbacks["checkpoint"]["every"] = _NEVER
     if training.shares:
-        kept = {"_target_": "experiments.snapshots.KeepSteps", "shares": [*training.shares], "seed": seed}
+        kept = {"_target_": "experiments.snapshots.KeepSteps", "shares": [*training.shares], "seed": SEED}
         callbacks["snapshots"] = kept
     return replace(
         config,
         experiment=EXPERIMENT,
-        seed=seed,
+        seed=SEED,
         backbone=replace(config.backbone, steps=SAMPLE_STEPS),
         concept=subject.concept(config.concept, training.pictures),
         trainer={**config.trainer, "enable_progress_bar": False},

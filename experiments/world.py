@@ -50,45 +50,28 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class World(abc.ABC):
-    """What the claims are tried on.
+    """What the claims are tried on."""
 
-    Attributes:
-        kind: the word of the command line, `world=<kind>`; `title`: what texts call it.
-        thing, ys: what texts call a subject, and values of `y`.
-        several, several_pictures: how many pictures a training on several has, in a text and as a label.
-        x, y: the scores of fronts: how well the prompt is followed, to the right, and the likeness, up.
-        slack: of `x`, within which two settings follow the text alike; `slack_means` says why, in words.
-        slight: of `x`, which counts as a slight loss.
-        scheduler, sampler: of diffusers, and its short name for folders.
-        at_once: pictures in one batch.
-        budget: seconds that a training of Perfusion may take; None: there is none to be held.
-        measured: whether the time of a picture and of a training is measured, rather than known beforehand.
-        tables: whether results are also written as tables in LaTeX.
-        pair_prompts: of two subjects together.
-        published: what others report.
-        seeds, steps, guidance: of all pictures.
-    """
-
-    kind: ClassVar[str]
-    title: ClassVar[str]
-    thing: ClassVar[str]
-    ys: ClassVar[str]
-    several: ClassVar[str]
-    several_pictures: ClassVar[str]
-    x: ClassVar[str]
-    y: ClassVar[str]
-    slack: ClassVar[float]
-    slack_means: ClassVar[str]
-    slight: ClassVar[float]
-    scheduler: ClassVar[str]
-    sampler: ClassVar[str]
-    at_once: ClassVar[int]
-    budget: ClassVar[float | None] = None
-    measured: ClassVar[bool] = False
-    tables: ClassVar[bool] = False
+    kind: ClassVar[str]  # the word of the command line, `world=<kind>`
+    title: ClassVar[str]  # what texts call it
+    thing: ClassVar[str]  # what texts call a subject
+    ys: ClassVar[str]  # what texts call values of `y`
+    several: ClassVar[str]  # how many pictures a training on several has, in a text
+    several_pictures: ClassVar[str]  # the same as a label
+    x: ClassVar[str]  # the score of fronts that goes to the right: how well the prompt is followed
+    y: ClassVar[str]  # that which goes up: the likeness
+    slack: ClassVar[float]  # of `x`, within which two settings follow the text alike
+    slack_means: ClassVar[str]  # why, in words
+    slight: ClassVar[float]  # of `x`, which counts as a slight loss
+    scheduler: ClassVar[str]  # of diffusers
+    sampler: ClassVar[str]  # its short name, for folders
+    at_once: ClassVar[int]  # pictures in one batch
+    budget: ClassVar[float | None] = None  # seconds that a training of Perfusion may take, if that is to be held
+    measured: ClassVar[bool] = False  # whether times are measured, rather than known beforehand
+    tables: ClassVar[bool] = False  # whether results are also written as tables in LaTeX
     subjects: tuple[Any, ...] = ()
-    pair_prompts: tuple[Any, ...] = ()
-    published: tuple[Reported, ...] = ()
+    pair_prompts: tuple[Any, ...] = ()  # of two subjects together
+    published: tuple[Reported, ...] = ()  # what others report
     seeds: tuple[int, ...] = (0,)
     steps: int = 50
     guidance: float = 6.0
