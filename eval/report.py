@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from eval.front import Front, asked_fronts
 from eval.looks import looks
 from eval.pareto import as_csv
 from eval.record import Point, ScoreError, read_all, setting_key
-from eval.score_kinds import ScoreKind, ordered, score_kind
+from eval.score_kinds import ordered, score_kind
 from eval.sheets import SIDE, SUFFIX, Sheet, make_sheet
 from eval.tables import latex, markdown
 from perfusion.cli import parse_key_values, run_cli
@@ -82,7 +82,11 @@ def report(config: ReportConfig) -> Path:
         for point in tqdm(points, desc="Sheets", unit="sheet", disable=None)
     ]
     data = _data(document, points, summaries, sheets, bootstrap)
-    data |= {"x": x.name, "y": y.name, "volumes": [_volumes(f, *pair) for f, pair in zip(drawn, axes, strict=True)]}
+    volumes = []
+    for found, (right, up, start) in zip(drawn, axes, strict=True):
+        areas = {front.method: list(astuple(front.hypervolume)) for front in found}
+        volumes.append({"x": right.name, "y": up.name, "reference": list(start), "methods": areas})
+    data |= {"x": x.name, "y": y.name, "volumes": volumes}
     files = _write_tables_and_figures(out, summaries, drawn, axes)
     level = f"{bootstrap.level:.0%}".replace("%", " %")
     atomic_write_text(out / PAGE, _page(config.title, data, plotly.get_plotlyjs(), level, files))
@@ -161,11 +165,6 @@ def _sheet(point: Point, sheet: Sheet, scores: Summary, number: Mapping[str, int
         "measures": names,
         "prompts": [{"prompt": number[prompt], "cells": cells} for prompt, cells in together.items()],
     }
-
-
-def _volumes(found: Sequence[Front], x: ScoreKind, y: ScoreKind, reference: Sequence[float]) -> dict[str, Any]:
-    volumes = {f.method: [f.hypervolume.mean, f.hypervolume.low, f.hypervolume.high] for f in found}
-    return {"x": x.name, "y": y.name, "reference": list(reference), "methods": volumes}
 
 
 def _write_tables_and_figures(

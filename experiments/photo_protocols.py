@@ -62,7 +62,10 @@ def read_photos(options: PhotoOptions, workers: int) -> Photos:
             "weights, as in scorer=ViT-B-32 pretrained=<file or tag>"
         )
     _check_model(options)
-    values, file = _read_protocol(options.protocol or _usual_protocol(data))
+    if (protocol := options.protocol) is None:  # the data folder's own, else that of the data set whose list lies there
+        shipped = "customconcept101" if (data / "dataset.json").is_file() else "dreambench"
+        protocol = str(data / OWN) if (data / OWN).is_file() else shipped
+    values, file = _read_protocol(protocol)
     if bool(values.classes) == bool(values.listed_in):
         raise ConfigError(
             f"protocol: {file} has {'both' if values.classes else 'neither'} classes and listed_in, expected one: "
@@ -86,13 +89,6 @@ def read_photos(options: PhotoOptions, workers: int) -> Photos:
 
 
 # --- the protocol -----------------------------------------------------------------------------------------------------
-
-
-def _usual_protocol(data: Path) -> str:
-    """The data folder's own protocol; else that of the data set whose list lies there; else DreamBench's."""
-    if (data / OWN).is_file():
-        return str(data / OWN)
-    return "customconcept101" if (data / "dataset.json").is_file() else "dreambench"
 
 
 def _read_protocol(name: str, above: tuple[Path, ...] = ()) -> tuple[ProtocolFile, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval.aggregate import Interval, Summary, as_json
+from eval.aggregate import Summary, as_json
 from eval.front import fronts
 from eval.looks import title
 from eval.score_kinds import BY_NAME, ordered, score_kind
@@ -130,7 +130,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "checks": [
             {
                 "what": check.what,
-                **_numbers(check.value),
+                **{k: None if v is None or v != v else round(v, 6) for k, v in asdict(check.value).items()},
                 "expected": f"{'above' if check.above else 'below'} {check.threshold:g}",
                 "decides": check.decides,
                 "verdict": check.verdict.value,
@@ -226,10 +226,6 @@ def _summaries(experiment: Experiment, evidence: Evidence) -> list[Summary]:
 def _scores(summary: Summary, name: str) -> dict[str, Any]:
     said = {"name": name, "setting": dict(summary.setting), "concepts": len(summary.concepts), "images": summary.images}
     return {**said, "scores": as_json(summary.scores)}
-
-
-def _numbers(value: Interval) -> dict[str, float | None]:
-    return {key: None if v is None or v != v else round(v, 6) for key, v in asdict(value).items()}
 
 
 def _seconds(experiment: Experiment, evidence: Evidence) -> dict[str, float]:
