@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from tests.pipelines import tiny_pipeline_folder
 
@@ -25,7 +27,7 @@ METHODS = ["perfusion", "textual_inversion", "dreambooth", "custom_diffusion", "
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
 BEGUN = "run folder:"  # what a training says before its first step
 KEPT = ["concept.safetensors", "metrics.csv", "samples.png"]
-LIMIT = 120.0  # seconds for one start of a training
+LIMIT = 600.0  # seconds for one start of a training; generous, for a machine that does other things as well
 
 
 class Training:
@@ -95,6 +97,7 @@ def _forked(words: list[str], output: int) -> int:
         sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that was killed would hold it for ever
         sys.argv = ["train", *words]
         status = run_cli(train.main)
     except BaseException as error:
