@@ -54,13 +54,13 @@ def _compared(name: str, model: str, size: int, device: torch.device, checkpoint
 
 def kept_bytes(run: Callable[[], Tensor], weights: list[Tensor]) -> int:
     """Bytes of the distinct storages that autograd saves in `run`, those of `weights` not counted."""
-    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    known = {weight.untyped_storage()._cdata for weight in weights}
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:
+            found[storage._cdata] = storage.nbytes()
         return tensor  # kept by the graph, so no other storage can come to lie in its place
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
