@@ -18,6 +18,7 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
 }
+_OF_FLOWS = ("dpm++", "unipc")
 _A1111 = "emb_params"  # the one tensor in an embedding of that program; its file's name is the word
 _XL = {"clip_l": "", "clip_g": "_2"}  # the two tensors of an embedding for SDXL: which text encoder reads them
 
@@ -26,6 +27,11 @@ def set_scheduler(pipe: Any, name: str) -> None:
     """Have the pipeline denoise by one of `SCHEDULERS`, with the noise levels that it has. Raises ConfigError."""
     if name not in SCHEDULERS:
         raise ConfigError(f"scheduler: found {name!r}, expected one of {', '.join(SCHEDULERS)}")
+    prediction = pipe.scheduler.config.get("prediction_type", "flow_prediction")  # those of flows alone do not say so
+    if prediction == "flow_prediction" and name not in _OF_FLOWS:
+        raise ConfigError(
+            f"scheduler: found {name!r}, expected {' or '.join(_OF_FLOWS)}: this model was trained on flows"
+        )
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipe.scheduler.config)
 
 
@@ -35,6 +41,7 @@ def load_loras(pipe: Any, files: Sequence[str], scales: Sequence[float]) -> None
     Raises:
         ConfigError: a file that is none, or whose layers are not those of this model.
     """
+    _check_takes(pipe, "lora", "load_lora_weights", files)
     names = []
     for k, file in enumerate(files):
         path = _safetensors("lora", file)
@@ -58,6 +65,7 @@ def load_embeddings(pipe: Any, files: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a file that is none, whose vectors are not as wide as this model's, or whose word is known already.
     """
+    _check_takes(pipe, "embedding", "load_textual_inversion", files)
     words: list[str] = []
     parts: list[tuple[Any, str]]  # contents, and the end of the name of the text encoder that reads them
     for file in files:
@@ -76,6 +84,11 @@ def load_embeddings(pipe: Any, files: Sequence[str]) -> list[str]:
                 raise ConfigError(f"embedding: {file} does not fit this model: {_first_line(error)}") from error
         words.append(word)
     return words
+
+
+def _check_takes(pipe: Any, key: str, loader: str, files: Sequence[str]) -> None:
+    if files and not hasattr(pipe, loader):
+        raise ConfigError(f"{key}: found {files[0]}, but diffusers has no {loader} for a {type(pipe).__name__}")
 
 
 def _safetensors(key: str, file: str) -> Path:

@@ -4,6 +4,7 @@ attached concepts, each written as soon as it is drawn, with all that is known o
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,34 +99,45 @@ def stream(
     if exact and pipe.device.type == "cpu":
         batch_size = 1
     width, height = size if isinstance(size, tuple) else (size, size)
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    settings |= {"height": height, "width": width}
+    known = inspect.signature(type(pipe).__call__).parameters
+    # A placeholder is no text to be cleaned of its symbols, and a picture has the size that was asked for.
+    settings |= {name: False for name in ("clean_caption", "use_resolution_binning") if name in known}
     with tqdm(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             if prepare is not None:
                 prepare(batch)
 
-            def count(
-                pipe: Any, step: int, timestep: Any, kept: dict[str, Any], at_once: int = len(prompts[batch])
-            ) -> dict[str, Any]:
-                bar.total = len(prompts) * pipe.num_timesteps  # some schedulers take one step more than asked for
+            def count(step: int, timestep: Any, latents: torch.Tensor, at_once: int = len(prompts[batch])) -> None:
+                taken = len(pipe.scheduler.timesteps)  # some schedulers take one step more than asked for
+                bar.total = len(prompts) * taken
                 bar.update(at_once)
-                if step == pipe.num_timesteps - 1 and not bool(kept["latents"].isfinite().all()):
+                if step == taken - 1 and not bool(latents.isfinite().all()):
                     raise SamplingError(
-                        f"a picture became NaN or infinite, drawn in {str(kept['latents'].dtype).split('.')[-1]}: a "
-                        "concept's or model's numbers are beyond its range; float32 (dtype=float32) has a larger one"
+                        f"a picture became NaN or infinite, drawn in {str(latents.dtype).split('.')[-1]}: a concept's "
+                        "or model's numbers are beyond its range; float32 (dtype=float32) has a larger one"
                     )
+
+            def at_step_end(
+                pipe: Any, step: int, timestep: Any, kept: dict[str, Any], count: Any = count
+            ) -> dict[str, Any]:
+                count(step, timestep, kept["latents"])
                 return {}
 
+            at_end = "callback_on_step_end"
+            told = {at_end: at_step_end} if at_end in known else {"callback": count}
+            if negative_prompt is not None:
+                told["negative_prompt"] = [negative_prompt] * len(prompts[batch])
             own_bar = getattr(pipe, "_progress_bar_config", {})
             pipe.set_progress_bar_config(disable=True)
             try:
                 images = pipe(
                     prompt=list(prompts[batch]),
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
-                    callback_on_step_end=count,
-                    negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts[batch]),
                     **settings,
+                    **told,
                 ).images
             finally:
                 pipe.set_progress_bar_config(**own_bar)

@@ -157,23 +157,19 @@ def describe_prompt(concept: Concept, config: InspectConfig) -> list[str]:
     assert config.prompt is not None
     concept.check_dial("beta")
     backbone = load_backbone(config, default=concept.family)
-    pipe: Any = backbone.pipe
     with concept.attach(backbone, beta=config.beta, tau=config.tau) as attached, torch.no_grad():
         gate = getattr(attached.method, "gate", None)
         assert isinstance(gate, PromptGate)
-        settings = {"device": backbone.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        encoding = pipe.encode_prompt(config.prompt, **settings)[0]  # (1, N, d)
-        r = gate.similarity(encoding)[0, 0].tolist()
-        g = edited_encoding([gate], encoding).gates[0, 0].tolist()
+        inputs = backbone.encode([config.prompt], None).inputs  # (1, N, d)
+        r = gate.similarity(inputs)[0, 0].tolist()
+        g = edited_encoding([gate], inputs).gates[0, 0].tolist()
         strength = f"β {attached.beta}, τ {attached.tau}"
-        ids = pipe.tokenizer(config.prompt, padding="max_length", truncation=True).input_ids
-        tokens = pipe.tokenizer.convert_ids_to_tokens(ids)
-        end = ids.index(pipe.tokenizer.eos_token_id)
+        tokens = backbone.tokens(config.prompt)
     rows: list[Row] = [("position", "token", "r", "g")]
-    rows += [(str(k), tokens[k].removesuffix("</w>"), f"{r[k]:.3f}", f"{g[k]:.3f}") for k in range(end + 1)]
-    if end + 1 < len(ids):
-        rest = slice(end + 1, None)
-        rows.append((f"{end + 1}–{len(ids) - 1}", "padding", _range(r[rest]), _range(g[rest])))
+    rows += [(str(k), t.removesuffix("</w>").strip("▁"), f"{r[k]:.3f}", f"{g[k]:.3f}") for k, t in tokens.items()]
+    if rest := [k for k in range(len(r)) if k not in tokens]:
+        ranges = (_range([values[k] for k in rest]) for values in (r, g))
+        rows.append((f"{rest[0]}–{rest[-1]}", "padding", *ranges))
     return [f"{config.prompt!r}, {strength}", *aligned(rows, right=(2, 3))]
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,14 +11,33 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    KolorsPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from perfusion.backbones.layouts import layout_config
 from perfusion.toyland import models
@@ -69,13 +89,35 @@ def sdxl_folder(tmp_path: Path) -> Path:
     return folder
 
 
+def pixart_folder(tmp_path: Path) -> Path:
+    """The pipeline of `tiny_pixart` in `tmp_path`/pixart."""
+    folder = tmp_path / "pixart"
+    shutil.copytree(_built("pixart"), folder)
+    return folder
+
+
+def kolors_folder(tmp_path: Path) -> Path:
+    """The pipeline of `tiny_kolors` in `tmp_path`/kolors."""
+    folder = tmp_path / "kolors"
+    shutil.copytree(_built("kolors"), folder)
+    return folder
+
+
+def sana_folder(tmp_path: Path) -> Path:
+    """The pipeline of `tiny_sana` in `tmp_path`/sana."""
+    folder = tmp_path / "sana"
+    shutil.copytree(_built("sana"), folder)
+    return folder
+
+
 @functools.cache
 def _built(kind: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"perfusion-{kind}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sd21 = functools.partial(tiny_pipeline, "sd21")
-    build = {"tiny": tiny_pipeline, "toyland": toyland_pipeline, "sd21": sd21, "sdxl": tiny_sdxl}[kind]
-    build().save_pretrained(folder)
+    build: dict[str, Any] = {"tiny": tiny_pipeline, "toyland": toyland_pipeline, "sd21": sd21, "sdxl": tiny_sdxl}
+    build |= {"pixart": tiny_pixart, "sana": tiny_sana, "kolors": tiny_kolors}
+    build[kind]().save_pretrained(folder)
     return folder
 
 
@@ -141,6 +183,127 @@ def tiny_sdxl(**overrides: dict[str, Any]) -> StableDiffusionXLPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_pixart(kind: Any = PixArtSigmaPipeline, **overrides: Any) -> Any:
+    """PixArt's structure with two blocks, in memory: T5 of width 24, a transformer of width 16, learned variance.
+    `overrides` are of the transformer."""
+    tokenizer = t5_tokenizer()
+    encoder = T5Config(vocab_size=len(tokenizer) + 4, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    encoder.update({"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0})
+    config: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8}
+    config |= {"num_layers": 2, "cross_attention_dim": 16, "sample_size": 8, "caption_channels": 24, "patch_size": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = PixArtTransformer2DModel(**config | overrides)
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
+        vae = AutoencoderKL.from_config(layout_config("sd15", "vae") | _VAE)
+        text_encoder = _spread(T5EncoderModel(encoder))
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear")
+    parts = {"transformer": _frozen(transformer), "vae": _frozen(vae), "text_encoder": _frozen(text_encoder)}
+    return kind(tokenizer=tokenizer, scheduler=scheduler, **parts)
+
+
+def tiny_sana(**overrides: Any) -> SanaPipeline:
+    """Sana's structure with two blocks, in memory: Gemma 2 of width 24, a transformer of width 16, flow matching.
+    `overrides` are of the transformer."""
+    tokenizer = gemma_tokenizer()
+    encoder = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    encoder.update({"num_key_value_heads": 1, "head_dim": 12, "pad_token_id": tokenizer.pad_token_id})
+    config: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2}
+    config |= {"cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 24, "num_layers": 2}
+    config |= {"in_channels": 4, "out_channels": 4, "sample_size": 2, "qk_norm": "rms_norm_across_heads"}
+    sides = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4, "latent_channels": 4}
+    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    kinds = {"encoder_block_types": blocks, "decoder_block_types": blocks, "attention_head_dim": 4}
+    layers = {"encoder_layers_per_block": (1,) * 4, "decoder_layers_per_block": (1,) * 4}
+    scales = {"encoder_qkv_multiscales": ((), (), (), (5,)), "decoder_qkv_multiscales": ((), (), (), (5,))}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = SanaTransformer2DModel(**config | overrides)
+        vae = AutoencoderDC(**sides, **kinds, **layers, **scales)
+        text_encoder = _spread(Gemma2Model(encoder))
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts: dict[str, Any] = {"transformer": _frozen(transformer), "vae": _frozen(vae)}
+    return SanaPipeline(tokenizer=tokenizer, scheduler=scheduler, text_encoder=_frozen(text_encoder), **parts)
+
+
+def tiny_kolors(**overrides: Any) -> KolorsPipeline:
+    """Kolors' structure with few channels, in memory: ChatGLM of width 24. `overrides` are of the UNet."""
+    tokenizer = chatglm_tokenizer()
+    encoder = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=len(tokenizer) + 8, hidden_size=24, ffn_hidden_size=32, kv_channels=8
+    )
+    encoder.update({"num_attention_heads": 3, "multi_query_attention": True, "multi_query_group_num": 1})
+    encoder.update(
+        {
+            "original_rope": True,
+            "use_cache": True,
+            "seq_length": 256,
+            "add_qkv_bias": True,
+            "post_layer_norm": True,
+            "rmsnorm": True,
+        }
+    )
+    config = layout_config("sdxl", "unet") | _UNET | {"block_out_channels": (8, 16, 16), "encoder_hid_dim": 24}
+    config |= {"encoder_hid_dim_type": "text_proj", "cross_attention_dim": 32, "attention_head_dim": [1, 2, 2]}
+    config |= {"transformer_layers_per_block": [1, 1, 2], "addition_time_embed_dim": 8}
+    config |= {"projection_class_embeddings_input_dim": 6 * 8 + 24}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(config | overrides)
+        vae = AutoencoderKL.from_config(layout_config("sdxl", "vae") | _VAE)
+        text_encoder = _spread(ChatGLMModel(encoder, empty_init=False))
+        for parameter in text_encoder.parameters():  # which come as they lie in memory
+            torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
+    scheduler = EulerDiscreteScheduler.from_config(layout_config("sdxl", "scheduler"))
+    parts: dict[str, Any] = {"unet": _frozen(unet), "vae": _frozen(vae), "text_encoder": _frozen(text_encoder)}
+    return KolorsPipeline(tokenizer=tokenizer, scheduler=scheduler, **parts)
+
+
+def chatglm_tokenizer() -> Any:
+    """A SentencePiece tokenizer as ChatGLM has it, in Python: WORDS whole, other words in letters."""
+    import sentencepiece  # an extra of its own
+
+    made = io.BytesIO()
+    sentences = [*("a photo of a " + word for word in WORDS), " ".join("abcdefghijklmnopqrstuvwxyz0123456789.,")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=made,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        user_defined_symbols=[f"▁{word}" for word in WORDS],
+    )
+    folder = Path(tempfile.mkdtemp(prefix="perfusion-chatglm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    return ChatGLMTokenizer(str(folder / "tokenizer.model"), model_max_length=256)
+
+
+def t5_tokenizer() -> Any:
+    """A Unigram tokenizer as T5 has it: WORDS whole, other words in letters, no sign but the stop and the comma."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
+    pieces += [(f"▁{word}", -4.0) for word in WORDS]
+    pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789.,"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def gemma_tokenizer() -> Any:
+    """A BPE tokenizer as Gemma has it, with bytes to fall back on: WORDS whole where a space is before them."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]
+    tokens += [chr(code) for code in range(33, 127)]
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        joined = "▁"
+        for letter in word:
+            merges[joined, letter] = None
+            joined += letter
+            tokens.append(joined)
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return GemmaTokenizer(vocab=vocab, merges=[*merges], model_max_length=8192)
 
 
 def toyland_pipeline() -> StableDiffusionPipeline:

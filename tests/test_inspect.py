@@ -172,7 +172,7 @@ def test_the_size_of_other_methods(capsys) -> None:
         (["prompt=a cat"], "found prompt= without a concept file"),
         (["prompt=a cat", "backbone=sd15"], "found prompt= without a concept file"),
         (["nowhere.safetensors"], "nowhere.safetensors: found no such file"),
-        (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: sd15, "),
+        (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: kolors, "),
         (["backbone=sd15", "path=nowhere"], "no folder nowhere"),
         (
             ["backbone=sdxl", "layout=sd14", "path=nowhere"],

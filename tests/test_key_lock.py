@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
 from perfusion.editing import EditError
+from perfusion.editing.reading import replace_words
 from perfusion.editing.tokens import token_ids
-from perfusion.editing.words import add_word, replace_words
+from perfusion.editing.words import add_word
 from perfusion.methods.base import Word, build
 from tests.concepts import tiny_backbone, untrained_concept
 from tests.pipelines import sd21_folder

@@ -15,7 +15,7 @@ from perfusion.backbones.layouts import (
     meta_pipeline,
 )
 
-# Of each layout: parameters of the UNet, the text encoders and the autoencoder; cross-attentions; outputs of their V;
+# Of each layout: parameters of the denoiser, the text encoders and the autoencoder; cross-attentions; outputs of their V;
 # width of the context; pixels.
 KNOWN: dict[str, tuple[int, tuple[int, ...], int, int, int, int, int]] = {
     "sd15": (859_520_964, (123_060_480,), 83_653_863, 16, 12_480, 768, 512),

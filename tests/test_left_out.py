@@ -14,7 +14,9 @@ from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept
 from perfusion.editing import EditError
 from perfusion.methods.base import Word
+from tests.backbone_kinds import BEYOND, loaded
 from tests.concepts import things_and_hooks, tiny_backbone, tiny_sdxl_backbone, untrained_concept
+from tests.drawing import own_size
 
 PROMPT = "a photo of a {} on the beach"
 SUPERCLASS = "teddy bear"  # two tokens in the place of one
@@ -23,14 +25,16 @@ SUPERCLASS = "teddy bear"  # two tokens in the place of one
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
     folder = tmp_path_factory.mktemp("covariance")
-    return {"sd": tiny_backbone(folder), "sdxl": tiny_sdxl_backbone(folder)}
+    others = {kind: loaded(kind, folder) for kind in BEYOND}
+    return {"sd": tiny_backbone(folder), "sdxl": tiny_sdxl_backbone(folder), **others}
 
 
-@pytest.fixture(params=["sd", "sdxl"])
+@pytest.fixture(params=["sd", "sdxl", *BEYOND])
 def backbone(backbones: dict[str, Backbone], request: pytest.FixtureRequest) -> Iterator[Backbone]:
     """One of them; no hook is left in it."""
     found = backbones[request.param]
     bear(found)  # transformers keeps hooks of its own from the first call that asks for hidden states
+    draw(found, "a cat")
     before = things_and_hooks(found.pipe)
     yield found
     assert things_and_hooks(found.pipe) == before
@@ -50,7 +54,7 @@ def draw(backbone: Backbone, *prompts: str, **settings: Any) -> Tensor:
         torch.Generator().manual_seed(0) for _ in range(len(prompts) * settings.get("num_images_per_prompt", 1))
     ]
     pipe: Any = backbone.pipe
-    settings = {"num_inference_steps": 2, "output_type": "latent"} | settings
+    settings = {"num_inference_steps": 2, "output_type": "latent"} | own_size(pipe) | settings
     return pipe(list(prompts), generator=generators, **settings).images
 
 

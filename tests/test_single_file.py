@@ -22,7 +22,7 @@ from tests import backbone_kinds
 from tests.pipelines import sdxl_folder, tiny_pipeline_folder
 from tests.single_files import write_single_file
 
-KINDS = {kind: made for kind, made in backbone_kinds.KINDS.items() if kind != "toyland"}
+KINDS = {kind: made for kind, made in backbone_kinds.KINDS.items() if kind not in ("toyland", *backbone_kinds.BEYOND)}
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from omegaconf import OmegaConf
 
 from perfusion.backbones.base import Backbone, BackboneError
+from perfusion.backbones.loading import no_single_input
 from perfusion.config import CONF, BackboneConfig, ConfigError, checked
 from perfusion.registry import modules_that_define
 
@@ -132,7 +133,7 @@ def around(pipe: DiffusionPipeline, config: BackboneConfig | None = None) -> Bac
 
     Args:
         config: default: the one that `load` used for this pipeline, else the defaults of the backbone that fits it
-            best, at the resolution that its UNet was made for.
+            best, at the resolution that its denoiser was made for.
 
     Raises:
         ConfigError: `config` names no backbone.
@@ -145,13 +146,16 @@ def around(pipe: DiffusionPipeline, config: BackboneConfig | None = None) -> Bac
 def _guessed(pipe: DiffusionPipeline) -> BackboneConfig:
     fitting = [cls for cls in map(backbone_class, available()) if cls.fits(pipe)]
     if not fitting:
-        raise BackboneError(f"no backbone fits a {type(pipe).__name__}; there are: {', '.join(available())}")
+        kind = type(pipe).__name__
+        why = no_single_input(kind)
+        raise BackboneError(f"no backbone fits a {kind}{why}; there are: {', '.join(available())}")
     special = max(fitting, key=lambda cls: len(cls.__mro__))  # Toyland is a Stable Diffusion, but not the reverse
     return dataclasses.replace(special.defaults(), resolution=resolution_of(pipe))
 
 
 def resolution_of(pipe: DiffusionPipeline) -> int:
     """Side in pixels of the pictures that a pipeline is made for."""
-    config: Any = pipe.unet.config  # type: ignore[attr-defined]
+    parts = pipe.components
+    config: Any = (parts.get("unet") or parts["transformer"]).config
     size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
     return int(size * pipe.vae_scale_factor)  # type: ignore[attr-defined]

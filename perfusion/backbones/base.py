@@ -3,6 +3,9 @@
 A backbone wraps a stock diffusers pipeline. It gives the projections that can be edited (`edit_sites`), the text
 encodings that the cross-attention sees (`encode`), their second moment (`second_moment`), a new word (`add_token`),
 and the denoising that training needs (`latents`, `add_noise`, `predict`, `target`).
+
+Some denoisers project what the text encoder gives before any K and V reads it. Everything that an edit is made of (i*,
+r, C) lives in the space behind that, which `inputs_of` leads to.
 """
 
 from __future__ import annotations
@@ -31,16 +34,30 @@ class BackboneError(ValueError):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Prompts as the denoiser sees them."""
+    """Prompts as the denoiser sees them.
 
-    context: Tensor  # (B, N, d): all positions, padding included
-    concept: Tensor  # (B, N) bool: the last token of every occurrence of the word asked for
-    extra: Mapping[str, Any] = field(default_factory=dict)  # further keywords of the denoiser, e.g. added_cond_kwargs
+    Attributes:
+        context: (B, N, d'), all positions, padding included: what the denoiser is given.
+        concept: (B, N) bool, the last token of every occurrence of the word asked for.
+        extra: further keywords of the denoiser, such as `added_cond_kwargs`.
+        projected: (B, N, d), without gradients: what the denoiser makes of the context before K and V read it; None
+            where they read the context itself.
+    """
+
+    context: Tensor
+    concept: Tensor
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    projected: Tensor | None = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """(B, N, d): what K and V read."""
+        return self.context if self.projected is None else self.projected
 
     def mean_at_word(self) -> Tensor:
         """(d,), float32, without gradients: the mean over all tokens where the word ends."""
-        context, marked = self.context.detach().float(), self.concept[..., None]
-        return (context * marked).sum((0, 1)) / marked.sum()
+        inputs, marked = self.inputs.detach().float(), self.concept[..., None].to(self.inputs.device)
+        return (inputs * marked).sum((0, 1)) / marked.sum()
 
 
 class Backbone(ABC):
@@ -95,7 +112,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
-        """The network that predicts noise; its `forward` takes `encoder_hidden_states` (B, N, d)."""
+        """The network that denoises; its `forward` takes `encoder_hidden_states` (B, N, d)."""
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +127,11 @@ class Backbone(ABC):
     @abstractmethod
     def edit_sites(self) -> list[EditSite]:
         """Every cross-attention K and V projection, in the denoiser's module order, K before V."""
+
+    def inputs_of(self, context: Tensor) -> Tensor:
+        """What K and V read (B, N, d) of the context (B, N, d') that the denoiser is given: it itself, unless the
+        denoiser projects it first."""
+        return context
 
     @abstractmethod
     def text_encoders(self) -> dict[str, nn.Module]:
@@ -133,6 +155,10 @@ class Backbone(ABC):
         """(d,), float32: the mean encoding of `word` over the prompts, all of which have it; raises as `encode`."""
         with torch.no_grad():
             return self.encode(prompts, word, padded=False).mean_at_word()
+
+    @abstractmethod
+    def tokens(self, prompt: str) -> dict[int, str]:
+        """Position in the context -> the first text encoder's token there, of a prompt without what pads it."""
 
     @abstractmethod
     def check_token(self, placeholder: str, superclass: str) -> None:
@@ -197,7 +223,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser is trained to say: noise, or velocity for v-prediction."""
+        """What the denoiser is trained to say: noise, or velocity, or flow."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:

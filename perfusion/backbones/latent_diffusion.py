@@ -1,5 +1,5 @@
-"""What the backbones of the Stable Diffusion family have in common: CLIP text encoders side by side, a UNet with
-cross-attention, an autoencoder, noise or velocity prediction.
+"""What all backbones have in common: text encoders side by side, a denoiser of latents whose cross-attention reads
+them, an autoencoder, and what the denoiser predicts.
 
 A family says which pipeline it wraps, what its text encoders are, and how its denoiser is given what they read.
 """
@@ -29,6 +29,7 @@ from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
 from perfusion.editing import TokenError
 from perfusion.editing.places import EditSite, base_module
+from perfusion.editing.reading import Reading
 from perfusion.editing.tokens import TokenMemory, check_word, last_tokens, token_ids
 from perfusion.editing.words import AddedWord, Words, add_word, check_pipeline
 
@@ -66,19 +67,28 @@ class LatentDiffusionBackbone(Backbone):
 
     Pipeline: ClassVar[Any]  # class of diffusers
     kin: ClassVar[tuple[Any, ...]] = ()  # further classes, of pipelines with the same parts, that draw otherwise
+    others: ClassVar[tuple[Any, ...]] = ()  # of `kin`, those that weights may be of as well
+    part: ClassVar[str] = "unet"  # the denoiser's name in the pipeline
     family: ClassVar[str]
     towers: ClassVar[Mapping[str, str]]  # text encoder -> its tokenizer, in the order of the denoiser's context
-    pooling: ClassVar[str | None] = None  # text encoder whose pooled output the denoiser takes, if it takes one
+    reading: ClassVar[Reading] = Reading()  # by the text encoders
+    masked: ClassVar[bool] = False  # the denoiser leaves out what pads a prompt
+    trims: ClassVar[bool] = True  # what pads a prompt comes last, and may be left out where it does not count
+    small_letters: ClassVar[bool] = False  # the pipeline makes them of all text, the tokenizer does not
+    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")  # that can be trained
     parts: ClassVar[Mapping[str, Any]]  # arguments of the pipeline's class that loading fixes
     pipe: Any
 
     def __init__(self, pipe: DiffusionPipeline, config: BackboneConfig) -> None:
         self.pipe, self.config = pipe, config
-        # Of the training's noise only: samples are drawn with whatever scheduler the pipeline has.
-        self._schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+        self._schedule = self.schedule()
         self._fingerprints: dict[torch.dtype | None, dict[str, str]] = {}
         self._rows = {encoder: TokenMemory() for encoder in self.towers}
         self._words = {encoder: TokenMemory() for encoder in self.towers}
+
+    def schedule(self) -> Any:
+        """Of the training's noise only: samples are drawn with whatever scheduler the pipeline has."""
+        return DDPMScheduler.from_config(self.pipe.scheduler.config)
 
     @abstractmethod
     def _read(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, dict[str, Any]]:
@@ -92,7 +102,7 @@ class LatentDiffusionBackbone(Backbone):
     @classmethod
     def source(cls, config: BackboneConfig) -> loading.Source:
         """Where the weights are. Raises BackboneError."""
-        return loading.source(config, cls.Pipeline.__name__)
+        return loading.source(config, *(kind.__name__ for kind in (cls.Pipeline, *cls.others)))
 
     @classmethod
     def load(cls, config: BackboneConfig) -> Self:
@@ -102,15 +112,22 @@ class LatentDiffusionBackbone(Backbone):
             BackboneError: no path, another kind of pipeline, or what diffusers could not load and why.
         """
         device, dtype = loading.resolve_device(config.device), loading.resolve_dtype(config.dtype)
-        pipe: Any = loading.read_pipeline(cls.Pipeline, cls.source(config), dtype, [*cls.towers.values()], **cls.parts)
-        # Latents have no bounds to be clipped to, and the schedule ends with the first step's noise; schedulers of
-        # other kinds do not always say so, and DDIM's own defaults are those of pixels.
-        latent = {"clip_sample": False, "set_alpha_to_one": False}
-        pipe.scheduler = DDIMScheduler.from_config({**latent, **pipe.scheduler.config})
+        origin = cls.source(config)
+        kind = next((kind for kind in cls.others if kind.__name__ == loading.kind_of(origin)), cls.Pipeline)
+        pipe: Any = loading.read_pipeline(kind, origin, dtype, [*cls.towers.values()], **cls.parts)
+        cls.set_scheduler(pipe)
         backbone = cls.around(pipe.to(device), config)
         for part in backbone._frozen():
             part.requires_grad_(False).eval()
         return backbone
+
+    @classmethod
+    def set_scheduler(cls, pipe: Any) -> None:
+        """Give a pipeline that was loaded the scheduler that samples are drawn with: DDIM, as in the paper."""
+        # Latents have no bounds to be clipped to, and the schedule ends with the first step's noise; schedulers of
+        # other kinds do not always say so, and DDIM's own defaults are those of pixels.
+        latent = {"clip_sample": False, "set_alpha_to_one": False}
+        pipe.scheduler = DDIMScheduler.from_config({**latent, **pipe.scheduler.config})
 
     @classmethod
     def around(cls, pipe: DiffusionPipeline, config: BackboneConfig) -> Self:
@@ -134,7 +151,7 @@ class LatentDiffusionBackbone(Backbone):
             )
         if absent := [encoder for encoder in cls.towers if getattr(pipe, encoder) is None]:
             raise BackboneError(f"found a pipeline without a {absent[0]}, expected one with all its parts")
-        channels, latents = stock.unet.config.in_channels, stock.vae.config.latent_channels
+        channels, latents = getattr(stock, cls.part).config.in_channels, stock.vae.config.latent_channels
         if channels != latents:
             raise BackboneError(
                 f"found a denoiser of {channels} channels, expected the {latents} of the latents: a model for "
@@ -143,22 +160,31 @@ class LatentDiffusionBackbone(Backbone):
         if (steps := stock.scheduler.config.num_train_timesteps) < 1:
             raise BackboneError(f"the pipeline's scheduler: found num_train_timesteps {steps}, expected at least 1")
         backbone = cls(pipe, config)
-        if backbone.prediction not in ("epsilon", "v_prediction"):
+        if backbone.prediction not in cls.predictions:
             raise BackboneError(
-                f"the pipeline's scheduler: found prediction_type {backbone.prediction!r}, expected 'epsilon' or "
-                "'v_prediction'"
+                f"the pipeline's scheduler: found prediction_type {backbone.prediction!r}, expected "
+                f"{' or '.join(map(repr, cls.predictions))}"
             )
         return backbone
 
     @classmethod
     def check_words(cls, config: BackboneConfig, placeholder: str, superclass: str) -> None:
         origin = cls.source(config)
+        cls._check_letters(placeholder)
         for name in cls.towers.values():
             check_word(loading.read_tokenizer(origin, name), placeholder, superclass)
 
+    @classmethod
+    def _check_letters(cls, placeholder: str) -> None:
+        if cls.small_letters and placeholder != placeholder.lower():
+            raise TokenError(
+                f"concept.placeholder: found {placeholder!r}, expected small letters, such as {placeholder.lower()!r}: "
+                f"a {cls.Pipeline.__name__} makes them of all text"
+            )
+
     @property
     def denoiser(self) -> nn.Module:
-        return self.pipe.unet
+        return getattr(self.pipe, self.part)
 
     def edit_sites(self) -> list[EditSite]:
         return edit_sites_of(self.denoiser)
@@ -173,10 +199,10 @@ class LatentDiffusionBackbone(Backbone):
             ids.append(torch.stack([row for row, _ in rows]))
             masks.append(torch.stack([mask for _, mask in rows]))
             if word is None:
-                marks.append(torch.zeros_like(ids[-1], dtype=torch.bool))
+                marks.append(self.positions(torch.zeros_like(ids[-1], dtype=torch.bool)))
                 continue
             (wanted,) = self._words[encoder].read(tokenizer, [word], lambda text, t=tokenizer: token_ids(t, text))
-            marks.append(last_tokens(ids[-1], wanted))
+            marks.append(self.positions(last_tokens(ids[-1], wanted)))
         for k, (prompt, found) in enumerate(zip(prompts, marks[0].any(1).tolist(), strict=True)):
             if not found and word is not None:
                 raise TokenError(f"prompt {prompt!r}: expected the word {word!r} in it")
@@ -186,11 +212,24 @@ class LatentDiffusionBackbone(Backbone):
                     "expected the same: is there a textual inversion in it that they know with different numbers of "
                     "vectors?"
                 )
-        if not padded:
+        if not padded and self.trims:
             length = max(int(mask.sum(1).max()) for mask in masks)
             ids, masks, marks = ([part[:, :length] for part in parts] for parts in (ids, masks, marks))
         context, extra = self._read(ids, masks)
-        return Encoding(context, marks[0].to(context.device), extra)  # with offloading not the denoiser's device
+        with torch.no_grad():
+            inputs = self.inputs_of(context)
+        # With offloading not the denoiser's device.
+        return Encoding(context, marks[0].to(context.device), extra, None if inputs is context else inputs)
+
+    def positions(self, row: Tensor) -> Tensor:
+        """Of something for each token (B, N', ...) what belongs to the positions of the context (B, N, ...)."""
+        return row
+
+    def tokens(self, prompt: str) -> dict[int, str]:
+        tokenizer = next(iter(self._tokenizers().values()))
+        ids, mask = (self.positions(row[None])[0] for row in self._row(tokenizer, prompt))
+        names: Any = tokenizer.convert_ids_to_tokens(ids.tolist())
+        return {k: names[k] for k in mask.nonzero().flatten().tolist()}
 
     def mean_encoding(self, prompts: Sequence[str], word: str) -> Tensor:
         """Mean encoding (d,) of `word` in the prompts, at its last token.
@@ -209,18 +248,28 @@ class LatentDiffusionBackbone(Backbone):
         return fingerprint.remembered(encoders[0], what, weights, lambda: make(prompts, word)).clone()
 
     def check_token(self, placeholder: str, superclass: str) -> None:
+        self._check_letters(placeholder)
         check_pipeline(self.pipe, self.towers, placeholder, superclass)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         for tokenizer in self._tokenizers().values():
             for prompt in prompts:
                 try:
-                    tokenizer(self.pipe.maybe_convert_prompt(prompt, tokenizer), truncation=True)
+                    tokenizer(self.text(prompt, tokenizer), truncation=True, max_length=self.length(tokenizer))
                 except TokenError as error:
                     raise TokenError(f"prompt {prompt!r}: {error}") from error
 
+    def text(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What the pipeline has its tokenizer read of a prompt: a user's textual inversions are written out."""
+        return self.pipe.maybe_convert_prompt(prompt, tokenizer)
+
+    def length(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """How many tokens the text encoder reads."""
+        return tokenizer.model_max_length
+
     def add_token(self, placeholder: str, superclass: str, vectors: int | None = 1) -> AddedWord:
-        return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self.pooling)
+        self._check_letters(placeholder)
+        return add_word(self.pipe, self.towers, placeholder, superclass, vectors, self.reading)
 
     def moment(self, progress: bool = True) -> Matrix:
         settings = self.config.covariance
@@ -270,7 +319,7 @@ class LatentDiffusionBackbone(Backbone):
             cls.captions_of(settings)
             return
         matrix = configured.imported(settings)
-        width = loading.read_unet_config(cls.source(config)).get("cross_attention_dim")
+        width = loading.read_config(cls.source(config), cls.part).get("cross_attention_dim")
         configured.factorised(settings, matrix, width if isinstance(width, int) else None)
 
     @torch.no_grad()
@@ -285,11 +334,11 @@ class LatentDiffusionBackbone(Backbone):
         if upcast:
             vae.to(torch.float32)
         try:
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
         finally:
             if upcast:
                 vae.to(own)
-        latents = posterior.mode()
+        latents = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
         mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
         if mean is not None and std is not None:  # per channel; the stock pipelines undo the same
             mean, std = (torch.tensor(value).to(latents).view(1, -1, 1, 1) for value in (mean, std))
@@ -298,11 +347,11 @@ class LatentDiffusionBackbone(Backbone):
 
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.config.resolution // self.pipe.vae_scale_factor
-        return int(self.pipe.unet.config.in_channels), side, side
+        return int(self.pipe.vae.config.latent_channels), side, side
 
     @property
     def prediction(self) -> str:
-        """`epsilon` or `v_prediction`."""
+        """One of `predictions`."""
         return self._schedule.config.prediction_type
 
     @property
@@ -318,11 +367,19 @@ class LatentDiffusionBackbone(Backbone):
         return self._schedule.get_velocity(latents, noise, timesteps)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
-        context = encoding.context.to(self.dtype)
-        with gradient_checkpointing(self.pipe.unet) if self.config.gradient_checkpointing else nullcontext():
-            return self.denoiser(
-                noisy.to(self.dtype), timesteps, encoder_hidden_states=context, **encoding.extra
+        context, denoiser = encoding.context.to(self.dtype), self.pipe.components[self.part]
+        with gradient_checkpointing(denoiser) if self.config.gradient_checkpointing else nullcontext():
+            output = denoiser(
+                noisy.to(self.dtype),
+                timestep=self.times(timesteps),
+                encoder_hidden_states=context,
+                **encoding.extra,
             ).sample
+        return output[:, : noisy.shape[1]]  # some say their uncertainty besides
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """Diffusion steps (B,) as the denoiser is told them."""
+        return timesteps
 
     def fingerprint(self, dtype: torch.dtype | None = None) -> dict[str, str]:
         if dtype not in self._fingerprints:
@@ -343,45 +400,51 @@ class LatentDiffusionBackbone(Backbone):
         return dict(self._fingerprints[dtype])
 
     def _frozen(self) -> list[nn.Module]:
-        return [self.pipe.unet, self.pipe.vae, *self.text_encoders().values()]
+        return [getattr(self.pipe, self.part), self.pipe.vae, *self.text_encoders().values()]
 
     def _tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
         """Text encoder -> its tokenizer now."""
         return {encoder: getattr(self.pipe, name) for encoder, name in self.towers.items()}
 
     def _row(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tensor, Tensor]:
-        """Ids (N,), padded, and mask (N,); a user's textual inversions written out as in diffusers.
+        """Ids (N,), padded, and mask (N,).
 
         Raises:
             TokenError: the prompt is too long.
         """
-        limit = tokenizer.model_max_length
-        ids = tokenizer(self.pipe.maybe_convert_prompt(prompt, tokenizer), verbose=False).input_ids
+        limit = self.length(tokenizer)
+        ids = tokenizer(self.text(prompt, tokenizer), verbose=False).input_ids
         if len(ids) > limit:
             raise TokenError(
                 f"prompt {prompt!r}: {len(ids)} tokens with beginning and end, but the text encoder reads {limit}: it "
                 "would be cut off; shorten it"
             )
-        padded = tokenizer.pad({"input_ids": ids}, padding="max_length", max_length=limit, return_tensors="pt")
+        how: Any = {"padding": "max_length", "max_length": limit, "padding_side": self.reading.padding_side}
+        padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt", **how)
         return padded.input_ids, padded.attention_mask
 
     def _encode_captions(self, captions: list[str]) -> Tensor:
-        """(B, N, d), or (M, d) where words alone count; too long captions are cut off, as prompts are in use."""
+        """What K and V read, (B, N, d), or (M, d) where not all positions count; too long captions are cut off, as
+        prompts are in use."""
         tokenizers = [*self._tokenizers().values()]
         inputs = [
             tokenizer(
-                captions,
+                [self.text(caption, tokenizer) for caption in captions],
                 padding="max_length",
-                max_length=tokenizer.model_max_length,
+                max_length=self.length(tokenizer),
+                padding_side=self.reading.padding_side,
                 truncation=True,
                 return_tensors="pt",
             )
             for tokenizer in tokenizers
         ]
         context = self._read([i.input_ids for i in inputs], [i.attention_mask for i in inputs])[0]
+        read = self.inputs_of(context)
         if self.config.covariance.positions == "words":
-            return context[configured.word_positions(tokenizers[0], inputs[0]).to(context.device)]
-        return context
+            return read[self.positions(configured.word_positions(tokenizers[0], inputs[0])).to(read.device)]
+        if self.masked:
+            return read[self.positions(inputs[0].attention_mask).bool().to(read.device)]
+        return read
 
     def _captions_digest(self) -> str:
         """Of every caption of a file; of the first ones of a built-in set, since the others follow the same rules."""

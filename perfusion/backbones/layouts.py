@@ -8,6 +8,7 @@ weights and vocabulary (see `single_file.clip_tokenizer`).
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from perfusion.backbones.base import BackboneError
 
 _FOLDER = Path(__file__).with_name("layouts")
 _LIBRARIES = ("diffusers", "transformers")  # whose classes a model_index.json may name
+_PIPELINES = ("kolors",)  # pipelines of diffusers that have text encoders of their own
 _CONFIGS = {"scheduler": "scheduler_config.json"}  # else config.json
 
 
@@ -80,7 +82,7 @@ def untrained_pipeline(layout: str, device: torch.device) -> DiffusionPipeline:
     parts: dict[str, Any] = dict.fromkeys(expected)
     for name in expected:
         library, kind = index.get(name) or ("", "")
-        if kind and name.startswith(("scheduler", "vae", "unet", "text_encoder")):
+        if kind and name.startswith(("scheduler", "vae", "unet", "transformer", "text_encoder")):
             parts[name] = _part(folder, name, library, kind, device)
     settings = {key: value for key, value in index.items() if key in optional}
     if "requires_safety_checker" in optional:
@@ -89,12 +91,15 @@ def untrained_pipeline(layout: str, device: torch.device) -> DiffusionPipeline:
 
 
 def _part(folder: Path, name: str, library: str, kind: str, device: torch.device) -> Any:
-    cls: Any = getattr(importlib.import_module(library), kind, None) if library in _LIBRARIES else None
+    where = library if library in _LIBRARIES else f"diffusers.pipelines.{library}"
+    cls: Any = getattr(importlib.import_module(where), kind, None) if library in (*_LIBRARIES, *_PIPELINES) else None
     if cls is None:
         raise BackboneError(f"{folder}: found {name} of {library}.{kind}, expected a class of {', '.join(_LIBRARIES)}")
     if name == "scheduler":  # it computes with what it holds, which the meta device has not
         return cls.from_config(cls.load_config(folder, subfolder=name))
     with device:
         if hasattr(cls, "config_class"):  # transformers
-            return cls(cls.config_class.from_pretrained(folder, subfolder=name)).eval()
+            # ChatGLM would put itself into memory, whatever the device.
+            more = {"empty_init": False} if "empty_init" in inspect.signature(cls.__init__).parameters else {}
+            return cls(cls.config_class.from_pretrained(folder, subfolder=name), **more).eval()
         return cls.from_config(cls.load_config(folder, subfolder=name))

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from perfusion.backbones.base import BackboneError
 from perfusion.backbones.layouts import layout_folder, pipeline_class
@@ -41,8 +42,8 @@ class Source:
         return self.local or offline()
 
 
-def source(config: BackboneConfig, expected: str) -> Source:
-    """The source that `backbone.path` names; it must hold a diffusers pipeline of class `expected`.
+def source(config: BackboneConfig, *expected: str) -> Source:
+    """The source that `backbone.path` names; it must hold a diffusers pipeline of one of the classes `expected`.
 
     Raises:
         BackboneError: no path, no such folder or file, or another kind of either.
@@ -50,7 +51,7 @@ def source(config: BackboneConfig, expected: str) -> Source:
     if not config.path:
         raise BackboneError(
             f"backbone.path: {config.name} ships no weights; give backbone.path=<folder, .safetensors file or hub id> "
-            f"of a diffusers {expected}"
+            f"of a diffusers {' or '.join(expected)}"
         )
     path = Path(config.path).expanduser()
     if path.is_file():
@@ -71,7 +72,7 @@ def source(config: BackboneConfig, expected: str) -> Source:
     )
 
 
-def _layout(checkpoint: Path, layout: str | None, expected: str) -> Path:
+def _layout(checkpoint: Path, layout: str | None, expected: Sequence[str]) -> Path:
     """The folder with the configs of a checkpoint in one file."""
     if checkpoint.suffix != ".safetensors":
         raise BackboneError(
@@ -87,10 +88,10 @@ def _layout(checkpoint: Path, layout: str | None, expected: str) -> Path:
         found = pipeline_class(folder)
     except (BackboneError, OSError, ValueError, AttributeError) as error:
         raise BackboneError(f"backbone.layout: {error}") from error
-    if found != expected:
+    if found not in expected:
         raise BackboneError(
-            f"backbone.path: {checkpoint} is, by its layout {layout}, a {found}, expected a {expected}; another "
-            "backbone= may take it"
+            f"backbone.path: {checkpoint} is, by its layout {layout}, a {found}, expected a {' or '.join(expected)}; "
+            "another backbone= may take it"
         )
     return folder
 
@@ -129,11 +130,16 @@ def read_pipeline(cls: type[P], origin: Source, dtype: torch.dtype, tokenizers: 
 def _read_text_encoder(cls: type[P], origin: Source, name: str, how: Mapping[str, Any]) -> Any:
     """The text encoder `name`. Raises OSError if weights of it are missing, in whose place transformers puts noise."""
     index: Any = cls.load_config(origin.name, local_files_only=how["local_files_only"])
-    made: Any = getattr(transformers, index[name][1])
-    encoder, report = made.from_pretrained(origin.name, subfolder=name, output_loading_info=True, **how)
+    encoder, report = _class(index[name]).from_pretrained(origin.name, subfolder=name, output_loading_info=True, **how)
     if report["missing_keys"]:
         raise OSError(_incomplete(name, sorted(report["missing_keys"])))
     return encoder
+
+
+def _class(named: Sequence[str]) -> Any:
+    """The class that model_index.json names by a library, or a pipeline of diffusers that has it, and its name."""
+    library, name = named
+    return getattr(transformers if library == "transformers" else getattr(diffusers.pipelines, library), name)
 
 
 def _incomplete(part: str, lacking: Sequence[str]) -> str:
@@ -141,29 +147,29 @@ def _incomplete(part: str, lacking: Sequence[str]) -> str:
     return f"the weights of its {part} are not whole: they lack {lacking[0]}{more}"
 
 
-def read_tokenizer(origin: Source, name: str) -> CLIPTokenizer:
+def read_tokenizer(origin: Source, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer `name` of the pipeline at `origin`, without its models. Raises BackboneError."""
     with reading(origin):
         if origin.layout:
             tokenizer = folder_tokenizer(origin.layout, name)
         else:
-            tokenizer = CLIPTokenizer.from_pretrained(
-                origin.name, subfolder=name, local_files_only=origin.local_files_only
-            )
+            how: dict[str, Any] = {"local_files_only": origin.local_files_only}
+            index: Any = DiffusionPipeline.load_config(origin.name, **how)
+            tokenizer = _class(index[name]).from_pretrained(origin.name, subfolder=name, **how)
         check_tokenizer(tokenizer)
     return tokenizer
 
 
-def read_unet_config(origin: Source) -> Mapping[str, Any]:
-    """The config of the UNet of the pipeline at `origin`, without weights. Raises BackboneError."""
+def read_config(origin: Source, part: str) -> Mapping[str, Any]:
+    """The config of a model of diffusers in the pipeline at `origin`, without weights. Raises BackboneError."""
     name, local = (str(origin.layout), True) if origin.layout else (origin.name, origin.local_files_only)
     with reading(origin):
-        found = UNet2DConditionModel.load_config(name, subfolder="unet", local_files_only=local)
+        found = ModelMixin.load_config(name, subfolder=part, local_files_only=local)
     assert isinstance(found, dict)
     return found
 
 
-def _check_folder(folder: Path, expected: str) -> None:
+def _check_folder(folder: Path, expected: Sequence[str]) -> None:
     index = folder / "model_index.json"
     try:
         found = pipeline_class(folder)
@@ -173,8 +179,19 @@ def _check_folder(folder: Path, expected: str) -> None:
         ) from None
     except Exception as error:
         raise BackboneError(f"backbone.path: cannot read {index}: {error}") from error
-    if found != expected:
-        raise BackboneError(f"backbone.path: {folder} holds a {found}, expected a {expected}")
+    if found not in expected:
+        raise BackboneError(
+            f"backbone.path: {folder} holds a {found}, expected a {' or '.join(expected)}{no_single_input(found)}"
+        )
+
+
+def kind_of(origin: Source) -> str:
+    """The name of the class of the pipeline at `origin`. Raises BackboneError."""
+    if origin.layout:
+        return pipeline_class(origin.layout)
+    with reading(origin):
+        index: Any = DiffusionPipeline.load_config(origin.name, local_files_only=origin.local_files_only)
+    return index["_class_name"]
 
 
 @contextmanager
@@ -199,6 +216,19 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise OSError if it has no words: transformers makes an empty tokenizer where the files of one are missing."""
     if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
         raise OSError("its tokenizer has no vocabulary: are vocab.json and merges.txt, or tokenizer.json, there?")
+
+
+_JOINT = ("StableDiffusion3", "Flux", "QwenImage", "ZImage", "AuraFlow", "HunyuanImage", "CogView", "Lumina", "HiDream")
+
+
+def no_single_input(pipeline: str) -> str:
+    """Why a concept cannot be put into a pipeline of this class, as the end of a sentence; empty where it might be."""
+    if not pipeline.startswith(_JOINT):
+        return ""
+    return (
+        ": its text changes from block to block (joint attention of text and picture), so no single i* stands for a "
+        "concept in all of them"
+    )
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
 from perfusion.config import BackboneConfig
+from perfusion.editing.reading import Reading
 
 
 class StableDiffusionXLBackbone(LatentDiffusionBackbone):
@@ -48,7 +49,7 @@ class StableDiffusionXLBackbone(LatentDiffusionBackbone):
     )
     family: ClassVar[str] = "sdxl"
     towers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-    pooling: ClassVar[str | None] = "text_encoder_2"
+    reading: ClassVar[Reading] = Reading(pooling="text_encoder_2")
     # A watermark, if the package for it happens to be there, would make pictures differ between machines.
     parts: ClassVar[Mapping[str, Any]] = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
     pipe: StableDiffusionXLPipeline
@@ -64,13 +65,15 @@ class StableDiffusionXLBackbone(LatentDiffusionBackbone):
             for encoder, tokens in zip(self.text_encoders().values(), ids, strict=True)
         ]
         context = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        side = self.config.resolution
-        sizes = torch.tensor([side, side, 0, 0, side, side], dtype=self.dtype, device=self.device)
-        conditions = {
-            "text_embeds": outputs[-1][0].detach().to(self.dtype),  # (B, d_pooled)
-            "time_ids": sizes.expand(len(context), -1),  # (B, 6)
-        }
-        return context.to(self.pipe.text_encoder_2.dtype), {"added_cond_kwargs": conditions}
+        told = conditions(outputs[-1][0], self.config.resolution, self.dtype, self.device)
+        return context.to(self.pipe.text_encoder_2.dtype), told
+
+
+def conditions(pooled: Tensor, side: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What the UNet is told besides the context: the pooled text (B, d_pooled), and sizes (B, 6), see above."""
+    sizes = torch.tensor([side, side, 0, 0, side, side], dtype=dtype, device=device)
+    told = {"text_embeds": pooled.detach().to(dtype), "time_ids": sizes.expand(len(pooled), -1)}
+    return {"added_cond_kwargs": told}
 
 
 BACKBONE = StableDiffusionXLBackbone

@@ -46,6 +46,7 @@ def edited_encoding(
     tau: Tensor,
     kept: Tensor | None = None,
     gated: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> EditedEncoding:
     """What Eq. 4, for one concept Eq. 3, makes of encodings `e` (B, N, d), any float dtype; encodings come in the same.
 
@@ -58,6 +59,7 @@ def edited_encoding(
             that their gates are 0, and the sums go over those that are left; without any, e' = e.
         gated: (J,) bool, of which concepts the gate also rules what is taken out: h = W (e − g r i*) + g o* for one, so
             that an encoding whose gate is closed stays as it is. None: of none, as in the paper.
+        counts: (B, N) bool, the positions that the attention looks at; the others stay as they are. None: all.
     """
     with torch.autocast(e.device.type, enabled=False):  # half precision would round terms before they cancel
         r = similarity(e, target_inputs, directions)
@@ -65,6 +67,8 @@ def edited_encoding(
         c = components(r, target_inputs, directions, kept)
         if gated is not None:
             c = torch.where(gated[:, None, None], g * c, c)
+        if counts is not None:
+            g, c = g * counts, c * counts
         remainder = low_rank_update(e.to(r.dtype), -c, target_inputs)
         locked = low_rank_update(remainder, g, superclass_inputs)
     return EditedEncoding(remainder.to(e.dtype), locked.to(e.dtype), g)

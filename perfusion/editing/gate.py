@@ -121,8 +121,10 @@ class PromptGate(nn.Module):
         return {**self.__dict__, "forget": nobody}  # nobody keeps what comes of a copy
 
 
-def edited_encoding(gates: Sequence[PromptGate], e: Tensor) -> EditedEncoding:
+def edited_encoding(gates: Sequence[PromptGate], e: Tensor, counts: Tensor | None = None) -> EditedEncoding:
     """The edit of encodings `e` (B, N, d) by the concepts of all `gates` together: Eq. 4. Each keeps its own β and τ.
+
+    `counts` (B, N) bool: the positions that the attention looks at; None: all.
 
     Raises:
         EditError: β or τ has values for another number of samples.
@@ -132,7 +134,7 @@ def edited_encoding(gates: Sequence[PromptGate], e: Tensor) -> EditedEncoding:
     i, v, s = (_together(gates, name).to(e.device) for name in ("target_inputs", "directions", "superclass_inputs"))
     removal = [gate.gated_removal for gate in gates]
     gated = torch.tensor(removal, device=e.device) if any(removal) else None
-    return equations.edited_encoding(e, i, v, s, beta, tau, kept, gated)
+    return equations.edited_encoding(e, i, v, s, beta, tau, kept, gated, counts)
 
 
 def cosines(gates: Sequence[PromptGate]) -> Tensor:

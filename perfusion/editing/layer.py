@@ -13,6 +13,9 @@ that very object, until something of a concept is set, a LoRA is fused, or the o
 With global key-locking the K projections are left as they are but read the prompt with the superclasses in the
 concepts' places (`perfusion.editing.words`).
 
+Some denoisers project and norm their context first, for all layers alike. The edit lives in the space that K and V
+read, so it does the same with the context, and its layers take that for what they are given during the call.
+
 Edits of one denoiser share their layers: each concept brings its gate and its target outputs, and may leave in any
 order.
 """
@@ -32,7 +35,7 @@ from perfusion.editing import EditError
 from perfusion.editing.equations import low_rank_update
 from perfusion.editing.gate import EditedEncoding, PromptGate, edited_encoding, nobody
 from perfusion.editing.places import EditSite, base_module
-from perfusion.editing.words import Words, superclass_context
+from perfusion.editing.words import Words, superclass_context, superclass_mask
 
 _FUSED = ("fuse_qkv_projections", "call unfuse_qkv_projections()")
 _TAKEN_OUT = ("unload_lora_weights, say", "call detach() of every concept, then attach them again")
@@ -42,7 +45,9 @@ _TAKEN_OUT = ("unload_lora_weights, say", "call detach() of every concept, then 
 class _Prompt:
     """What all layers need of the denoiser's context."""
 
-    context: Tensor  # e (B, N, d)
+    context: Tensor  # (B, N, d'), as the denoiser was given it
+    inputs: Tensor  # e (B, N, d), what K and V read; the context itself, unless the denoiser projects it first
+    masks: tuple[Tensor | None, Tensor | None]  # of the context's positions: the one given, the one that holds
     edited: EditedEncoding
     keys: Tensor | None  # what all K projections read, with global key-locking
     state: tuple[Any, ...] | None  # see `_state`
@@ -98,7 +103,10 @@ class EditedProjection(nn.Module, BaseTunerLayer):
             return self.base_layer(prompt.edited.locked)
         h = self.base_layer(prompt.edited.remainder)
         # Where some concepts have locked keys and others have not, the locked ones' are computed.
-        each = [self.base_layer(g.superclass_inputs.to(h)) if own is None else own.to(h.device) for own, g in outputs]
+        each = [
+            without_bias(self.base_layer, g.superclass_inputs.to(h)) if own is None else own.to(h.device)
+            for own, g in outputs
+        ]
         return low_rank_update(h, prompt.edited.gates, each[0] if len(each) == 1 else torch.cat(each))
 
     # What diffusers asks of every tuner layer when adapters are weighted or fused. An edit has no part in either, but
@@ -123,9 +131,13 @@ class EditedProjection(nn.Module, BaseTunerLayer):
 class _Shared:
     """The edited layers of one denoiser, and the concepts that are in them."""
 
-    def __init__(self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool) -> None:
+    def __init__(
+        self, sites: Sequence[EditSite], denoiser: nn.Module, joinable: bool, inputs_of: Callable[[Tensor], Tensor]
+    ) -> None:
         self.members: list[Edit] = []
+        self._inputs_of = inputs_of
         self._shown: _Prompt | None = None  # of the denoiser's latest call
+        self._inside = False  # such a call
         self._latest: tuple[int, Callable[[], Tensor | None]] = 0, lambda: None  # thread and context, likewise
         self.joinable = joinable
         # What can fail comes first: nothing is changed then.
@@ -169,36 +181,51 @@ class _Shared:
 
     def prompt(self, x: Tensor) -> _Prompt:
         """What a layer needs of its input `x` (B, N, d): as prepared if the denoiser was called with this very tensor,
-        else anew."""
+        or makes all inputs of what it was called with; else anew."""
         shown = self._shown
-        if shown is not None and shown.context is x and (shown.differentiable or not torch.is_grad_enabled()):
-            return shown
+        if shown is not None and (shown.differentiable or not torch.is_grad_enabled()):
+            projected = shown.inputs is not shown.context and (self._inside or shown.differentiable)
+            if shown.inputs is x or (projected and shown.inputs.shape == x.shape):
+                return shown
         keys = superclass_context(self.words, x) if self.words else None
-        edited = edited_encoding([member.gate for member in self.members], x)
-        return _Prompt(x, edited, keys, _state(x), torch.is_grad_enabled())
+        return self._prompt(x, x, keys, (None, None))
+
+    def _prompt(
+        self, context: Tensor, inputs: Tensor, keys: Tensor | None, masks: tuple[Tensor | None, Tensor | None]
+    ) -> _Prompt:
+        counts = None if masks[1] is None else masks[1] > 0 if masks[1].dim() == 2 else masks[1][:, 0] == 0
+        edited = edited_encoding([member.gate for member in self.members], inputs, counts)
+        return _Prompt(context, inputs, masks, edited, keys, _state(context), torch.is_grad_enabled())
 
     @property
     def words(self) -> Sequence[Words]:
         """Of the text encoders; none without global key-locking."""
-        return next((member.words for member in self.members if member.words), ())
+        return next((member.words for member in self.members if member.locked), ())
 
-    def _before_call(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_call(
+        self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         for site, layer in self._layers:
             if site.fused or site.holder(layer) is None:
                 raise _bypassed(site, *(_FUSED if site.fused else _TAKEN_OUT))
             layer.use.called = False
-        if self.words and not all(member.words for member in self.members):
+        if self.words and not all(member.locked for member in self.members):
             raise EditError(
                 "found concepts with global and with local key-locking attached together, expected one for all: set "
                 "key_lock of each alike"
             )
         context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self._position]
         # `is`, not equal: the object is held here, so no other one can have taken its place.
-        shown = self._shown
-        if shown is None or shown.context is not context or shown.state is None or shown.state != _state(context):
-            shown = self._shown = None
+        shown, mask = self._shown, kwargs.get("encoder_attention_mask")
+        same = shown is not None and shown.context is context and shown.masks[0] is mask
+        if not same or shown.state is None or shown.state != _state(context):
+            self._shown = None
             self._check_thread(context)
-            self._shown = self.prompt(context)
+            keys = self._inputs_of(superclass_context(self.words, context)) if self.words else None
+            masks = mask, superclass_mask(self.members[0].words, context, mask)
+            shown = self._shown = self._prompt(context, self._inputs_of(context), keys, masks)
+        self._inside = True
+        return None if shown.masks[1] is mask else (args, {**kwargs, "encoder_attention_mask": shown.masks[1]})
 
     def _check_thread(self, context: Tensor) -> None:
         """Raise EditError if another thread is in the middle of a picture: what is set is the same for both.
@@ -220,6 +247,7 @@ class _Shared:
 
         One that has called the layer before may leave it out: some reuse what earlier steps gave.
         """
+        self._inside = False
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         for site, layer in self._layers:
@@ -255,7 +283,8 @@ class Edit:
 
     def __init__(self, shared: _Shared, gate: PromptGate, outputs: Mapping[str, nn.Parameter | None]) -> None:
         self._shared, self.gate, self.outputs = shared, gate, outputs
-        self.words: Sequence[Words] = ()  # of the text encoders, with global key-locking
+        self.words: Sequence[Words] = ()  # of the text encoders
+        self.locked = False  # whether the keys are, globally
         shared.enter(self)
 
     @property
@@ -263,12 +292,12 @@ class Edit:
         """Of all concepts that are attached now, this one's among them, in the order in which they came."""
         return [member.gate for member in self._shared.members]
 
-    def lock(self, words: Sequence[Words]) -> None:
-        """Lock the concept's keys globally, given `AddedWord.lock_keys`, or locally if `words` is empty.
+    def lock(self, locked: bool) -> None:
+        """Lock the concept's keys globally, together with `AddedWord.lock_keys`, or locally.
 
         With several concepts all must be locked alike, or the next call of the denoiser raises EditError.
         """
-        self.words = words
+        self.locked = locked
         self._shared.forget()
 
     def detach(self) -> None:
@@ -282,6 +311,7 @@ def attach_edit(
     gate: PromptGate,
     outputs: Mapping[str, nn.Parameter | None],
     join: bool = False,
+    inputs_of: Callable[[Tensor], Tensor] = lambda context: context,
 ) -> Edit:
     """Edit the projections at `sites` of `denoiser`, which may be compiled (`torch.compile`) already, or later.
 
@@ -290,6 +320,7 @@ def attach_edit(
     is changed but the attributes of the sites and its forward hooks, one before and one after.
 
     With `join`, edits that were attached with `join` may be there already: then all of them act together, by Eq. 4.
+    `inputs_of` gives what K and V read of the denoiser's `encoder_hidden_states`, see `Backbone.inputs_of`.
 
     Raises:
         EditError: the denoiser is edited already, by an edit that is to be alone, or at other sites.
@@ -300,8 +331,14 @@ def attach_edit(
         if layer is not None and not (join and layer.shared.joinable and layer.shared.sites == set(outputs)):
             raise EditError(f"{name}: found an edit, expected none: detach the concept that is attached first")
     layers = {layer.shared for layer in found.values() if layer is not None}
-    shared = layers.pop() if layers else _Shared(sites, base_module(denoiser), join)
+    shared = layers.pop() if layers else _Shared(sites, base_module(denoiser), join, inputs_of)
     return Edit(shared, gate, outputs)
+
+
+def without_bias(projection: nn.Module, x: Tensor) -> Tensor:
+    """W x of a projection, or of the layers of LoRA around it: the bias is added once, to what the edit made of W e."""
+    bias: Any = base_module(projection).bias
+    return projection(x) if bias is None else projection(x) - bias
 
 
 def gates_at(site: EditSite) -> list[PromptGate]:

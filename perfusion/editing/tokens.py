@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tokenizers
 import torch
-from tokenizers import Regex, normalizers
+from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,8 @@ from perfusion.editing import TokenError
 T = TypeVar("T")
 
 _LARGE = 1000  # entries
+_SPACE = "▁"  # SentencePiece's
+_NO_SPACE, _MARK = "\ue000", "\ue001"  # for private use, so in no text
 
 # What a word may have at most.
 MAX_PLACEHOLDER = 64  # characters
@@ -56,7 +58,7 @@ def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass:
     pieces.
     """
     check_spelling(placeholder, superclass)
-    pieces = tokenizer.tokenize(placeholder)
+    pieces = min(tokenizer.tokenize(placeholder), tokenizer.tokenize(f" {placeholder}"), key=len)
     added: Any = tokenizer.added_tokens_encoder
     unknown = any(piece == tokenizer.unk_token for piece in pieces) and placeholder != tokenizer.unk_token
     whole = len(pieces) < 2 or all(piece in added for piece in pieces)  # a word of several vectors is several tokens
@@ -72,7 +74,7 @@ def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass:
             f"concept.placeholder: {placeholder!r} stands for a byte or a part of a word in the tokenizer's "
             f"vocabulary; expected a new one, such as '<{placeholder}*>'"
         )
-    if (normal := _normalized(tokenizer, placeholder)) != placeholder.lower():
+    if (normal := _normalized(tokenizer, placeholder)) not in (placeholder, placeholder.lower()):
         raise TokenError(
             f"concept.placeholder: found {placeholder!r}, which the tokenizer reads as {normal!r}, expected a word "
             "that it leaves as it is, such as '<cat*>'"
@@ -87,8 +89,8 @@ def check_word(tokenizer: PreTrainedTokenizerBase, placeholder: str, superclass:
 def _is_entry(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
     """Whether the vocabulary has `word` as it is, or in small letters, also where text that has it is read otherwise:
     "é" is the name of a byte, and the letter é is two bytes."""
-    ids: Any = tokenizer.convert_tokens_to_ids([word, word.lower()])
-    return any(i is not None and i != tokenizer.unk_token_id for i in ids)
+    *ids, unknown = tokenizer.convert_tokens_to_ids([word, word.lower(), _NO_SPACE])  # type: ignore[misc]
+    return any(i is not None and i not in (unknown, tokenizer.unk_token_id) for i in ids)
 
 
 def _normalized(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
@@ -98,12 +100,12 @@ def _normalized(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
-    """The ids of `word` as they stand inside a sentence.
+    """The ids of `word` as they stand inside a sentence, where a space comes before it.
 
     Raises:
         TokenError: the tokenizer finds nothing in it that it knows.
     """
-    ids = tokenizer(word, add_special_tokens=False).input_ids
+    ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
     if not ids or tokenizer.unk_token_id in ids:
         raise TokenError(f"{word!r}: the tokenizer does not know this word; it reads {tokenizer.tokenize(word)}")
     return ids
@@ -170,25 +172,67 @@ def _teach(tokenizer: PreTrainedTokenizerBase, word: str, vectors: int) -> None:
     """Make `tokenizer` read `word`, in upper or lower case, as one token per vector, with the next free ids.
 
     A word that ends in letters is not found inside longer words. A word of several vectors is written out by the
-    normalizer, as `<w>_0 <w>_1 ...`: so every caller of the tokenizer gets all of it.
+    normalizer, as `<w>_0 <w>_1 ...`: so every caller of the tokenizer gets all of it. Where spaces are parts of tokens,
+    the one before the word is taken out, as it would be a token of its own; and the word is in small letters, which
+    such pipelines make of all text.
     """
-    first = len(tokenizer)
+    first, spaces = len(tokenizer), keeps_spaces(tokenizer)
     before, after = word[0].isalnum(), word[-1].isalnum()
-    if vectors == 1:
+    if vectors == 1 and not spaces:
         names = [word]
     else:
-        names = [f"{word.lower()}_{i}" for i in range(vectors)]
-        pattern = "(?i)" + r"(?<!\w)" * before + re.escape(word) + r"(?!\w)" * after + r"(?!_\d)"
-        written_out = normalizers.Replace(Regex(pattern), " ".join(names))
-        rust: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-        rust.normalizer = normalizers.Sequence([written_out, *([rust.normalizer] if rust.normalizer else [])])
+        mark = _MARK * (vectors == 1 and (before or after))  # no word of a text has it, nor is a part of one
+        names = [f"{word.lower()}_{i}" for i in range(vectors)] if vectors > 1 else [mark + word.lower()]
+        pattern = (
+            f"(?<!{_MARK})" + r"(?<!\w)" * before + re.escape(word) + r"(?!\w)" * after + r"(?!_\d)" * (vectors > 1)
+        )
+        write = (
+            _write_out if isinstance(getattr(tokenizer, "_tokenizer", None), tokenizers.Tokenizer) else _write_out_first
+        )
+        write(tokenizer, f"(?i){' ?' * spaces}{pattern}", ("" if spaces else " ").join(names), spaces)
     # Normalized: matched after lower-casing, as all text is.
-    whole = vectors == 1 and (before or after)
+    whole = vectors == 1 and (before or after) and not spaces
     added: Any = [tokenizers.AddedToken(name, normalized=True, single_word=whole) for name in names]
     tokenizer.add_tokens(added)
     ids = tokenizer.convert_tokens_to_ids(names)
     if ids != [*range(first, first + vectors)]:
         raise TokenError(f"{word!r}: found its tokens {_shown(' '.join(names))} in the vocabulary, expected new ones")
+
+
+def _write_out(tokenizer: Any, pattern: str, text: str, spaces: bool) -> None:
+    """Have `text` stand for what `pattern` finds, before a tokenizer looks for added tokens."""
+    rust = tokenizer.backend_tokenizer
+    steps = [normalizers.Replace(Regex(pattern), text)]
+    if spaces and tokenizer.tokenize("a")[0].startswith(_SPACE):
+        # It puts a space before whatever follows an added token: here not where the text has none.
+        steps.insert(0, normalizers.Replace(Regex(rf"{pattern}(?=\S)"), text + _NO_SPACE))
+        removed = pre_tokenizers.Split(_SPACE + _NO_SPACE, "removed")
+        rust.pre_tokenizer = pre_tokenizers.Sequence([rust.pre_tokenizer, removed])
+    rust.normalizer = normalizers.Sequence([*steps, *([rust.normalizer] if rust.normalizer else [])])
+
+
+def _write_out_first(tokenizer: Any, pattern: str, text: str, spaces: bool) -> None:
+    """`_write_out` for a tokenizer that has no part in Rust: ChatGLM's."""
+    before, found = tokenizer.tokenize, re.compile(rf"{pattern}(?P<next>\S)?")
+
+    def tokenize(prompt: str, **kwargs: Any) -> list[str]:
+        pieces: list[str] = []
+        for piece in before(
+            found.sub(lambda match: text + (_NO_SPACE + match["next"] if match["next"] else ""), prompt), **kwargs
+        ):
+            if piece.removeprefix(_SPACE).startswith(_NO_SPACE):
+                piece = piece.removeprefix(_SPACE).removeprefix(_NO_SPACE)
+                if pieces and pieces[-1] == _SPACE:
+                    pieces.pop()
+            pieces += [piece] if piece else []
+        return pieces
+
+    tokenizer.tokenize = tokenize
+
+
+def keeps_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a space is a part of the token behind it, as with SentencePiece (T5, Gemma), and not of CLIP's."""
+    return any(token.startswith(_SPACE) for token in tokenizer.tokenize(" a a"))
 
 
 def _fill(tokenizer: PreTrainedTokenizerBase, count: int) -> None:

@@ -11,6 +11,10 @@ There are three reasons to read a prompt with superclasses in the place of words
 - the keys of a concept are locked globally: K reads the prompt with the superclass, so that both encodings are kept
   until the denoiser asks for the one by the other (`AddedWord.lock_keys`, `superclass_context`);
 - a text encoder also gives one vector for the whole prompt, by which concepts would pass the edit (`Words.pools`).
+
+Some text encoders read a prompt without what pads it (T5, Gemma, ChatGLM), and some denoisers look at its other
+positions alone. A superclass of more or fewer tokens than its word then asks for another mask, here and there
+(`Reading.masked`, `superclass_mask`).
 """
 
 from __future__ import annotations
@@ -33,49 +37,20 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perfusion.editing import EditError, TokenError
+from perfusion.editing.reading import (
+    Reading,
+    ids_of,
+    looked_up,
+    replace_words,
+    replace_words_behind_padding,
+    with_ids,
+    with_masks,
+)
 from perfusion.editing.tokens import check_word, last_tokens, taught, token_ids
 
 _LOADERS = ("load_textual_inversion", "unload_textual_inversion")
+_CLEANER = "_clean_caption"  # of pipelines that take symbols out of prompts
 KEPT = 8  # outputs of a text encoder that are remembered: of prompts, of negative prompts, and some more
-
-
-def replace_words(
-    ids: Sequence[int], words: Sequence[tuple[Sequence[int], Sequence[int]]], end: int, pad: int
-) -> tuple[list[int], list[int]]:
-    """`ids` of one tokenizer with superclasses in the place of words, at the same length N, as that tokenizer would
-    have read it; and for each old position the new one that stands for it.
-
-    The last token of a word stands for the last one of its superclass, as the one at which a causal encoder has read
-    all of it; the ones before it are aligned from there. Where the new text is longer than what is read, words at the
-    end are cut off, and the last position is the end of text.
-
-    Args:
-        words: ids of each word, and of its superclass.
-        end: id of the end of text.
-        pad: id of what stands behind the end; some tokenizers (SD 2.x) have another one for it.
-    """
-    new: list[int] = []
-    where: list[int] = []
-    found = False
-    length = len(ids)
-    text = ids[: ids.index(end)] if end in ids else ids
-    while len(where) < len(text):
-        at = len(where)
-        for word, superclass in words:
-            if list(text[at : at + len(word)]) == list(word):
-                shift = len(superclass) - len(word)
-                where += [max(len(new), len(new) + shift + k) for k in range(len(word))]
-                new += superclass
-                found = True
-                break
-        else:
-            where.append(len(new))
-            new.append(text[at])
-    if not found:
-        return list(ids), list(range(length))
-    where += [len(new) + k for k in range(length - len(text))]
-    new = [*new[: length - 1], end] if len(text) < length else new[:length]
-    return new + [pad] * (length - len(new)), [min(position, length - 1) for position in where]
 
 
 @dataclass(eq=False)
@@ -95,8 +70,9 @@ class WholeWords:
     Stock pipelines cut long prompts off, and only log it. And a tokenizer that another pipeline took while a word was
     there still knows the word when it is gone.
 
-    This stands in the place of a tokenizer's `_convert_encoding`, which is given every text that was read: of that
-    tokenizer alone, not of its class, so that it stays one of the same type, and can be copied and saved.
+    This stands in the place of a tokenizer's `_convert_encoding`, or `truncate_sequences` of one in Python, which are
+    given every text that was read: of that tokenizer alone, not of its class, so that it stays one of the same type,
+    and can be copied and saved.
 
     Args:
         words: id -> the added word that it is a part of.
@@ -105,7 +81,12 @@ class WholeWords:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Mapping[int, Standing]) -> None:
         self.tokenizer, self.words = tokenizer, dict(words)
 
-    def __call__(self, encoding: tokenizers.Encoding, *args: Any, **kwargs: Any) -> Any:
+    def watch(self) -> None:
+        """Stand in that place."""
+        name = "_convert_encoding" if hasattr(self.tokenizer, "_convert_encoding") else "truncate_sequences"
+        vars(self.tokenizer)[name] = self
+
+    def __call__(self, encoding: Any, *args: Any, **kwargs: Any) -> Any:
         """As the tokenizer's own.
 
         Raises:
@@ -113,23 +94,30 @@ class WholeWords:
                 the tokens that were cut off (`return_overflowing_tokens`) loses nothing. Or there is a word in it that
                 was removed.
         """
-        found = (self.words[token] for token in encoding.ids if token in self.words)
+        own: Any = type(self.tokenizer)
+        if not isinstance(encoding, tokenizers.Encoding):
+            left, pair, overflowing = own.truncate_sequences(self.tokenizer, encoding, *args, **kwargs)
+            special: Any = self.tokenizer.num_special_tokens_to_add()
+            self._check([*left, *[-1] * special], overflowing, len(encoding) + special)
+            return left, pair, overflowing
+        lost = [] if kwargs.get("return_overflowing_tokens") else encoding.overflowing
+        length = len(encoding.ids) + sum(part.special_tokens_mask.count(0) for part in lost)
+        self._check(encoding.ids, [*chain.from_iterable(part.ids for part in lost)], length)
+        return own._convert_encoding(self.tokenizer, encoding, *args, **kwargs)
+
+    def _check(self, ids: Sequence[int], lost: Sequence[int], length: int) -> None:
+        """Of a text of `length` tokens, `ids` are read and others `lost`."""
+        found = (self.words[token] for token in ids if token in self.words)
         if gone := next((standing.word for standing in found if standing.removed), None):
             raise TokenError(
                 f"found {gone!r}, which was detached through another pipeline that shares this text encoder, expected "
                 "prompts without it; make this pipeline anew from the other's components"
             )
-        if encoding.overflowing and not kwargs.get("return_overflowing_tokens"):
-            lost = chain.from_iterable(part.ids for part in encoding.overflowing)
-            if word := next((self.words[token].word for token in lost if token in self.words), None):
-                limit = len(encoding.ids)
-                length = limit + sum(part.special_tokens_mask.count(0) for part in encoding.overflowing)
-                raise TokenError(
-                    f"{word!r} would be cut off: found {length} tokens with beginning and end, expected {limit} at "
-                    "most, which is what is read of a prompt; shorten it, or put the word further to the front"
-                )
-        own: Any = type(self.tokenizer)
-        return own._convert_encoding(self.tokenizer, encoding, *args, **kwargs)
+        if word := next((self.words[token].word for token in lost if token in self.words), None):
+            raise TokenError(
+                f"{word!r} would be cut off: found {length} tokens with beginning and end, expected {len(ids)} at "
+                "most, which is what is read of a prompt; shorten it, or put the word further to the front"
+            )
 
 
 class WordVectors(nn.Module):
@@ -161,18 +149,21 @@ class Words(nn.Module):
 
     Args:
         tokenizer: the encoder's own.
-        pools: the encoder's first output is one vector for the whole prompt. It is that of the prompt with superclasses
-            in the words' places then.
+        pools: the encoder also gives one vector for the whole prompt. It is that of the prompt with superclasses in the
+            words' places then.
     """
 
-    def __init__(self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pools: bool) -> None:
+    def __init__(
+        self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reading: Reading, pools: bool
+    ) -> None:
         super().__init__()
         table: Any = encoder.get_input_embeddings()
         self.base: nn.Embedding = table
         self.words = nn.ModuleList()
-        self.stock_tokenizer, self.pools = tokenizer, pools
+        self.stock_tokenizer, self.reading, self.pools = tokenizer, reading, pools
         self.first = len(tokenizer)  # id of the first added token
         self._pairs: deque[tuple[Tensor, Tensor]] = deque(maxlen=KEPT)  # encodings with words, with superclasses
+        self._masks: deque[tuple[Tensor, Tensor]] = deque(maxlen=KEPT)  # encodings with superclasses, their masks
         self._hooks: list[RemovableHandle] = [
             encoder.register_forward_pre_hook(self._before, with_kwargs=True),
             encoder.register_forward_hook(self._after, with_kwargs=True),
@@ -180,14 +171,23 @@ class Words(nn.Module):
         self.put(encoder)
 
     def put(self, encoder: PreTrainedModel) -> None:
-        """Stand in the place of the encoder's embedding table."""
+        """Stand in the place of the encoder's embedding table, wherever it has it: T5 has it twice."""
         encoder.resize_token_embeddings = _refuse_resizing  # type: ignore[method-assign]
-        _put(encoder, self)
+        self._places = [
+            (module, name, child)
+            for module in encoder.modules()
+            for name, child in module.named_children()
+            if isinstance(child, nn.Embedding) and child.weight is self.base.weight and module is not self
+        ]
+        for module, name, _ in self._places:
+            setattr(module, name, self)
+        assert encoder.get_input_embeddings() is self, f"{type(encoder).__name__} did not take the new embedding"
 
     def take_out(self, encoder: PreTrainedModel) -> None:
         """Give the encoder its own table back."""
         del encoder.resize_token_embeddings
-        _put(encoder, self.base)
+        for module, name, child in self._places:
+            setattr(module, name, child)
 
     def put_again(self, encoder: PreTrainedModel) -> None:
         """`put`, after `take_out`, where table and tokenizer may have grown meanwhile: the words get other ids, and
@@ -267,7 +267,7 @@ class Words(nn.Module):
             [(word.standing.word if word in present else None, len(word.weight)) for word in words],
         )
         parts = {i: word.standing for word, ids in present.items() for i in ids}
-        known._convert_encoding = WholeWords(known, parts)  # type: ignore[attr-defined]
+        WholeWords(known, parts).watch()
         return known
 
     def forget(self) -> None:
@@ -277,16 +277,12 @@ class Words(nn.Module):
     def with_superclasses(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """The encodings with superclasses for `part` (B, N, d_e) of a context, in its dtype; and (B,) bool: which rows
         are known. Rows that the encoder did not make lately are not, and are given back as they are."""
-        found = torch.zeros(len(part), dtype=torch.bool, device=part.device)
-        result = part.clone()
-        for own, other in reversed(self._pairs):
-            if own.shape[1:] != part.shape[1:]:
-                continue
-            equal = (part[:, None] == own.to(part)[None]).flatten(2).all(-1)  # (B, rows of that call)
-            rows = equal.any(1) & ~found
-            result = torch.where(rows[:, None, None], other.to(part)[equal.int().argmax(1)], result)
-            found |= rows
-        return result, found
+        return looked_up(self._pairs, part, part)
+
+    def with_own_masks(self, part: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Likewise `mask` (B, N) of a context whose `part` (B, N, d_e) this encoder made, with the masks of prompts
+        that were read with superclasses."""
+        return looked_up(self._masks, part, mask)
 
     def _before(
         self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -296,7 +292,7 @@ class Words(nn.Module):
         Raises:
             TokenError: an added word is spelled out, by a tokenizer that does not know it.
         """
-        ids = _ids(args, kwargs)
+        ids = ids_of(args, kwargs)
         if ids is None:
             return None
         words = self.present()
@@ -313,22 +309,26 @@ class Words(nn.Module):
             self._replaced([row], [word for word, out in left_out.items() if out[k]])[0][0]
             for k, row in enumerate(ids.tolist())
         ]
-        return _with_ids(ids.new_tensor(rows), args, kwargs)
+        more = with_masks(rows, kwargs, self.stock_tokenizer, self.reading) if self.reading.masked else kwargs
+        return with_ids(ids.new_tensor(rows), args, more)
 
     def _after(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """A prompt has been read: read it once more with superclasses, if that is asked for; keep the pair of encodings
         where keys are locked, and replace the pooled output."""
-        ids = _ids(args, kwargs)
+        ids = ids_of(args, kwargs)
         words = self.present()
+        mask = kwargs.get("attention_mask")
+        if self.reading.masked and mask is not None and any(word.left_out is not None for word in words):
+            self._masks.extend((own, mask) for own in self.reading.states(output))
         locked = [word for word in words if word.keys_locked]
         if ids is None or not (locked or (self.pools and bool((ids >= self.first).any()))):
             return None
         rows = ids.tolist()
         plain, where = self._replaced(rows, locked)
-        read = output if plain == rows else _read(encoder, ids.new_tensor(plain), args, kwargs)
+        read = output if plain == rows else self._read(encoder, plain, args, kwargs)
         if locked:
             positions = ids.new_tensor(where)[..., None]
-            for own, other in zip(_states(output), _states(read), strict=True):
+            for own, other in zip(self.reading.states(output), self.reading.states(read), strict=True):
                 self._pairs.append((own, other.gather(1, positions.expand_as(other))))
         if not self.pools:
             return None
@@ -338,11 +338,16 @@ class Words(nn.Module):
         if pooled == rows:
             return None
         if pooled != plain:
-            read = _read(encoder, ids.new_tensor(pooled), args, kwargs)
-        if isinstance(output, tuple):
-            return read[0], *output[1:]
-        output["text_embeds"] = read[0]
-        return output
+            read = self._read(encoder, pooled, args, kwargs)
+        return self.reading.pooled(output, read)
+
+    @torch.no_grad()
+    def _read(self, encoder: nn.Module, rows: list[list[int]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the encoder would have given for other ids. `forward` has no hooks, so nothing watches this call."""
+        ids: Any = ids_of(args, kwargs)
+        kwargs = with_masks(rows, kwargs, self.stock_tokenizer, self.reading)
+        args, kwargs = with_ids(ids.new_tensor(rows), args, kwargs)
+        return encoder.forward(*args, **kwargs)
 
     def _replaced(self, rows: list[list[int]], words: Iterable[WordVectors]) -> tuple[list[list[int]], list[list[int]]]:
         """`replace_words` of every row."""
@@ -350,15 +355,17 @@ class Words(nn.Module):
         end: Any = self.stock_tokenizer.eos_token_id
         pad: Any = self.stock_tokenizer.pad_token_id
         pairs = [(present[word], word.superclass) for word in words]
-        made = [replace_words(row, pairs, end, end if pad is None else pad) for row in rows]
+        side = self.reading.padding_side or self.stock_tokenizer.padding_side
+        replaced = replace_words_behind_padding if side == "left" else replace_words
+        made = [replaced(row, pairs, end, end if pad is None else pad) for row in rows]
         return [new for new, _ in made], [where for _, where in made]
 
 
 class AddedWord:
     """A word that `add_word` put into all text encoders of a pipeline and their tokenizers."""
 
-    def __init__(self, pipe: DiffusionPipeline, towers: Mapping[str, str]) -> None:
-        self._pipe, self._towers = pipe, dict(towers)
+    def __init__(self, pipe: DiffusionPipeline, towers: Mapping[str, str], reading: Reading) -> None:
+        self._pipe, self._towers, self._reading = pipe, dict(towers), reading
         self._words: dict[str, tuple[Words, WordVectors]] = {}
 
     def embeddings(self) -> dict[str, nn.Parameter]:
@@ -376,14 +383,17 @@ class AddedWord:
         for _, word in self._words.values():
             word.left_out = left_out
 
-    def lock_keys(self, locked: bool) -> list[Words]:
-        """Whether prompts are also read with the superclass in the word's place. The words of all text encoders, in the
-        order in which their outputs stand side by side in the denoiser's context, for `superclass_context`; none if
-        `locked` is false."""
+    @property
+    def tables(self) -> list[Words]:
+        """The words of all text encoders, in the order in which their outputs stand side by side in the denoiser's
+        context, for `superclass_context`."""
+        return [table for table, _ in self._words.values()]
+
+    def lock_keys(self, locked: bool) -> None:
+        """Whether prompts are also read with the superclass in the word's place."""
         for table, word in self._words.values():
             word.keys_locked = locked
             table.forget()
-        return [table for table, _ in self._words.values()] if locked else []
 
     def remove(self) -> None:
         """Put tokenizers and tables back as they were, but for words that others added. Twice is as good as once."""
@@ -398,20 +408,23 @@ class AddedWord:
             else:
                 table.close(getattr(self._pipe, encoder))
                 setattr(self._pipe, self._towers[encoder], table.stock_tokenizer)
-                for name in _LOADERS:
+                for name in (*_LOADERS, _CLEANER):
                     vars(self._pipe).pop(name, None)
 
-    def _add(self, encoder: str, word: WordVectors, pools: bool) -> None:
+    def _add(self, encoder: str, word: WordVectors) -> None:
         module, tokenizer = getattr(self._pipe, encoder), self._towers[encoder]
         table = module.get_input_embeddings()
         if not isinstance(table, Words):
-            table = Words(module, getattr(self._pipe, tokenizer), pools)
+            pools = encoder == self._reading.pooling
+            table = Words(module, getattr(self._pipe, tokenizer), self._reading, pools)
         self._words[encoder] = table, word  # first: what fails from here on is taken back by `remove`
         table.place(word)
         setattr(self._pipe, tokenizer, table.tokenizer())
         for name in _LOADERS:
             if name not in vars(self._pipe) and hasattr(self._pipe, name):
                 setattr(self._pipe, name, functools.partial(_on_stock, self._pipe, self._towers, name))
+        if hasattr(self._pipe, _CLEANER):
+            setattr(self._pipe, _CLEANER, functools.partial(_cleaned, self._pipe, table))
 
 
 def add_word(
@@ -420,7 +433,7 @@ def add_word(
     placeholder: str,
     superclass: str,
     vectors: int | None = 1,
-    pooling: str | None = None,
+    reading: Reading | None = None,
 ) -> AddedWord:
     """Add `placeholder` to tokenizers and text encoders of `pipe`, starting at the embedding of `superclass`.
 
@@ -429,7 +442,7 @@ def add_word(
         vectors: how many; all start alike, at the mean over the superclass's tokens, and their positions tell them
             apart. None: as many as the superclass has tokens, and each starts at its token, so that the placeholder
             reads as the superclass does.
-        pooling: the text encoder whose pooled output the denoiser takes.
+        reading: of the text encoders; None: as CLIP's do.
 
     Raises:
         TokenError: see `check_pipeline`; nothing is changed then.
@@ -437,7 +450,7 @@ def add_word(
     if vectors is not None and vectors < 1:
         raise TokenError(f"vectors of {placeholder!r}: found {vectors}, expected at least 1")
     check_pipeline(pipe, towers, placeholder, superclass)
-    added = AddedWord(pipe, towers)
+    added = AddedWord(pipe, towers, reading or Reading())
     with ExitStack() as undo:
         undo.callback(added.remove)
         for encoder, name in towers.items():
@@ -450,7 +463,7 @@ def add_word(
                     initial = initial.mean(0).expand(vectors, -1)
             stock = table.stock_tokenizer if isinstance(table, Words) else tokenizer
             word = WordVectors(placeholder, ids, _spelled(stock, placeholder), initial)
-            added._add(encoder, word, encoder == pooling)
+            added._add(encoder, word)
         undo.pop_all()
     return added
 
@@ -490,6 +503,18 @@ def _on_stock(pipe: Any, towers: Mapping[str, str], name: str, *args: Any, **kwa
             setattr(pipe, towers[encoder], table.tokenizer())
 
 
+def _cleaned(pipe: Any, table: Words, caption: str) -> str:
+    """What the pipeline makes of a caption. Raises TokenError if that takes an added word apart."""
+    cleaned = getattr(type(pipe), _CLEANER)(pipe, caption)
+    for standing in (word.standing for word in table.present()):
+        if standing.word.lower() in caption.lower() and standing.word.lower() not in cleaned:
+            raise TokenError(
+                f"clean_caption=True would make {cleaned!r} of {caption!r}, without {standing.word!r}; expected "
+                "clean_caption=False"
+            )
+    return cleaned
+
+
 def _refuse_resizing(*args: Any, **kwargs: Any) -> Any:
     raise EditError(
         "this text encoder has the word of a concept below its embedding table, which cannot become larger meanwhile: "
@@ -519,10 +544,19 @@ def superclass_context(words: Sequence[Words], context: Tensor) -> Tensor:
     return torch.cat([part for part, _ in found], -1)
 
 
+def superclass_mask(words: Sequence[Words], context: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask (B, N) that holds for `context` (B, N, d), where some of its prompts were read with superclasses of
+    other lengths than their words; `mask` itself where none was."""
+    if mask is None or mask.dim() != 2 or len(words) != 1 or not words[0].reading.masked:
+        return mask
+    changed, _ = words[0].with_own_masks(context, mask)
+    return mask if torch.equal(changed, mask) else changed
+
+
 def _spelled(stock: PreTrainedTokenizerBase, placeholder: str) -> list[int]:
     """The ids that a tokenizer without the word makes of it; none where that is not to be told from other text: "dog1",
     which reads as "dog 1", or what the tokenizer does not know."""
-    ids = stock(placeholder, add_special_tokens=False).input_ids
+    ids = stock(f" {placeholder}", add_special_tokens=False).input_ids
     with_digits = placeholder.isalnum() and not placeholder.isalpha()
     return [] if with_digits or stock.unk_token_id in ids else ids
 
@@ -538,39 +572,3 @@ def _refuse_spelled(ids: Tensor, words: Iterable[WordVectors]) -> None:
                 "encoder with one that has the concept, but took its tokenizer before; make it anew from the other's "
                 "components, which have the concept now"
             )
-
-
-def _ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a call of a text encoder shall read, if it is said by ids."""
-    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
-    return ids if isinstance(ids, Tensor) else None
-
-
-def _with_ids(ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with other ids."""
-    return (args, {**kwargs, "input_ids": ids}) if "input_ids" in kwargs else ((ids, *args[1:]), kwargs)
-
-
-@torch.no_grad()
-def _read(encoder: nn.Module, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the encoder would have given for other ids. `forward` has no hooks, so nothing watches this call."""
-    args, kwargs = _with_ids(ids, args, kwargs)
-    if kwargs.get("attention_mask") is not None:
-        kwargs = {**kwargs, "attention_mask": torch.ones_like(kwargs["attention_mask"])}
-    return encoder.forward(*args, **kwargs)
-
-
-def _states(output: Any) -> list[Tensor]:
-    """The outputs of a CLIP text encoder that a pipeline may take as the encoding: (B, N, d) each."""
-    hidden = getattr(output, "hidden_states", None)
-    if hidden:
-        return [output.last_hidden_state, hidden[-2]]
-    return [output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]]
-
-
-def _put(encoder: PreTrainedModel, table: nn.Module) -> None:
-    """Make `table` the module that `encoder` looks its tokens up in."""
-    encoder.set_input_embeddings(table)
-    assert encoder.get_input_embeddings() is table and any(module is table for module in encoder.modules()), (
-        f"{type(encoder).__name__} did not take the new embedding"
-    )

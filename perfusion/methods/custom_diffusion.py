@@ -152,7 +152,7 @@ class CustomDiffusion(PriorMethod):
         template = self.options.prompt or templates(backbone.config.prompts)[0]
         encoding = backbone.encode([fill(template, self.word.placeholder)], self.word.placeholder)
         end = int(encoding.concept[0].nonzero()[0]) + 1
-        return encoding.context[0, end - self.vectors : end].double().cpu()
+        return encoding.inputs[0, end - self.vectors : end].double().cpu()
 
     def _attached(self) -> SharedProjections:
         assert self.shared is not None, "attach() first"

@@ -33,7 +33,6 @@ from perfusion.files import atomic_path
 from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 
 ADAPTER = "concept"  # PEFT's name of it; every concept has layers of its own
-_PREFIX = "unet"  # of stock files: the part of the pipeline
 
 
 @dataclass
@@ -167,16 +166,21 @@ class LoRA(Method):
         return shapes
 
     def export(self, folder: Path) -> list[Path]:
-        """`pytorch_lora_weights.safetensors`, which the stock pipeline takes with `load_lora_weights(folder)`.
+        """`pytorch_lora_weights.safetensors`, which the stock pipeline takes with `load_lora_weights(folder)`; nothing
+        where it has no such function.
 
         There the prompt has "identifier superclass" in the placeholder's place, and `set_adapters` or
         `cross_attention_kwargs={"scale": s}` sets the scale; the file has none.
         """
+        pipe = self.backbone.pipe
+        if not hasattr(pipe, "load_lora_weights"):
+            return []
+        prefix = "transformer" if hasattr(pipe, "transformer") else "unet"  # the part of the pipeline
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LORA_WEIGHT_NAME_SAFE
         config = {"r": self.options.rank, "lora_alpha": self.options.alpha, "target_modules": sorted(self._adapters)}
-        described = json.dumps({f"{_PREFIX}.{key}": value for key, value in config.items()})
-        weights = {f"{_PREFIX}.{name}": weight for name, weight in self.state().items()}
+        described = json.dumps({f"{prefix}.{key}": value for key, value in config.items()})
+        weights = {f"{prefix}.{name}": weight for name, weight in self.state().items()}
         with atomic_path(path) as temporary:
             save_file(weights, temporary, {"format": "pt", LORA_ADAPTER_METADATA_KEY: described})
         return [path]

@@ -22,7 +22,7 @@ from perfusion.data.prompts import fill, templates
 from perfusion.editing import EditError
 from perfusion.editing.equations import precision_times
 from perfusion.editing.gate import PromptGate, cosines
-from perfusion.editing.layer import attach_edit, unedited
+from perfusion.editing.layer import attach_edit, unedited, without_bias
 from perfusion.editing.places import EditSite
 from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
 from perfusion.methods.weights import check_free, projection_places
@@ -104,9 +104,10 @@ class Perfusion(Method):
         sites = backbone.edit_sites()
         outputs = {site.name: self._target_outputs(site, s) for site in sites}
         # A concept that is trained has the model for itself; trained ones may come together.
-        self._edit = attach_edit(sites, backbone.denoiser, gate, outputs, join=not self.training)
+        self._edit = attach_edit(sites, backbone.denoiser, gate, outputs, not self.training, backbone.inputs_of)
         undo.callback(self._edit.detach)
         self._added = self.add_word(undo, self.options.vectors)
+        self._edit.words = self._added.tables
         self.beta = gate.beta  # which may leave the word out
         self._lock = KeyLock.none if len(self.keys) else KeyLock.local
         if self.training:
@@ -119,7 +120,7 @@ class Perfusion(Method):
         if site.kind == "k" and self.options.key_lock is not KeyLock.none:
             return None
         with torch.no_grad():
-            start = nn.Parameter(unedited(site.projection)(s[None].to(_weight(site))).float())
+            start = nn.Parameter(without_bias(unedited(site.projection), s[None].to(_weight(site))).float())
         (self.values if site.kind == "v" else self.keys).append(start)
         return start
 
@@ -174,7 +175,8 @@ class Perfusion(Method):
             )
         if value != self._lock.name:
             self._lock = KeyLock[value]
-            self._edit.lock(self._added.lock_keys(self._lock is GLOBAL))
+            self._added.lock_keys(self._lock is GLOBAL)
+            self._edit.lock(self._lock is GLOBAL)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [

@@ -90,10 +90,13 @@ def joined(first: Encoding, second: Encoding) -> Encoding:
         torch.cat([first.context, second.context]),
         torch.cat([first.concept, second.concept]),
         _joined(first.extra, second.extra),
+        _joined(first.projected, second.projected),
     )
 
 
 def _joined(first: Any, second: Any) -> Any:
+    if first is None:
+        return None
     if isinstance(first, Mapping):
         return {key: _joined(first[key], second[key]) for key in first}
     return torch.cat([first, second])

@@ -81,7 +81,10 @@ class TextualInversion(Method):
         with `load_textual_inversion(folder, use_safetensors=True)`, and of SDXL with one call for each encoder:
         `load_textual_inversion(folder, weight_name=..., text_encoder=..., tokenizer=..., use_safetensors=True)`.
         SDXL's pooled text is the superclass's here and the word's own there, see `perfusion.backbones.sdxl`.
+        A pipeline that has no such function gets no files.
         """
+        if not hasattr(self.backbone.pipe, "load_textual_inversion"):
+            return []
         folder.mkdir(parents=True, exist_ok=True)
         files: list[Path] = []
         for k, vectors in enumerate(self.state().values()):
