@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tqdm import tqdm
 
+from perfusion.bars import Bar
 from perfusion.concept import Attached, Concept
 from perfusion.manifest import JOINED, ImageRecord, known_records, save_png, write_manifest
 
@@ -99,7 +99,7 @@ def stream(
         batch_size = 1
     width, height = size if isinstance(size, tuple) else (size, size)
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    with tqdm(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
+    with Bar(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             if prepare is not None:
