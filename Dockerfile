@@ -1,5 +1,5 @@
 # docker build -t perfusion .                            for CPUs
-# docker build -t perfusion --build-arg TORCH=cu130 .    for NVIDIA GPUs: any backend that `uv pip install --torch-backend` knows
+# docker build -t perfusion --build-arg TORCH=cu132 .    for NVIDIA GPUs: any backend that `uv pip install --torch-backend` knows
 # docker run --rm -v "$PWD:/work" perfusion train +experiment=cat_oneshot
 FROM python:3.12-slim
 
