@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.folders import (
     Base,
@@ -31,6 +30,7 @@ from eval.folders import (
 from eval.record import Picture, Point, ScoreError
 from eval.scorers import Embedder, Scorers
 from eval.sheets import data_uri
+from perfusion.bars import Bar
 from perfusion.data.images import read_image
 from perfusion.files import atomic_write_text
 from perfusion.manifest import ImageRecord
@@ -134,7 +134,7 @@ def _scored(folder: ImageFolder, subjects: Sequence[_Subject], scorers: Scorers,
     embedded: dict[int, np.ndarray] = {}
     scores: list[dict[str, float]] = [{} for _ in subjects]
     means: Means = {}
-    with tqdm(total=len(seen), desc=f"Scoring {folder.path.name}", unit="picture", disable=not progress) as bar:
+    with Bar(total=len(seen), desc=f"Scoring {folder.path.name}", unit="picture", disable=not progress) as bar:
         for start in range(0, len(seen), _AT_ONCE):
             part = seen[start : start + _AT_ONCE]
             batch = [subjects[i] for i in part]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-from tqdm import tqdm
 
 from eval.aggregate import RESAMPLES, Bootstrap, Summary, labels_of, summarize, summary
 from eval.front import Front, asked_fronts
@@ -22,6 +21,7 @@ from eval.record import Point, ScoreError, read_all, setting_key
 from eval.score_kinds import ordered, score_kind
 from eval.sheets import SIDE, SUFFIX, Sheet, make_sheet
 from eval.tables import latex, markdown
+from perfusion.bars import Bar
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.files import atomic_write_text
 
@@ -79,7 +79,7 @@ def report(config: ReportConfig) -> Path:
     (out / SHEETS).mkdir(parents=True, exist_ok=True)
     sheets = [
         make_sheet([p.file for p in point.pictures], None if config.embed else out / SHEETS, config.side)
-        for point in tqdm(points, desc="Sheets", unit="sheet", disable=None)
+        for point in Bar(points, desc="Sheets", unit="sheet", disable=None)
     ]
     data = _data(document, points, summaries, sheets, bootstrap)
     volumes = []

@@ -27,7 +27,7 @@ against the prompts. The β with the best harmonic mean is the one that `python 
 class StrengthConfig:
     """The options of `python -m eval.strength`."""
 
-    concept: str = MISSING  # concept file
+    concept: str = MISSING  # concept file, or hub:owner/name
     references: Any = None  # pictures of the concept; null: those that it was trained on, as its run folder names them
     grid: list[float] = field(default_factory=lambda: list(GRID))  # values of β
     scorer: str | None = None  # toyland, an open_clip name, or a folder; null: Toyland's own on Toyland
@@ -48,8 +48,9 @@ def main(argv: Sequence[str]) -> None:
     # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
     from perfusion.backbones import load_backbone
     from perfusion.concept import Concept
+    from perfusion.hub import named_file
 
-    concept = Concept.load(Path(config.concept).expanduser())
+    concept = Concept.load(named_file(config.concept))
     with concept.attach(load_backbone(config, default=concept.family)) as attached:
         found = measure(
             attached, config.references, config.grid, config.scorer, config.pretrained, config.steps, config.seed

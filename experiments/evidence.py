@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
-from scipy.special import stdtrit  # the quantiles of Student's t
 
 from eval import front
 from eval.aggregate import Bootstrap, Interval, Summary, percentiles, summary
@@ -251,6 +250,8 @@ class Evidence:
             return Interval(mean)
         if n == 1:
             return percentiles(mean, drawn, level)
+        from scipy.special import stdtrit  # the quantiles of Student's t; takes long to import
+
         off = float(stdtrit(n - 1, (1 + level) / 2)) * math.sqrt(n / (n - 1)) * float(np.std(drawn))
         return Interval(mean, mean - off, mean + off)
 

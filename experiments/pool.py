@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from perfusion.bars import Bar
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _EVERY = 20.0  # seconds between two lines of progress where nobody watches a terminal
@@ -127,7 +127,7 @@ def _bar(tasks: Sequence[Task]) -> Any:
     """Progress in guessed seconds of one core, from which tqdm tells the time that is left."""
     shape = f"{{percentage:3.0f}}% of {len(tasks)} tasks after {{elapsed}}, about {{remaining}} left{{postfix}}"
     pace = 0.1 if sys.stderr.isatty() else _EVERY
-    return tqdm(
+    return Bar(
         total=sum(task.guess for task in tasks), bar_format=shape, mininterval=pace, maxinterval=pace, smoothing=0
     )
 

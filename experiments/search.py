@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from tqdm import trange
 
 from experiments.exclusive import alone
 from experiments.study import Study, error_of, read_space, words_of
+from perfusion.bars import Bar
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
@@ -74,7 +74,7 @@ def main(argv: Sequence[str], execute: Execute = sweep.execute) -> int:
         asked = {"words": words, "objective": settings.objective}
         study = Study(folder / "study.db", space, asked, direction=settings.direction, instead="search.name=")
         before = len(study.over)
-        for number in trange(before, settings.trials, initial=before, total=settings.trials, desc="trials"):
+        for number in Bar(range(before, settings.trials), initial=before, total=settings.trials, desc="trials"):
             _try(study, number + 1, settings, words, execute)
         return _report(study, settings, folder)
 

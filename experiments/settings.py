@@ -9,12 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from perfusion.config import CONF, RunConfig, TrainConfig
-from perfusion.training.composition import checked_config, explained, prepared
 
 if TYPE_CHECKING:
     from experiments.world import Subject
@@ -146,6 +143,12 @@ def config_of(training: Training, subject: Subject, root: Path, words: tuple[str
 
 @functools.cache
 def _composed(words: tuple[str, ...]) -> TrainConfig:
+    # Takes long to import, and `--help` does without.
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    from perfusion.training.composition import checked_config, explained, prepared
+
     try:
         with initialize_config_dir(str(CONF), job_name="perfusion.train", version_base="1.3"):
             return checked_config(compose("train", [prepared(word) for word in words]))

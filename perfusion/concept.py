@@ -10,8 +10,10 @@ A file is whole: neither the pictures nor the captions that it was trained with 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone
+from perfusion.card import model_card
 from perfusion.concept_file import (
     FORMAT_VERSION,
     MAX_SLANT,
@@ -44,6 +47,7 @@ from perfusion.editing import EditError
 from perfusion.editing.gate import PromptGate
 from perfusion.editing.layer import gates_at
 from perfusion.files import PathLike, atomic_path
+from perfusion.hub import CONCEPT, SAMPLES, download, upload
 from perfusion.methods.base import Dial, Method, Word, build, method_class
 from perfusion.provenance import provenance
 
@@ -134,6 +138,100 @@ class Concept:
             commit=entry(path, metadata, "commit"),
             source=str(path),
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> Concept:
+        """Read a concept from the Hugging Face hub, or from a folder with a `concept.safetensors`.
+
+        What is downloaded is a stranger's file, and goes through the checks of `load`.
+
+        Args:
+            name: `owner/name` on the hub, or a folder.
+            revision: branch, tag or commit; None: the latest.
+            token: None: that of the login of huggingface_hub, if there is one; it is not stored.
+            cache_dir: None: the hub's own cache.
+            local_files_only: do not ask the hub.
+
+        Raises:
+            HubError: no such repository, none that may be read, no concept in it, or no network.
+            ConceptFileError: see `load`.
+        """
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return cls.load(folder / CONCEPT)
+        return cls.load(download(str(name), revision, token, cache_dir, local_files_only))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        samples: bool = True,
+        private: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Put the concept into a repository of the Hugging Face hub, with a card, and return the commit's address.
+
+        A repository that is not there is made, for nobody else to see. One that is there stays as visible as it is, and
+        keeps its card: what somebody wrote into it is not replaced.
+
+        Args:
+            repo_id: `owner/name`.
+            license: what others may do with it: an identifier of the hub, such as `cc-by-4.0`; None: it is not named.
+            samples: take along the `samples.png` beside the file that the concept was loaded from, if there is one. A
+                training's has a picture in it that the concept was trained on.
+            private: of a new repository; False: everybody can read it.
+            token: None: that of the login of huggingface_hub (`hf auth login`); it is not stored.
+            revision: branch; None: the main one.
+            commit_message: None: one that names the concept's hash.
+
+        Raises:
+            HubError: the hub cannot be reached, or does not allow it.
+        """
+        sheet = Path(self.source).parent / SAMPLES
+        pictures = {SAMPLES: sheet.read_bytes()} if samples and sheet.is_file() else {}
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / CONCEPT
+            save_concept(file, self, dtype)
+            return upload(
+                repo_id,
+                {CONCEPT: file.read_bytes(), **pictures},
+                self.card(repo_id, license, bool(pictures)),
+                commit_message or f"Concept {self.hash}",
+                private,
+                token,
+                revision,
+            )
+
+    def card(self, repo_id: str | None = None, license: str | None = None, samples: bool = False) -> str:
+        """The model card, as Markdown: what the concept is and how it is used; see `perfusion.card.model_card`."""
+        kinds = ("family", "prompts")
+        numbers = sum(tensor.numel() for tensor in self.tensors.values())
+        facts = {
+            "method": self.method,
+            "superclass": self.superclass,
+            "backbone": self.family,
+            "fingerprint of its weights": ", ".join(
+                f"{part} {digest}" for part, digest in self.fingerprint.items() if part not in kinds
+            ),
+            "settings": ", ".join(f"{key} {value}" for key, value in self.settings.items()),
+            "made with": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "numbers": f"{numbers:,}",
+            "hash": self.hash,
+        }
+        known = {name: text for name, text in facts.items() if text}
+        return model_card(self.placeholder, self.superclass, self.method, self.family, known, repo_id, license, samples)
 
     @property
     def hash(self) -> str:

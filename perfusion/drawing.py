@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tqdm import tqdm
 
+from perfusion.bars import Bar
 from perfusion.concept import Attached, Concept
 from perfusion.manifest import JOINED, ImageRecord, known_records, save_png, write_manifest
 
@@ -104,7 +104,7 @@ def stream(
     known = inspect.signature(type(pipe).__call__).parameters
     # A placeholder is no text to be cleaned of its symbols, and a picture has the size that was asked for.
     settings |= {name: False for name in ("clean_caption", "use_resolution_binning") if name in known}
-    with tqdm(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
+    with Bar(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             if prepare is not None:

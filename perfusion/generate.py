@@ -54,7 +54,7 @@ _SLUG = 48  # characters of a prompt in the name of a file
 class GenerateConfig:
     """The options of `python -m perfusion.generate`."""
 
-    concept: Any = MISSING  # concept file, or the folder of its run; or a list of these that are drawn together
+    concept: Any = MISSING  # concept file, folder of its run, or hub:owner/name; or a list that are drawn together
     prompt: Any = MISSING  # text with the concept's placeholder, or a list of texts
     dials: dict[str, Any] = field(default_factory=dict)  # see above; beta=0.6 is short for dials.beta=0.6
     num: int = 4  # pictures of each prompt, and of each beta
@@ -100,6 +100,7 @@ def generate(config: GenerateConfig) -> Path:
         ConceptFileError: no concept file, or one for another backbone.
         TokenError: a prompt is so long that a concept's placeholder would be cut off; nothing is drawn then.
         BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
+        HubError: a concept that the hub does not give.
     """
     from perfusion import addons
     from perfusion.backbones import load_backbone
@@ -234,10 +235,11 @@ def _texts(key: str, given: Any, kind: str) -> list[str]:
 
 
 def _file_of(given: str) -> Path:
-    """The concept's file, also where the folder of its run was given."""
+    """The concept's file, also where the folder of its run or a repository of the hub was given."""
+    from perfusion.hub import named_file
     from perfusion.training.run_folder import RunFolder
 
-    path = Path(given).expanduser()
+    path = named_file(given)
     return RunFolder(path).concept if path.is_dir() else path
 
 

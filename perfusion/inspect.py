@@ -25,6 +25,7 @@ USAGE = """
 Usage: python -m perfusion.inspect <concept file>                               what it holds; loads no model
        python -m perfusion.inspect backbone=sd15                               what a method edits, without weights
        python -m perfusion.inspect <concept file> prompt='a photo of <cat*>'   similarity r and gate g of each token
+       python -m perfusion.inspect <concept file> card=true                    its model card, as Markdown
 """
 
 Row = tuple[str, ...]
@@ -37,7 +38,8 @@ _NAMED = 8  # tensors that are named one by one
 class InspectConfig:
     """The options of `python -m perfusion.inspect`."""
 
-    concept: str | None = None  # concept file; `concept=` may be left out
+    concept: str | None = None  # concept file, or hub:owner/name; `concept=` may be left out
+    card: bool = False  # print the card that goes with it to the hub
     backbone: str | None = None  # toyland, sd15, sdxl, ...; with a prompt null is that of the concept's training
     prompt: str | None = None  # text whose tokens are looked at
     beta: float | None = None  # with a prompt: gate's threshold; null: as the concept says
@@ -61,17 +63,25 @@ def inspect(config: InspectConfig) -> list[str]:
 
     Raises:
         ConfigError: neither a concept nor a backbone, a prompt without a concept, or no such backbone or method.
-        ConceptFileError, BackboneError: what cannot be read.
+        ConceptFileError, BackboneError, HubError: what cannot be read.
     """
     from perfusion.concept import Concept
+    from perfusion.hub import PREFIX, SAMPLES, named_file
 
+    if config.concept is None and config.card:
+        raise ConfigError("found card= without a concept file; --help says what there is to inspect")
     if config.concept is None and (config.backbone is None or config.prompt is not None):
         missing = "neither a concept file nor backbone=" if config.prompt is None else "prompt= without a concept file"
         raise ConfigError(f"found {missing}; --help says what there is to inspect")
     lines: list[str] = []
     if config.concept is not None:
-        concept = Concept.load(Path(config.concept).expanduser())
-        lines += describe_concept(concept, Path(config.concept).expanduser())
+        path = named_file(config.concept)
+        concept = Concept.load(path)
+        if config.card:
+            of_hub = config.concept.startswith(PREFIX)
+            repo_id = config.concept.removeprefix(PREFIX).partition("@")[0] if of_hub else None
+            return concept.card(repo_id, samples=(path.parent / SAMPLES).is_file()).splitlines()
+        lines += describe_concept(concept, path)
         if config.prompt is not None:
             lines += ["", *describe_prompt(concept, config)]
     if config.backbone is not None and config.prompt is None:

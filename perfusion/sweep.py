@@ -10,7 +10,6 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.training import sweep
 
 USAGE = """
 What became of the jobs of a sweep so far. Nothing is run; the command that began the sweep goes on with it.
@@ -31,6 +30,8 @@ class SweepTable:
 def main(argv: Sequence[str]) -> int:
     """Print the table; the exit status, 1 unless all jobs are done."""
     options = parse_key_values(argv, SweepTable, USAGE, positional="sweep")
+    from perfusion.training import sweep  # with Hydra, which takes long to import
+
     results = [sweep.result_of(job) for job in sweep.read(Path(options.sweep).expanduser()).jobs]
     print(sweep.table(results))
     return 0 if all(result.state == "done" for result in results) else 1

@@ -15,12 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from perfusion.cli import run_cli
+from perfusion.cli import OK, run_cli
 from perfusion.config import ConfigError, TrainConfig, which_weights
-from perfusion.training import composition, sweep
-from perfusion.training.devices import join
 
-# Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
+# Hydra, torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -37,6 +35,13 @@ _PATIENCE = 3.0  # seconds
 
 def main(argv: Sequence[str]) -> int | None:
     """Train what a command line describes; with `-m`, all of it (`perfusion.training.sweep`)."""
+    if [*argv] in (["--help"], ["-h"]):
+        from perfusion.training import help
+
+        print(help.text())
+        raise SystemExit(OK)
+    from perfusion.training import composition, sweep
+
     signal.signal(signal.SIGTERM, _interrupt)
     if sweep.asked_for(argv):
         return sweep.run(argv)
@@ -54,6 +59,8 @@ def train(config: TrainConfig) -> RunFolder:
         KeyboardInterrupt: stopped; its message says how to go on.
     """
     started = time.monotonic()
+    from perfusion.training.devices import join
+
     rank = join(config.trainer)  # of the processes that train together; files and words are the first one's
     from lightning.pytorch import seed_everything
 

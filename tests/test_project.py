@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -157,3 +158,16 @@ def test_ci_runs_the_tests_and_the_linters():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert re.findall(r"^make (.*)$", script.read_text(encoding="utf-8"), re.MULTILINE) == ["test", "lint"]
+
+
+def test_a_workflow_calls_it_and_the_image_has_the_same_uv():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step] == [".ci/run"]
+    (used,) = re.findall(r"^version=(.*)$", (ROOT / "tools" / "uv").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"ARG UV={used}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_citation_has_the_version_of_the_project(project: dict):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == project["version"] and cited["license"] == project["license"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from perfusion.backbones.base import BackboneError
 from perfusion.backbones.layouts import layout_folder, pipeline_class
 from perfusion.backbones.single_file import folder_tokenizer, layout_of, read_single_file
+from perfusion.bars import without_loading_bars
 from perfusion.config import BackboneConfig
 from perfusion.hub import offline
 
@@ -102,7 +103,7 @@ def read_pipeline(cls: type[P], origin: Source, dtype: torch.dtype, tokenizers: 
     Raises:
         BackboneError: it cannot be read; the message says why.
     """
-    with reading(origin):
+    with reading(origin), without_loading_bars() if origin.local else nullcontext():  # a download keeps its bars
         if origin.layout:
             pipe = read_single_file(cls, Path(origin.name), origin.layout, dtype, tokenizers, **parts)
         else:

@@ -5,8 +5,8 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from perfusion.bars import Bar
 from perfusion.covariance.cache import PartialSum
 from perfusion.covariance.moment import CovarianceError, SecondMoment
 
@@ -32,7 +32,7 @@ def accumulate(
     done = 0 if partial is None else partial.captions
     size = len(captions) if isinstance(captions, Sized) else None
     rest = islice(captions, done, None)
-    bar = tqdm(total=size, initial=done, desc="second moment", unit="caption", disable=not progress)
+    bar = Bar(total=size, initial=done, desc="second moment", unit="caption", disable=not progress)
     try:
         with torch.no_grad(), bar:
             for batch in _batches(rest, batch_size):

@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps
-from torch import Tensor
+
+if TYPE_CHECKING:  # commands that only look at files do without it
+    from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -73,6 +74,8 @@ def load_examples(paths: Sequence[Path], resolution: int, mask_of: MaskOf | None
     Raises:
         ConceptImageError: anything that is wrong with the files, each of which is decoded in full here, or with a mask.
     """
+    import torch
+
     squares: list[tuple[Tensor, Tensor | None]] = []
     for path in paths:
         image = read_image(path)
@@ -99,6 +102,8 @@ def fit(image: Image.Image, mask: np.ndarray | None, resolution: int) -> tuple[T
         pixels: float32 (3, R, R) in [-1, 1].
         mask: float32 (R, R) in [0, 1], not zero everywhere; None if none was given.
     """
+    import torch
+
     assert image.mode == "RGB" and resolution > 0
     side, spare = min(image.size), max(image.size) - min(image.size)
     wide = image.width > image.height

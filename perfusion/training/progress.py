@@ -9,7 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-_IN_A_FILE = 25  # steps between two updates where nobody watches a terminal
+from perfusion.bars import LinesInAFile
+
+
+class _TrainingBar(LinesInAFile, Tqdm):
+    pass
 
 
 class StepProgress(TQDMProgressBar):
@@ -17,13 +21,11 @@ class StepProgress(TQDMProgressBar):
 
     BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left{postfix}"
 
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else _IN_A_FILE)
-
     def init_train_tqdm(self) -> Tqdm:
-        bar = super().init_train_tqdm()
-        bar.unit = "step"
-        return bar
+        return _TrainingBar(
+            desc="Training: ", unit="step", disable=self.is_disabled, dynamic_ncols=True, file=sys.stdout, smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )  # fmt: skip
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
@@ -33,7 +35,6 @@ class StepProgress(TQDMProgressBar):
         bar.reset(total=trainer.max_steps * trainer.accumulate_grad_batches)
         # A resumed run starts at its step: the steps before it took no time of this process.
         bar.initial = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        bar.set_description("Training")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bar of a run that was stopped, or it would be printed again whenever Python collects it."""

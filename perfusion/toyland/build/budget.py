@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from perfusion.bars import Bar
 from perfusion.files import atomic_path
 from perfusion.toyland.build.muon import Muon
 from perfusion.toyland.precision import bfloat16_pays
@@ -142,7 +142,7 @@ class BudgetedTraining:
 
     def __iter__(self) -> Iterator[int]:
         started, saved = time.monotonic() - self.elapsed, time.monotonic()
-        bar = tqdm(
+        bar = Bar(
             total=round(self.seconds),
             initial=round(self.elapsed),
             desc=self.name,

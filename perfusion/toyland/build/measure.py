@@ -17,8 +17,8 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from perfusion.bars import Bar
 from perfusion.toyland.build.counting import followed, identity_share
 from perfusion.toyland.build.shipped import BATCH, GUIDANCE, Scorer, Toyland, encode, generate
 from perfusion.toyland.build.train_autoencoder import draw_batch
@@ -156,7 +156,7 @@ def fine_tuning_curve(
     generator = torch.Generator().manual_seed(0)
     wanted = _varied_prompts(images)
     rows = []
-    for step in tqdm(range(steps[-1] + 1), desc="fine-tuning"):
+    for step in Bar(range(steps[-1] + 1), desc="fine-tuning"):
         if step in steps:
             pipe.unet.eval()
             of_cat = read(toyland.reader, generate(pipe, ["a photo of a cat"] * images, 3))

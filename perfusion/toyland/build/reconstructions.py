@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from perfusion.bars import Bar
 from perfusion.files import atomic_path
 from perfusion.toyland.build.budget import device, rank, world_size
 from perfusion.toyland.build.train_autoencoder import autoencoder_hash, draw_scenes
@@ -55,7 +55,7 @@ class Pool:
 def reconstructions(model: Any, scenes: list[Scene]) -> Tensor:
     """What an `AutoencoderKL` makes of n scenes: uint8 (n, 3, 64, 64)."""
     parts = []
-    for start in tqdm(range(0, len(scenes), 32), desc="reconstructions", disable=rank() != 0):
+    for start in Bar(range(0, len(scenes), 32), desc="reconstructions", disable=rank() != 0):
         pixels, _ = draw_scenes(scenes[start : start + 32])
         with torch.no_grad():
             back = model.decode(model.encode(pixels.to(device())).latent_dist.mode()).sample

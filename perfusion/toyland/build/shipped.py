@@ -15,8 +15,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from perfusion.bars import Bar
 from perfusion.toyland.build.train_words import token_ids
 from perfusion.toyland.captions import Caption
 from perfusion.toyland.reader import Reader
@@ -86,7 +86,7 @@ class Toyland:
         parts = _parts(prompts)
         settings = repeat(self.folder), parts, _seeds(seed, len(parts)), repeat(self.steps)
         drawn = self._workers.map(_draw_elsewhere, *settings)
-        return list(chain.from_iterable(tqdm(drawn, total=len(parts), desc=what, disable=not what)))
+        return list(chain.from_iterable(Bar(drawn, total=len(parts), desc=what, disable=not what)))
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
@@ -111,7 +111,7 @@ def generate(
     """
     parts = _parts(prompts)
     drawn = map(_draw, repeat(pipe), parts, _seeds(seed, len(parts)), repeat(steps))
-    return list(chain.from_iterable(tqdm(drawn, total=len(parts), desc=what, disable=not what)))
+    return list(chain.from_iterable(Bar(drawn, total=len(parts), desc=what, disable=not what)))
 
 
 def _parts(prompts: Sequence[str] | Tensor) -> list[Any]:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from perfusion.bars import Bar
 from perfusion.files import atomic_path
 from perfusion.toyland.build.budget import START, BudgetedTraining, device, rank, world_size
 from perfusion.toyland.build.train_autoencoder import autoencoder_hash, draw_scenes
@@ -49,7 +49,7 @@ def scene_latents(model: Any, scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """Of n scenes, float16: scaled `latents` (n, c, 8, 8) by an `AutoencoderKL`, and `cells` (n, 1, 8, 8), how much of
     each cell is object."""
     latents, cells = [], []
-    for start in tqdm(range(0, len(scenes), 64), desc="latents", disable=rank() != 0):
+    for start in Bar(range(0, len(scenes), 64), desc="latents", disable=rank() != 0):
         pixels, masks = draw_scenes(scenes[start : start + 64])
         with torch.no_grad(), autocast(device()):
             encoded = model.encode(pixels.to(device())).latent_dist.mode().float()
