@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,23 +139,20 @@ def build(config: BuildConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if config.start is not None and not (folder / f"{START}.safetensors").exists():
         begin_from(Path(config.start).expanduser(), folder)
-    wanted = STAGES if config.only is None else (config.only,)
     pool = min(COUNT, config.scenes)
-    seconds = {stage: 60 * config.minutes * share for stage, share in SHARES.items()}
-    if "autoencoder" in wanted:
-        run_workers(train_autoencoder, folder, seconds["autoencoder"], config.seed, processes=config.processes)
-    if "words" in wanted:
-        run_workers(train_words, folder, seconds["words"], config.seed, processes=config.processes)
-    if "diffusion" in wanted:
-        workers = (folder, seconds["diffusion"], config.scenes, config.seed)
-        run_workers(train_diffusion, *workers, processes=config.processes)
-    if "decoder" in wanted:
-        run_workers(train_decoder, folder, seconds["decoder"], config.seed, processes=config.processes)
-    if "scorer" in wanted:
-        run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, pool, processes=config.processes)
-    if "reader" in wanted:
-        run_workers(train_reader, folder, seconds["reader"], config.seed + 2, pool, processes=config.processes)
-    if "assemble" in wanted:
+    trainings: dict[str, tuple[Callable[..., None], *tuple[int, ...]]] = {
+        "autoencoder": (train_autoencoder, config.seed),
+        "words": (train_words, config.seed),
+        "diffusion": (train_diffusion, config.seed, config.scenes),
+        "decoder": (train_decoder, config.seed),
+        "scorer": (train_scorer, config.seed + 1, pool),
+        "reader": (train_reader, config.seed + 2, pool),
+    }
+    for stage, (train, *settings) in trainings.items():
+        if config.only in (None, stage):
+            seconds = 60 * config.minutes * SHARES[stage]
+            run_workers(train, folder, seconds, *settings, processes=config.processes)
+    if config.only in (None, "assemble"):
         out.mkdir(parents=True, exist_ok=True)
         assemble(folder, out)
         (out / REPORT).unlink(missing_ok=True)  # it may hold measurements of former weights

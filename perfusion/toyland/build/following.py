@@ -168,28 +168,23 @@ def compositions(toyland: Toyland, each: int = 20) -> dict[str, float]:
     rng = np.random.default_rng(FIRST_SCENE + 2)
     unseen = [pair for pair in sorted(HELD_OUT) for _ in range(each)]
     seen = [(pick(rng, [s for s in SUPERCLASSES if (s, thing) not in HELD_OUT]), thing) for _, thing in unseen]
-    renders = [picture(_pair_scene(*pair, FIRST_SCENE + i)) for i, pair in enumerate(unseen)]
-    result = {"unseen, reader on renders": _pairs_read(read(toyland.reader, renders), unseen)}
+    renders = []
+    for i, (kind, thing) in enumerate(unseen):
+        asks = {"superclass": kind, "style": "photo", "place" if thing in PLACES else "worn": thing}
+        renders.append(picture(sample_scene(FIRST_SCENE + i, objects=1, held_out=True, **asks)))
+    result = {"unseen, reader on renders": _pairs_read(toyland, renders, unseen)}
     for name, pairs in (("unseen", unseen), ("seen", seen)):
-        images = toyland.draw([_pair_prompt(*pair) for pair in pairs], 2, f"{name} compositions")
-        result[name] = _pairs_read(read(toyland.reader, images), pairs)
+        said = [(kind, PLACE_PHRASES[thing][0] if thing in PLACES else _wearing(thing)) for kind, thing in pairs]
+        images = toyland.draw([f"a photo of a {kind} {more}" for kind, more in said], 2, f"{name} compositions")
+        result[name] = _pairs_read(toyland, images, pairs)
     return result
 
 
-def _pairs_read(shown: Sequence[dict[str, str]], pairs: Sequence[tuple[str, str]]) -> float:
+def _pairs_read(toyland: Toyland, images: Sequence[Image.Image], pairs: Sequence[tuple[str, str]]) -> float:
     return fmean(
         found["object0_superclass"] == kind and found["place" if thing in PLACES else "object0_worn"] == thing
-        for found, (kind, thing) in zip(shown, pairs, strict=True)
+        for found, (kind, thing) in zip(read(toyland.reader, images), pairs, strict=True)
     )
-
-
-def _pair_scene(superclass: str, thing: str, seed: int) -> Scene:
-    asks = {"place": thing} if thing in PLACES else {"worn": thing}
-    return sample_scene(seed, objects=1, held_out=True, superclass=superclass, style="photo", **asks)
-
-
-def _pair_prompt(superclass: str, thing: str) -> str:
-    return f"a photo of a {superclass} {PLACE_PHRASES[thing][0] if thing in PLACES else _wearing(thing)}"
 
 
 def renders_beside_pictures(toyland: Toyland, count: int = 64, columns: int = 8) -> Image.Image:

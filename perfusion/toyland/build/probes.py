@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perfusion.toyland.build.measure import FIRST_SCENE
 from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.build.train_words import said, training_scene
 from perfusion.toyland.captions import Caption, caption, looks_said
 from perfusion.toyland.models import LATENT_SIZE
 from perfusion.toyland.world import COLOURS, DETAILS, PATTERNS, Scene, pick, sample_scene
 
-FIRST_SCENE = 400_000  # seeds that no model was trained on
-FITTED_SCENE = 600_000  # the same, and other ones
+FITTED_SCENE = 600_000  # as FIRST_SCENE, a seed that no model was trained on, and other ones
 LOOKS = ("pattern", "second", "detail")  # with the body, all that makes a toy of its superclass an individual
 STEPS = (100, 300, 500, 700)  # of the noise schedule's 1000
 _AT_ONCE = 64
@@ -96,7 +96,11 @@ def read_at_noun(pipe: Any, encode: Callable[[Sequence[Caption]], Tensor], count
     rng = np.random.default_rng(FIRST_SCENE)
     scenes = _scenes_with_all_looks(count)
     captions = [_saying_all(scene) for scene in scenes]
-    latents, cells = _latents_and_cells(pipe.vae, scenes)
+    pixels, masks = draw_scenes(scenes)
+    cells = F.adaptive_avg_pool2d(masks, LATENT_SIZE)
+    with torch.no_grad():
+        latents = torch.cat([pipe.vae.encode(part).latent_dist.mode() for part in pixels.split(_AT_ONCE)])
+        latents *= pipe.vae.config.scaling_factor
     right = encode(captions)
     own = F.one_hot(torch.tensor([c.nouns[0] + 1 for c in captions]), right.shape[1]).bool()[..., None]
     least = denoising_error(pipe, latents, cells, right)
@@ -154,10 +158,3 @@ def _with_other_look(scene: Scene, look: str, rng: np.random.Generator) -> Scene
     }
     changed: dict[str, Any] = {look: pick(rng, options[look])}
     return replace(scene, objects=(replace(placed, instance=replace(toy, **changed)),))
-
-
-@torch.no_grad()
-def _latents_and_cells(vae: Any, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    pixels, masks = draw_scenes(scenes)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(_AT_ONCE)])
-    return latents * vae.config.scaling_factor, F.adaptive_avg_pool2d(masks, LATENT_SIZE)

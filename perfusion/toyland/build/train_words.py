@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank
 from perfusion.toyland.captions import Caption, caption, looks_said, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, TEXT_WIDTH, text_encoder
 from perfusion.toyland.reader import OBJECT_HEADS
@@ -91,7 +91,7 @@ def train_words(folder: Path, seconds: float, seed: int = 0) -> None:
     run = BudgetedTraining("words", {"text": encoder, "saying": saying}, folder, seconds, RATE, BATCH)
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
-        first = FIRST_SCENE + (step * world_size() + rank()) * BATCH
+        first = FIRST_SCENE + run.turn * BATCH
         captions = [training_caption(training_scene(first + i), rng) for i in range(BATCH)]
         encoded = encoder(token_ids(tokenizer, captions).to(device())).last_hidden_state
         run.update(saying(encoded, captions))
