@@ -1,7 +1,6 @@
 """The pipelines that benchmarks run on, and a concept in them: the method as it is trained, whose size alone counts.
 
-`toyland` is the shipped pipeline, else one of its architecture with random weights, which takes as long; `sd15` is
-Stable Diffusion 1.5 in full size with random weights.
+`toyland` is the shipped pipeline; `sd15` is Stable Diffusion 1.5 in full size with random weights.
 """
 
 from __future__ import annotations
@@ -21,12 +20,8 @@ import perfusion
 from perfusion.backbones import Backbone, around, default_config
 from perfusion.backbones.layouts import untrained_pipeline
 from perfusion.backbones.single_file import clip_tokenizer
-from perfusion.backbones.toyland import WEIGHTS
 from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.methods.base import Method, Word, build
-from perfusion.toyland import models
-from perfusion.toyland.captions import vocabulary
-from perfusion.toyland.tokenizer import build_tokenizer
 
 WORD = Word("<cat*>", "cat")
 CAPTIONS = 256  # of Toyland's C, whose size costs no time later
@@ -35,12 +30,7 @@ BACKBONES = {"toyland": "toyland", "sd15": "stable_diffusion"}
 
 def pipeline(model: str, device: torch.device) -> StableDiffusionPipeline:
     """A pipeline of its own at each call, with the same weights: float32, frozen, without a progress bar."""
-    if model == "sd15":
-        pipe: Any = _stable_diffusion(device)
-    elif (WEIGHTS / "model_index.json").is_file():
-        pipe = perfusion.load("toyland", device=str(device))
-    else:
-        pipe = _toyland().to(device)
+    pipe: Any = _stable_diffusion(device) if model == "sd15" else perfusion.load("toyland", device=str(device))
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe, StableDiffusionPipeline)
     return pipe
@@ -87,16 +77,3 @@ def _stable_diffusion(device: torch.device) -> StableDiffusionPipeline:
         tokenizer=clip_tokenizer("<|endoftext|>"), scheduler=DDIMScheduler.from_config(pipe.scheduler.config)
     )
     return pipe
-
-
-def _toyland() -> StableDiffusionPipeline:
-    tokenizer = build_tokenizer(vocabulary(), models.TEXT_POSITIONS)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet, vae, text_encoder = models.unet(), models.autoencoder(), models.text_encoder(tokenizer)
-    parts: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    for part in parts.values():
-        part.requires_grad_(False).eval()
-    parts |= {"tokenizer": tokenizer, "scheduler": models.scheduler()}
-    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-    return StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)
