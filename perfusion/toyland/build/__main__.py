@@ -21,9 +21,10 @@ from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
+from perfusion.toyland.build import card
 from perfusion.toyland.build.budget import START, run_workers
 from perfusion.toyland.build.reconstructions import COUNT
-from perfusion.toyland.build.report import REPORT, write, write_card
+from perfusion.toyland.build.report import REPORT, write
 from perfusion.toyland.build.train_autoencoder import train_autoencoder
 from perfusion.toyland.build.train_decoder import train_decoder
 from perfusion.toyland.build.train_diffusion import train_diffusion
@@ -158,7 +159,7 @@ def build(config: BuildConfig) -> None:
         (out / REPORT).unlink(missing_ok=True)  # it may hold measurements of former weights
         settings = {"scenes": config.scenes, "seed": config.seed}
         report = write(out / REPORT, training=training_record(folder), settings=settings, built_with=provenance())
-        write_card(out, report)
+        atomic_write_text(out / card.FILE_NAME, card.card(report))
         print(f"Toyland is in {out}")
 
 

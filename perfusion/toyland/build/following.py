@@ -12,7 +12,6 @@ from statistics import fmean
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
@@ -21,6 +20,7 @@ from perfusion.contact_sheet import image_grid
 from perfusion.toyland.build.counting import hits_by_row, identity_share, share_right
 from perfusion.toyland.build.measure import FIRST_SCENE, fresh_scenes, picture, pixels_of, read
 from perfusion.toyland.build.shipped import Scorer, Toyland
+from perfusion.toyland.build.train_words import at_nouns
 from perfusion.toyland.captions import (
     PLACE_PHRASES,
     SUPPORT_PHRASES,
@@ -148,8 +148,8 @@ def swapped(toyland: Toyland, count: int = 200) -> dict[str, float]:
     sources = [caption(scene, rng) for scene in fresh_scenes(count, objects=1)]
     others = [renamed(source, 0, pick(rng, possible_nouns(source, 0))) for source in sources]
     encoded = toyland.encode(sources)
-    own = F.one_hot(torch.tensor([source.nouns[0] + 1 for source in sources]), encoded.shape[1]).bool()[..., None]
-    images = toyland.draw(torch.where(own, toyland.encode(others), encoded), 1, "swaps")
+    mixed = at_nouns([source.nouns[0] for source in sources], toyland.encode(others), encoded)
+    images = toyland.draw(mixed, 1, "swaps")
     found = [shown["object0_superclass"] for shown in read(toyland.reader, images)]
 
     def share(captions: Sequence[Caption]) -> float:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.toyland.build.budget import START, BudgetedTraining, device, rank, world_size
 from perfusion.toyland.build.train_autoencoder import draw_scenes, made_once
-from perfusion.toyland.build.train_words import Saying, token_ids, training_caption, training_scene
+from perfusion.toyland.build.train_words import Saying, at_nouns, token_ids, training_caption, training_scene
 from perfusion.toyland.captions import Caption, swap_object, vocabulary
 from perfusion.toyland.models import LATENT_SIZE, TEXT_POSITIONS, scheduler, text_encoder, unet
 from perfusion.toyland.precision import autocast
@@ -70,10 +70,8 @@ def contexts(
     others = [swap_object(captions[i], j, rng) for i, j in zip(chosen, objects, strict=True)]
     around = encoder(token_ids(tokenizer, others).to(device())).last_hidden_state
     rows = torch.tensor(chosen, device=encoded.device)
-    own = F.one_hot(
-        torch.tensor([captions[i].nouns[j] + 1 for i, j in zip(chosen, objects, strict=True)]), encoded.shape[1]
-    ).to(encoded.device, torch.bool)[..., None]
-    return encoded, encoded.index_copy(0, rows, torch.where(own, encoded[rows], around))
+    nouns = [captions[i].nouns[j] for i, j in zip(chosen, objects, strict=True)]
+    return encoded, encoded.index_copy(0, rows, at_nouns(nouns, encoded[rows], around))
 
 
 def denoising_loss(

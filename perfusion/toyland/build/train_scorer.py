@@ -31,7 +31,7 @@ from perfusion.toyland.build.train_reader import BLUR, reading_loss
 from perfusion.toyland.captions import asked, caption, parse, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
 from perfusion.toyland.precision import autocast
-from perfusion.toyland.reader import HEADS, label_tensors, shown, visible
+from perfusion.toyland.reader import HEADS, OBJECT_HEADS, label_tensors, shown, visible
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.world import (
     COLOURS,
@@ -68,30 +68,34 @@ def matching_loss(images: Tensor, texts: Tensor, wrong: Tensor, differ: Tensor, 
     return contrast + believed
 
 
+def changed(scene: Scene, index: int, name: str, rng: np.random.Generator, patterns: Sequence[str] = PATTERNS) -> Scene:
+    """The scene with attribute `name` of object `index` made another one."""
+    placed = scene.objects[index]
+    instance = placed.instance
+    options: dict[str, Iterable[str]] = {
+        "superclass": [s for s in SUPERCLASSES if all(s != p.instance.superclass for p in scene.objects)],
+        "body": [c for c in COLOURS if c != instance.second],
+        "second": [c for c in COLOURS if c != instance.body],
+        "pattern": patterns,
+        "detail": DETAILS,
+        "worn": WORN[1:],
+        "support": SUPPORTS[1:],
+    }
+    part = placed if name in PLACED_FIELDS else instance
+    change: dict[str, Any] = {name: pick(rng, [o for o in options[name] if o != getattr(part, name)])}
+    other = replace(placed, **(change if part is placed else {"instance": replace(instance, **change)}))
+    return replace(scene, objects=tuple(other if i == index else p for i, p in enumerate(scene.objects)))
+
+
 def altered(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with one attribute of an object changed, of those that can be seen.
 
     Place and style are what the other captions of a batch differ in.
     """
     index = int(rng.integers(len(scene.objects)))
-    placed = scene.objects[index]
-    instance = placed.instance
-    there = [p.instance.superclass for p in scene.objects]
-    options: dict[str, Iterable[str]] = {
-        "superclass": [s for s in SUPERCLASSES if s not in there],
-        "body": [c for c in COLOURS if c != instance.second],
-        "second": [c for c in COLOURS if c != instance.body],
-        "pattern": PATTERNS,
-        "detail": DETAILS,
-        "worn": WORN[1:],
-        "support": SUPPORTS[1:],
-    }
-    seen = {name for name, option in visible(placed, scene.style).items() if option != "none"}
-    name = pick(rng, [name for name in options if name in seen])
-    part = placed if name in PLACED_FIELDS else instance
-    change: dict[str, Any] = {name: pick(rng, [o for o in options[name] if o != getattr(part, name)])}
-    changed = replace(placed, **(change if part is placed else {"instance": replace(instance, **change)}))
-    return replace(scene, objects=tuple(changed if i == index else p for i, p in enumerate(scene.objects)))
+    seen = visible(scene.objects[index], scene.style)
+    name = pick(rng, [name for name in OBJECT_HEADS if seen.get(name, "none") != "none"])
+    return changed(scene, index, name, rng)
 
 
 def captions(scenes: Sequence[Scene], seed: Sequence[int]) -> tuple[list[str], list[str]]:
