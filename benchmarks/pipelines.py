@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,7 +19,7 @@ import perfusion
 from perfusion.backbones import Backbone, around, default_config
 from perfusion.backbones.layouts import untrained_pipeline
 from perfusion.backbones.single_file import clip_tokenizer
-from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.config import CovarianceConfig
 from perfusion.methods.base import Method, Word, build
 
 WORD = Word("<cat*>", "cat")
@@ -43,8 +42,15 @@ def concept(
     """`pipe`, which is `pipeline(model)`, as a backbone, with the method perfusion attached for training or drawing."""
     method = build({"name": "perfusion"}, word).train(training)
     with TemporaryDirectory() as folder:
-        settings = config(model, pipe.text_encoder.config.hidden_size, Path(folder))
-        backbone = around(pipe, dataclasses.replace(settings, gradient_checkpointing=checkpointing))
+        # A `C` that is quickly there: of few captions, or, where they would take long, some ready matrix.
+        covariance = CovarianceConfig(captions="toyland", count=CAPTIONS, cache=folder)
+        if model != "toyland":
+            covariance.matrix = f"{folder}/C.safetensors"
+            save_file({"second_moment": torch.eye(pipe.text_encoder.config.hidden_size) + 0.1}, covariance.matrix)
+        config = default_config(BACKBONES[model])
+        backbone = around(
+            pipe, dataclasses.replace(config, covariance=covariance, gradient_checkpointing=checkpointing)
+        )
         backbone.second_moment(progress=False)
         method.attach(backbone)
         method.state()  # makes the method ask for C, if it has not yet
@@ -52,19 +58,6 @@ def concept(
         yield backbone, method
     finally:
         method.detach()
-
-
-def config(model: str, width: int, folder: Path) -> BackboneConfig:
-    """The backbone's defaults, with a `C` (width, width) that is quickly there: of few captions, or, where they would
-    take long, some ready matrix in `folder`."""
-    defaults = default_config(BACKBONES[model])
-    if model == "toyland":
-        covariance = CovarianceConfig(captions="toyland", count=CAPTIONS, cache=str(folder))
-    else:
-        C = torch.eye(width) + 0.1 * torch.ones(width, width)
-        save_file({"second_moment": C}, folder / "C.safetensors")
-        covariance = CovarianceConfig(matrix=str(folder / "C.safetensors"), cache=str(folder))
-    return dataclasses.replace(defaults, covariance=covariance)
 
 
 def _stable_diffusion(device: torch.device) -> StableDiffusionPipeline:
