@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,39 +11,11 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks import (
-    attach,
-    memory,
-    page,
-    projection,
-    projection_sampling,
-    report,
-    sampling,
-    timing,
-    train_sd15,
-    train_step,
-)
+from benchmarks import page, report, timing
+from benchmarks.catalogue import BENCHMARKS
 from perfusion.backbones.loading import resolve_device
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
-
-BENCHMARKS: Mapping[str, Callable[[torch.device], Iterator[timing.Pair | timing.Amounts]]] = {
-    "projection": projection.pairs,
-    "projection_sampling": projection_sampling.pairs,
-    "train_step": train_step.pairs,
-    "sampling_1": sampling.sampling_1,
-    "sampling_8": sampling.sampling_8,
-    "sampling_16_betas": sampling.sampling_16_betas,
-    "attach_first": attach.first,
-    "attach": attach.further,
-    "train_memory": memory.amounts,
-    "train_memory_checkpointing": memory.checkpointing,
-    "train_peak": train_sd15.peak,
-    "train_peak_checkpointing": train_sd15.peak_checkpointing,
-    "train_400": train_sd15.run,
-    "train_400_checkpointing": train_sd15.run_checkpointing,
-}
-CUDA_ONLY = frozenset({"train_peak", "train_peak_checkpointing", "train_400", "train_400_checkpointing"})
 
 USAGE = f"""
 Measure overhead as ratios: the project's work (subject) against the least that any implementation must do (baseline),
@@ -76,9 +48,8 @@ def main(argv: Sequence[str]) -> None:
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise ConfigError(f"no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
     if config.rounds < 2 or config.threads < 1:
-        raise ConfigError(
-            f"found rounds={config.rounds} threads={config.threads}, expected at least 2 rounds and 1 thread"
-        )
+        found = f"rounds={config.rounds} threads={config.threads}"
+        raise ConfigError(f"found {found}, expected at least 2 rounds and 1 thread")
     device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
     diffusers.utils.logging.disable_progress_bar()
@@ -89,11 +60,11 @@ def main(argv: Sequence[str]) -> None:
     out = Path(config.out)
     rows = report.write(out, [])  # that it can be written is known before any long work
     for name in names or BENCHMARKS:
-        if name in CUDA_ONLY and device.type != "cuda":
+        if BENCHMARKS[name].cuda_only and device.type != "cuda":
             print(f"{name} needs CUDA: left out")
             continue
         try:
-            for pair in BENCHMARKS[name](device):
+            for pair in BENCHMARKS[name].run(device):
                 if isinstance(pair, timing.Amounts):
                     result = report.result(pair, pair.comparison(), pair.clock, where)
                 else:

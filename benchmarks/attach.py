@@ -25,14 +25,10 @@ from perfusion.data.prompts import fill, templates
 ROUNDS = {"toyland": None, "sd15": 5}
 
 
-def first(device: torch.device) -> Iterator[Pair]:
-    """A pair for each model; the baseline returns the encoding (d,)."""
-    return (_pair("attach_first", model, device, anew=True) for model in ROUNDS)
-
-
-def further(device: torch.device) -> Iterator[Pair]:
-    """Likewise."""
-    return (_pair("attach", model, device, anew=False) for model in ROUNDS)
+def pairs(device: torch.device, anew: bool = False) -> Iterator[Pair]:
+    """A pair for each model, of which nothing is known yet at each call if `anew`; the baseline returns the encoding
+    (d,)."""
+    return (_pair("attach_first" if anew else "attach", model, device, anew) for model in ROUNDS)
 
 
 def _pair(name: str, model: str, device: torch.device, anew: bool) -> Pair:

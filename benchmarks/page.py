@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from benchmarks.catalogue import BENCHMARKS
 from benchmarks.report import Result, amount
 from benchmarks.train_step import BATCH
 from perfusion.backbones.layouts import meta_pipeline
@@ -27,37 +28,6 @@ spread / √rounds has neither reached nor missed it for sure.
 |---|---|---:|---:|---|---:|---:|---:|
 """
 
-
-class About(NamedTuple):
-    """A benchmark on the page."""
-
-    text: str  # what it compares with what
-    ratio: float | None = None  # what its ratio should be at most
-    seconds: float | None = None  # or what its subject should be at most
-
-
-ABOUT = {
-    "projection": About("K and V of all layers for a batch of prompts in training: edited against plain"),
-    "projection_sampling": About("the same over the steps of one sampling, where they are computed once"),
-    "train_step": About("a whole training step against frozen forward and gradients of activations alone", 1.05),
-    "sampling_1": About("a whole call of the pipeline: one concept against none", 1.00),
-    "sampling_8": About("the same with eight concepts attached, two of them in the prompt", 1.00),
-    "sampling_16_betas": About("the same with 16 pictures in a batch, each with a strength of its own", 1.00),
-    "attach_first": About(
-        "attaching a concept to a model that was just loaded, and detaching it, against encoding its superclass alone",
-        seconds=0.2,
-    ),
-    "attach": About("the same where a concept of this superclass has been before", seconds=0.2),
-    "train_memory": About("what a training step keeps for the backward pass against what it has to keep", 1.05),
-    "train_memory_checkpointing": About("the same with gradient checkpointing", 1.05),
-    "train_peak": About(
-        "the most memory that is allocated in training steps on 16 pictures of 512 x 512 (`_bf16`: under autocast)",
-        1.05,
-    ),
-    "train_peak_checkpointing": About("the same with gradient checkpointing", 1.05),
-    "train_400": About("400 such steps under autocast to bfloat16", seconds=60),
-    "train_400_checkpointing": About("the same with gradient checkpointing", seconds=60),
-}
 
 # A training's memory, by the row that has what one picture keeps: what is set.
 FITTING = {
@@ -84,18 +54,19 @@ Fewer pictures at once need less: `trainer.accumulate_grad_batches=4` takes the 
 def write(path: Path, rows: Sequence[Result]) -> None:
     """Write the page, atomically."""
     lines = [_line(row) for row in rows]
-    told = [f"- `{name}`: {ABOUT[name].text}." for name in dict.fromkeys(row["name"] for row in rows) if name in ABOUT]
+    names = dict.fromkeys(row["name"] for row in rows if row["name"] in BENCHMARKS)
+    told = [f"- `{name}`: {BENCHMARKS[name].text}." for name in names]
     where = [f"- {place}" for place in dict.fromkeys(_place(row) for row in rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, HEAD + "\n".join([*lines, "", *told, "", "Measured on:", "", *where, ""]) + _memory(rows))
 
 
 def _line(row: Result) -> str:
-    about = ABOUT.get(row["name"], About(""))
+    about = BENCHMARKS.get(row["name"])
     said = ""
-    if about.ratio is not None:
+    if about and about.ratio is not None:
         said = f"{about.ratio:.2f}, " + _reached(row["ratio"], about.ratio)
-    elif about.seconds is not None:
+    elif about and about.seconds is not None:
         said = f"{about.seconds:g} s, " + _reached(row["median"]["subject"], about.seconds)
     subject, baseline = amount(row, "subject"), amount(row, "baseline")
     return (
@@ -117,12 +88,9 @@ def _memory(rows: Sequence[Result]) -> str:
         f"{_gigabytes(BATCH * one + weights)} |"
         for name, one in kept.items()
     ]
-    peaks = any(row["name"].startswith("train_peak") for row in rows)
-    measured = (
-        "The peak that was measured on a GPU is in the rows `train_peak`."
-        if peaks
-        else "The peak on a GPU has not been measured yet."
-    )
+    measured = "The peak on a GPU has not been measured yet."
+    if any(row["name"].startswith("train_peak") for row in rows):
+        measured = "The peak that was measured on a GPU is in the rows `train_peak`."
     return MEMORY.format(batch=BATCH, lines="\n".join(lines), measured=measured) if lines else ""
 
 

@@ -1,7 +1,6 @@
 """The pipelines that benchmarks run on, and a concept in them: the method as it is trained, whose size alone counts.
 
-`toyland` is the shipped pipeline, else one of its architecture with random weights, which takes as long; `sd15` is
-Stable Diffusion 1.5 in full size with random weights.
+`toyland` is the shipped pipeline; `sd15` is Stable Diffusion 1.5 in full size with random weights.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,12 +19,8 @@ import perfusion
 from perfusion.backbones import Backbone, around, default_config
 from perfusion.backbones.layouts import untrained_pipeline
 from perfusion.backbones.single_file import clip_tokenizer
-from perfusion.backbones.toyland import WEIGHTS
-from perfusion.config import BackboneConfig, CovarianceConfig
+from perfusion.config import CovarianceConfig
 from perfusion.methods.base import Method, Word, build
-from perfusion.toyland import models
-from perfusion.toyland.captions import vocabulary
-from perfusion.toyland.tokenizer import build_tokenizer
 
 WORD = Word("<cat*>", "cat")
 CAPTIONS = 256  # of Toyland's C, whose size costs no time later
@@ -35,12 +29,7 @@ BACKBONES = {"toyland": "toyland", "sd15": "stable_diffusion"}
 
 def pipeline(model: str, device: torch.device) -> StableDiffusionPipeline:
     """A pipeline of its own at each call, with the same weights: float32, frozen, without a progress bar."""
-    if model == "sd15":
-        pipe: Any = _stable_diffusion(device)
-    elif (WEIGHTS / "model_index.json").is_file():
-        pipe = perfusion.load("toyland", device=str(device))
-    else:
-        pipe = _toyland().to(device)
+    pipe: Any = _stable_diffusion(device) if model == "sd15" else perfusion.load("toyland", device=str(device))
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe, StableDiffusionPipeline)
     return pipe
@@ -53,8 +42,15 @@ def concept(
     """`pipe`, which is `pipeline(model)`, as a backbone, with the method perfusion attached for training or drawing."""
     method = build({"name": "perfusion"}, word).train(training)
     with TemporaryDirectory() as folder:
-        settings = config(model, pipe.text_encoder.config.hidden_size, Path(folder))
-        backbone = around(pipe, dataclasses.replace(settings, gradient_checkpointing=checkpointing))
+        # A `C` that is quickly there: of few captions, or, where they would take long, some ready matrix.
+        covariance = CovarianceConfig(captions="toyland", count=CAPTIONS, cache=folder)
+        if model != "toyland":
+            covariance.matrix = f"{folder}/C.safetensors"
+            save_file({"second_moment": torch.eye(pipe.text_encoder.config.hidden_size) + 0.1}, covariance.matrix)
+        config = default_config(BACKBONES[model])
+        backbone = around(
+            pipe, dataclasses.replace(config, covariance=covariance, gradient_checkpointing=checkpointing)
+        )
         backbone.second_moment(progress=False)
         method.attach(backbone)
         method.state()  # makes the method ask for C, if it has not yet
@@ -62,19 +58,6 @@ def concept(
         yield backbone, method
     finally:
         method.detach()
-
-
-def config(model: str, width: int, folder: Path) -> BackboneConfig:
-    """The backbone's defaults, with a `C` (width, width) that is quickly there: of few captions, or, where they would
-    take long, some ready matrix in `folder`."""
-    defaults = default_config(BACKBONES[model])
-    if model == "toyland":
-        covariance = CovarianceConfig(captions="toyland", count=CAPTIONS, cache=str(folder))
-    else:
-        C = torch.eye(width) + 0.1 * torch.ones(width, width)
-        save_file({"second_moment": C}, folder / "C.safetensors")
-        covariance = CovarianceConfig(matrix=str(folder / "C.safetensors"), cache=str(folder))
-    return dataclasses.replace(defaults, covariance=covariance)
 
 
 def _stable_diffusion(device: torch.device) -> StableDiffusionPipeline:
@@ -87,16 +70,3 @@ def _stable_diffusion(device: torch.device) -> StableDiffusionPipeline:
         tokenizer=clip_tokenizer("<|endoftext|>"), scheduler=DDIMScheduler.from_config(pipe.scheduler.config)
     )
     return pipe
-
-
-def _toyland() -> StableDiffusionPipeline:
-    tokenizer = build_tokenizer(vocabulary(), models.TEXT_POSITIONS)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet, vae, text_encoder = models.unet(), models.autoencoder(), models.text_encoder(tokenizer)
-    parts: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
-    for part in parts.values():
-        part.requires_grad_(False).eval()
-    parts |= {"tokenizer": tokenizer, "scheduler": models.scheduler()}
-    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-    return StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)

@@ -1,9 +1,15 @@
-"""`projection`: all K and V projections of a UNet on one batch of prompts, as a training step calls them.
+"""`projection`, `projection_sampling`: all K and V projections of a UNet.
 
 Subject: with the edit attached through the public API: the hook that computes similarity and gate once for the batch,
-then every projection (keys locked, values trained). Baseline: the same linear layers, plain. Both in grad mode on the
-same float32 encodings, which require gradients as those of a trained word do, with frozen random weights; the forward
-alone. Every projection of the layout is there, so what belongs to a prompt is shared out over as many layers as in use.
+then every projection (keys locked, values trained). Baseline: the same linear layers, plain. Both on the same float32
+encodings, with frozen random weights; the forward alone. Every projection of the layout is there, so what belongs to a
+prompt is shared out over as many layers as in use.
+
+- `projection`: one batch of prompts, as a training step calls them; the encodings require gradients as those of a
+  trained word do.
+- `projection_sampling`: the steps of one sampling. The subject has the same encodings of a new prompt at every step, so
+  the first computes and the others find what it computed; the baseline computes at each call, as in a stock pipeline.
+  Without gradients; a batch of a prompt and the empty prompt of guidance.
 """
 
 from __future__ import annotations
@@ -25,31 +31,20 @@ from perfusion.editing.places import EditSite
 from perfusion.toyland import models
 
 BATCH = 16  # prompts: the paper's batch
+STEPS = 20
+POSITIONS = {  # of a prompt, by the layouts that are measured
+    "toyland": models.TEXT_POSITIONS,
+    "sd15": layout_config("sd15", "text_encoder")["max_position_embeddings"],
+}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A UNet without weights, and how many text positions it reads."""
-
-    name: str
-    denoiser: Callable[[], UNet2DConditionModel]
-    positions: int
-
-
-def _toyland_unet() -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return models.unet()
-
-
-def _sd15_unet() -> UNet2DConditionModel:
-    pipe: Any = meta_pipeline("sd15")
+def empty_unet(layout: str) -> UNet2DConditionModel:
+    """The UNet of a layout, without weights."""
+    if layout == "toyland":
+        with torch.device("meta"):
+            return models.unet()
+    pipe: Any = meta_pipeline(layout)
     return pipe.unet
-
-
-LAYOUTS = (
-    Layout("toyland", _toyland_unet, models.TEXT_POSITIONS),
-    Layout("sd15", _sd15_unet, layout_config("sd15", "text_encoder")["max_position_embeddings"]),
-)
 
 
 class Projections(nn.Module):
@@ -73,11 +68,10 @@ class Sides:
     context: Tensor  # (B, N, d)
 
 
-def sides(layout: Layout, batch: int, device: torch.device) -> Sides:
+def sides(layout: str, batch: int, device: torch.device) -> Sides:
     """The projections of `layout`, and encodings of `batch` prompts, on `device`."""
     torch.manual_seed(0)
-    unet = layout.denoiser().requires_grad_(False)
-    sites = edit_sites_of(unet)
+    sites = edit_sites_of(empty_unet(layout).requires_grad_(False))
     layers = [site.projection for site in sites]
     assert all(type(layer) is nn.Linear for layer in layers)
     for layer in layers:
@@ -91,16 +85,33 @@ def sides(layout: Layout, batch: int, device: torch.device) -> Sides:
     }
     edited = Projections(sites)
     attach_edit(sites, edited, gate, outputs)
-    context = torch.randn(batch, layout.positions, d, device=device)
+    context = torch.randn(batch, POSITIONS[layout], d, device=device)
     return Sides(edited, lambda e: [layer(e) for layer in layers], gate, context)
 
 
 def pairs(device: torch.device, batch: int = BATCH) -> Iterator[Pair]:
     """One pair for each layout; both sides return the list of outputs (B, N, h)."""
-    for layout in LAYOUTS:
-        yield _pair(layout.name, sides(layout, batch, device))
+    return (_pair(layout, sides(layout, batch, device)) for layout in POSITIONS)
 
 
 def _pair(name: str, both: Sides) -> Pair:
     context = both.context.requires_grad_()
     return Pair("projection", name, lambda: both.edited(context), lambda: both.plain(context))
+
+
+def sampling_pairs(device: torch.device) -> Iterator[Pair]:
+    """One pair for each layout; both sides return the last step's list of outputs (B, N, h)."""
+    return (_sampling_pair(layout, sides(layout, 2, device)) for layout in POSITIONS)
+
+
+def _sampling_pair(name: str, both: Sides) -> Pair:
+    @torch.no_grad()
+    def edited() -> list[Tensor]:
+        both.gate.forget()  # a new prompt
+        return [both.edited(both.context) for _ in range(STEPS)][-1]
+
+    @torch.no_grad()
+    def plain() -> list[Tensor]:
+        return [both.plain(both.context) for _ in range(STEPS)][-1]
+
+    return Pair("projection_sampling", name, edited, plain)

@@ -47,10 +47,8 @@ class Result(TypedDict):
 def machine(device: torch.device) -> Machine:
     """This machine, as torch uses it now."""
     described = provenance()
-    gpu = "" if device.type == "cpu" else f" ({described['gpu']})"
-    return Machine(
-        cpu=described["cpu"], threads=torch.get_num_threads(), torch=torch.__version__, device=f"{device.type}{gpu}"
-    )
+    name = device.type if device.type == "cpu" else f"{device.type} ({described['gpu']})"
+    return Machine(cpu=described["cpu"], threads=torch.get_num_threads(), torch=torch.__version__, device=name)
 
 
 def result(pair: Pair | Amounts, found: Comparison, clock: Clock, where: Machine) -> Result:

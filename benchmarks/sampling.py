@@ -14,14 +14,14 @@ attached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from PIL import Image
 
-from benchmarks.pipelines import WORD, concept, pipeline
+from benchmarks.pipelines import concept, pipeline
 from benchmarks.timing import Pair
 from perfusion.methods.base import Word
 from perfusion.toyland.world import SUPERCLASSES
@@ -30,58 +30,35 @@ STEPS = {"toyland": 10, "sd15": 3}
 ROUNDS = {"toyland": None, "sd15": 7}
 SIDE = {"toyland": 64, "sd15": 128}  # pixels, on a CPU
 SIDE_OF_MANY = 64  # likewise at most, where a batch has several
-CONCEPTS, BETAS = 8, 16
 PROMPT = "a photo of a {} on the beach"
 PROMPT_OF_TWO = "a photo of a {} and a {} on the beach"
 
 
-def sampling_1(device: torch.device) -> Iterator[Pair]:
-    """A pair for each model, whose sides return the pictures."""
-    prompts = [[PROMPT.format(word)] for word in (WORD.placeholder, WORD.superclass)]
-    for model in STEPS:
-        plain, edited = pipeline(model, device), pipeline(model, device)
-        with concept(model, edited, training=False):
-            yield _pair("sampling_1", model, edited, plain, prompts)
-
-
-def sampling_8(device: torch.device) -> Iterator[Pair]:
-    """A pair for each model, whose sides return the pictures."""
-    words = [Word(f"<{superclass}*>", superclass) for superclass in SUPERCLASSES[:CONCEPTS]]
-    prompts = [
-        [PROMPT_OF_TWO.format(words[0].placeholder, words[1].placeholder)],
-        [PROMPT_OF_TWO.format(words[0].superclass, words[1].superclass)],
-    ]
+def pairs(device: torch.device, concepts: int = 1, pictures: int = 1) -> Iterator[Pair]:
+    """A pair for each model, whose sides return the pictures: several `concepts`, or several `pictures`."""
+    name = f"sampling_{pictures}_betas" if pictures > 1 else f"sampling_{concepts}"
+    words = [Word(f"<{superclass}*>", superclass) for superclass in SUPERCLASSES[:concepts]]
+    template = PROMPT_OF_TWO if concepts > 1 else PROMPT
+    prompt = template.format(*(word.placeholder for word in words))  # of the first ones
+    plain_prompt = template.format(*(word.superclass for word in words))
     for model in STEPS:
         plain, edited = pipeline(model, device), pipeline(model, device)
         with ExitStack() as stack:
             for word in words:
-                stack.enter_context(concept(model, edited, training=False, word=word))
-            yield _pair("sampling_8", model, edited, plain, prompts)
+                _, method = stack.enter_context(concept(model, edited, training=False, word=word))
+                if pictures > 1:
+                    method.beta = torch.linspace(0.2, 0.95, pictures)  # type: ignore[attr-defined]
+            subject = _sampling(edited, model, [prompt] * pictures)
+            yield Pair(name, model, subject, _sampling(plain, model, [plain_prompt] * pictures), ROUNDS[model])
 
 
-def sampling_16_betas(device: torch.device) -> Iterator[Pair]:
-    """A pair for each model, whose sides return the pictures."""
-    prompts = [[PROMPT.format(word)] * BETAS for word in (WORD.placeholder, WORD.superclass)]
-    for model in STEPS:
-        plain, edited = pipeline(model, device), pipeline(model, device)
-        with concept(model, edited, training=False) as (_, method):
-            method.beta = torch.linspace(0.2, 0.95, BETAS)  # type: ignore[attr-defined]
-            yield _pair("sampling_16_betas", model, edited, plain, prompts)
-
-
-def _pair(name: str, model: str, edited: Any, plain: Any, prompts: Sequence[Sequence[str]]) -> Pair:
-    subject, baseline = _sampling(edited, model, prompts[0]), _sampling(plain, model, prompts[1])
-    return Pair(name, model, subject, baseline, ROUNDS[model])
-
-
-def _sampling(pipe: Any, model: str, prompts: Sequence[str]) -> Callable[[], list[Image.Image]]:
+def _sampling(pipe: Any, model: str, prompts: list[str]) -> Callable[[], list[Image.Image]]:
     side = None
     if pipe.device.type == "cpu":
         side = SIDE[model] if len(prompts) == 1 else min(SIDE[model], SIDE_OF_MANY)
 
     def sample() -> list[Image.Image]:
         generator = torch.Generator().manual_seed(0)
-        said = pipe(list(prompts), side, side, num_inference_steps=STEPS[model], generator=generator)
-        return said.images
+        return pipe(prompts, side, side, num_inference_steps=STEPS[model], generator=generator).images
 
     return sample

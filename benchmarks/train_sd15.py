@@ -27,26 +27,17 @@ PEAK_STEPS = 3  # the first one makes what the optimizer keeps
 PRECISIONS = {"sd15_bf16": torch.bfloat16, "sd15": torch.float32}  # the smaller one first, which fits where both do not
 
 
-def peak(device: torch.device) -> Iterator[Amounts]:
+def peak(device: torch.device, checkpointing: bool = False) -> Iterator[Amounts]:
     """Bytes in either precision."""
+    name = "train_peak" + "_checkpointing" * checkpointing
     for model in PRECISIONS:
-        yield compared("train_peak", model, device, False, partial(peak_bytes, device=device), "bytes")
+        yield compared(name, model, device, checkpointing, partial(peak_bytes, device=device), "bytes")
 
 
-def peak_checkpointing(device: torch.device) -> Iterator[Amounts]:
-    """Likewise."""
-    for model in PRECISIONS:
-        yield compared("train_peak_checkpointing", model, device, True, partial(peak_bytes, device=device), "bytes")
-
-
-def run(device: torch.device) -> Iterator[Amounts]:
+def run(device: torch.device, checkpointing: bool = False) -> Iterator[Amounts]:
     """Seconds."""
-    yield compared("train_400", "sd15_bf16", device, False, partial(seconds, device=device), "wall")
-
-
-def run_checkpointing(device: torch.device) -> Iterator[Amounts]:
-    """Likewise."""
-    yield compared("train_400_checkpointing", "sd15_bf16", device, True, partial(seconds, device=device), "wall")
+    name = "train_400" + "_checkpointing" * checkpointing
+    yield compared(name, "sd15_bf16", device, checkpointing, partial(seconds, device=device), "wall")
 
 
 def compared(

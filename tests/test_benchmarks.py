@@ -18,12 +18,12 @@ from benchmarks import (
     page,
     pipelines,
     projection,
-    projection_sampling,
     report,
     sampling,
     timing,
     train_step,
 )
+from benchmarks.catalogue import BENCHMARKS, Benchmark
 from benchmarks.timing import Pair, compare
 from perfusion.cli import run_cli
 from tests.pipelines import tiny_pipeline
@@ -188,7 +188,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         return build
 
-    monkeypatch.setattr(command, "BENCHMARKS", {name: pairs(name) for name in ("one", "two")})
+    monkeypatch.setattr(command, "BENCHMARKS", {name: Benchmark(pairs(name), "") for name in ("one", "two")})
     monkeypatch.setattr(timing, "WINDOW", 0.0)
     threads = torch.get_num_threads()
     yield built
@@ -218,7 +218,7 @@ def test_an_interruption_loses_nothing_that_was_measured(
     def interrupted(device: torch.device) -> Iterator[Pair]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "BENCHMARKS", {**command.BENCHMARKS, "two": interrupted})
+    monkeypatch.setattr(command, "BENCHMARKS", {**command.BENCHMARKS, "two": Benchmark(interrupted, "")})
     out = tmp_path / "latest.json"
     with contextlib.suppress(KeyboardInterrupt):
         run_cli(command.main, ["rounds=2", "seconds=0", f"out={out}", "device=cpu"])
@@ -254,30 +254,22 @@ def test_mistakes_are_answered_before_anything_runs(
 # --- what is compared -----------------------------------------------------------------------------------------------
 
 
-def test_every_file_of_a_benchmark_is_in_the_command() -> None:
-    folder = Path(command.__file__).parent
-    names = {
-        f"{function.__module__.split('.')[-1]}.{function.__name__}": name
-        for name, function in command.BENCHMARKS.items()
-    }
-    found = set()
-    for path in folder.glob("*.py"):
-        made = re.findall(r"\ndef (\w+)\([^)]*\) -> Iterator\[(?:Pair|Amounts)\]:", path.read_text(encoding="utf-8"))
-        found |= {names.get(f"{path.stem}.{name}", name) for name in made}
-    assert found == set(command.BENCHMARKS)
+@pytest.mark.parametrize("name", ["projection", "projection_sampling", "train_step"])
+def test_a_benchmark_has_the_name_that_it_is_asked_for_by(name: str) -> None:
+    found = next(BENCHMARKS[name].run(CPU))
+    assert (found.name, found.model) == (name, "toyland")
 
 
 def test_layouts_are_whole() -> None:
     """Stable Diffusion 1.5: 16 cross-attentions, 12,480 V outputs in all."""
-    layouts = {layout.name: layout for layout in projection.LAYOUTS}
-    sites = projection.edit_sites_of(layouts["sd15"].denoiser())
+    sites = projection.edit_sites_of(projection.empty_unet("sd15"))
     assert len(sites) == 32
     assert sum(int(site.projection.out_features) for site in sites if site.kind == "v") == 12_480  # type: ignore
-    assert (layouts["sd15"].positions, layouts["toyland"].positions) == (77, 24)
+    assert projection.POSITIONS == {"toyland": 24, "sd15": 77}
 
 
 def test_projections_are_edited_on_one_side_alone_and_both_are_differentiable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "LAYOUTS", projection.LAYOUTS[:1])
+    monkeypatch.setattr(projection, "POSITIONS", {"toyland": 24})
     (pair,) = projection.pairs(CPU, batch=2)
     edited, plain = pair.subject(), pair.baseline()
     assert isinstance(edited, list) and isinstance(plain, list)
@@ -292,9 +284,9 @@ def test_projections_are_edited_on_one_side_alone_and_both_are_differentiable(mo
 
 
 def test_the_steps_of_a_sampling_share_what_the_first_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection_sampling, "LAYOUTS", projection.LAYOUTS[:1])
+    monkeypatch.setattr(projection, "POSITIONS", {"toyland": 24})
     calls = {"edited": 0, "plain": 0}
-    (pair,) = projection_sampling.pairs(CPU)
+    (pair,) = projection.sampling_pairs(CPU)
 
     def count(side: str, run: Callable[[], object]) -> Any:
         linear = torch.nn.Linear.forward
@@ -309,7 +301,7 @@ def test_the_steps_of_a_sampling_share_what_the_first_computed(monkeypatch: pyte
 
     edited = count("edited", pair.subject)
     plain = count("plain", pair.baseline)
-    assert calls == {"edited": 14, "plain": 14 * projection_sampling.STEPS}
+    assert calls == {"edited": 14, "plain": 14 * projection.STEPS}
     assert not any(output.requires_grad for output in [*edited, *plain])
     assert count("edited", pair.subject)[0] is not edited[0], "each run is a new prompt"
 
@@ -337,7 +329,7 @@ def test_a_step_trains_the_concept_alone_and_its_bound_reaches_the_token_embeddi
 @pytest.mark.parametrize(("name", "pictures"), [("sampling_1", 1), ("sampling_8", 1), ("sampling_16_betas", 16)])
 def test_a_sampling_gives_pictures_on_either_side(name: str, pictures: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "STEPS", {"toyland": 1})
-    (pair,) = command.BENCHMARKS[name](CPU)
+    (pair,) = BENCHMARKS[name].run(CPU)
     assert pair.name == name
     for edited, plain in zip(pair.subject(), pair.baseline(), strict=True):
         assert isinstance(edited, Image.Image) and isinstance(plain, Image.Image)
@@ -349,7 +341,7 @@ def test_a_sampling_gives_pictures_on_either_side(name: str, pictures: int, monk
 
 @pytest.mark.parametrize("name", ["attach_first", "attach"])
 def test_a_concept_is_attached_and_taken_out_again(name: str) -> None:
-    pair = next(command.BENCHMARKS[name](CPU))
+    pair = next(BENCHMARKS[name].run(CPU))
     assert isinstance(pair, Pair) and (pair.name, pair.model) == (name, "toyland")
     encoding = pair.baseline()
     pair.subject()
@@ -383,10 +375,11 @@ def test_stable_diffusion_is_measured_like_toyland(monkeypatch: pytest.MonkeyPat
         assert backbone.config.name == "stable_diffusion" and method.state()["direction"].isfinite().all()
     monkeypatch.setattr(sampling, "STEPS", {"sd15": 1})
     monkeypatch.setattr(sampling, "SIDE", {"sd15": 16})
-    (pair,) = sampling.sampling_8(CPU)
+    (pair,) = sampling.pairs(CPU, concepts=8)
     pictures: Any = pair.subject()
     assert pair.rounds == sampling.ROUNDS["sd15"] and [image.size for image in pictures] == [(16, 16)]
-    (found,) = memory.checkpointing(CPU)
+    (found,) = BENCHMARKS["train_memory_checkpointing"].run(CPU)
+    assert isinstance(found, timing.Amounts) and found.name == "train_memory_checkpointing"
     assert found.subject > found.baseline > 0
 
 
@@ -427,16 +420,13 @@ def test_the_page_says_how_a_batch_fits_into_memory(tmp_path: Path) -> None:
     assert "has not been measured yet" not in (tmp_path / "page.md").read_text()
 
 
-def test_every_benchmark_is_explained_on_the_page() -> None:
-    assert set(page.ABOUT) == set(command.BENCHMARKS)
-
-
 def test_the_committed_page_says_what_the_committed_results_say(tmp_path: Path) -> None:
     """Of every benchmark that a CPU can run; `make bench` writes both."""
     root = Path(command.__file__).resolve().parents[1]
     rows = json.loads((root / "benchmarks" / "latest.json").read_text(encoding="utf-8"))
     names = {row["name"] for row in rows}
-    assert set(command.BENCHMARKS) - command.CUDA_ONLY <= names <= set(command.BENCHMARKS)
+    on_a_cpu = {name for name, benchmark in BENCHMARKS.items() if not benchmark.cuda_only}
+    assert on_a_cpu <= names <= set(BENCHMARKS)
     page.write(tmp_path / "performance.md", rows)
     written = (tmp_path / "performance.md").read_text(encoding="utf-8")
     assert (root / "docs" / "performance.md").read_text(encoding="utf-8") == written

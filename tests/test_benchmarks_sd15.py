@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import pipelines, report, timing, train_sd15, train_step
+from benchmarks.catalogue import BENCHMARKS, Benchmark
 from benchmarks.timing import Amounts
 from perfusion.methods.base import build
 from tests.pipelines import tiny_pipeline
@@ -123,7 +124,8 @@ def test_what_needs_cuda_is_measured_with_and_without_checkpointing(monkeypatch:
         return Amounts(name, model, 50, 48, clock)
 
     monkeypatch.setattr(train_sd15, "compared", compared)
-    found = [amounts for name in sorted(command.CUDA_ONLY) for amounts in command.BENCHMARKS[name](CPU)]
+    cuda_only = sorted(name for name, benchmark in BENCHMARKS.items() if benchmark.cuda_only)
+    found = [amounts for name in cuda_only for amounts in BENCHMARKS[name].run(CPU)]
     assert asked == [
         ("train_400", "sd15_bf16", False),
         ("train_400_checkpointing", "sd15_bf16", True),
@@ -149,8 +151,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     def fits(device: torch.device) -> Iterator[Amounts]:
         yield Amounts("fits", "m", 1, 1, "wall")
 
-    monkeypatch.setattr(command, "BENCHMARKS", {"full": full, "gpu": fits, "fits": fits})
-    monkeypatch.setattr(command, "CUDA_ONLY", frozenset({"gpu"}))
+    gpu = Benchmark(fits, "", cuda_only=True)
+    monkeypatch.setattr(command, "BENCHMARKS", {"full": Benchmark(full, ""), "gpu": gpu, "fits": Benchmark(fits, "")})
 
 
 def test_what_cannot_run_here_is_left_out_and_named(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from perfusion.toyland.captions import CaptionError
-from perfusion.toyland.reader import HEADS, Wish, judge, labels
+from perfusion.toyland.reader import HEADS, Wish, judge, labels, shown
 from perfusion.toyland.world import Instance, Scene, concept_scene, sample_scene
 
 CAT = Instance("cat", "purple", "pink", "striped", "blue")
@@ -21,7 +21,7 @@ class Told:
     """A reader that sees just these scenes, whatever the pixels."""
 
     def __init__(self, *scenes: Scene, **wrong: str) -> None:
-        self.rows = [{**labels(scene), **{n: HEADS[n].index(v) for n, v in wrong.items()}} for scene in scenes]
+        self.rows = [labels(shown(scene) | wrong) for scene in scenes]
 
     def read(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         assert pixels.shape == (len(self.rows), 3, 64, 64)

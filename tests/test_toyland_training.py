@@ -19,7 +19,7 @@ from perfusion.toyland.build.train_autoencoder import draw_batch, draw_scenes, w
 from perfusion.toyland.build.train_decoder import STEPS, Denoiser, decoded, discriminator, hinge_loss, train_decoder
 from perfusion.toyland.build.train_diffusion import OBJECT_WEIGHT, denoising_loss, scene_weights
 from perfusion.toyland.build.train_reader import fresh_scene
-from perfusion.toyland.build.train_scorer import altered, asked_labels, captions, matching_loss
+from perfusion.toyland.build.train_scorer import altered, captions, matching_loss
 from perfusion.toyland.build.train_words import LOOKS, Saying, said, training_caption, training_scene
 from perfusion.toyland.captions import Caption, asked, caption, parse, vocabulary
 from perfusion.toyland.models import (
@@ -31,7 +31,7 @@ from perfusion.toyland.models import (
     text_encoder,
     unet,
 )
-from perfusion.toyland.reader import HEADS, NOT_SHOWN, OBJECT_HEADS
+from perfusion.toyland.reader import HEADS, NOT_SHOWN, OBJECT_HEADS, label_tensors
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.world import HELD_OUT, STYLES, is_held_out, sample_scene
 
@@ -193,7 +193,7 @@ def test_a_wrong_caption_costs_as_much_as_it_is_believed() -> None:
 
 def test_a_caption_s_labels_are_what_it_asks_for() -> None:
     text = "a photo of a red striped blue cat and a mug on the beach"
-    found = {name: int(value[1]) for name, value in asked_labels(["a sketch of a dog", text]).items()}
+    found = {name: int(value) for name, (_, value) in label_tensors([{}, asked(parse(text))]).items()}
     said = {name: HEADS[name][k] for name, k in found.items() if k != NOT_SHOWN}
     assert said == asked(parse(text)) and said["object0_second"] == "red" and "object1_body" not in said
 

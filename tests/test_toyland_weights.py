@@ -51,4 +51,4 @@ def test_the_card_says_what_the_report_says(report: dict[str, Any]) -> None:
     assert report["world_version"] == WORLD_VERSION
     names = {row["name"] for row in report["bars"]}
     assert {"noun's token says: pattern", "looks are read at the noun: pattern", "told all looks: identity"} <= names
-    assert (WEIGHTS / FILE_NAME).read_text() == card(report, len(vocabulary()), with_reader=True)
+    assert (WEIGHTS / FILE_NAME).read_text() == card(report)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from perfusion.toyland import captions, world
+from perfusion.toyland import world
 from perfusion.toyland.backdrops import backdrop
 from perfusion.toyland.captions import MAX_WORDS, caption, swap_object, vocabulary
 from perfusion.toyland.draw import render
@@ -208,10 +208,3 @@ def test_every_detail_is_a_latent_cell_large_at_least(superclass):
     scenes = [concept_scene(replace(toy, detail=detail), 0) for detail in ("blue", "red")]
     one, two = (render(scene).image.astype(int) for scene in scenes)
     assert (np.abs(one - two).max(axis=2) > 60).sum() >= 32
-
-
-def test_attributes_are_plain():
-    flat = world.attributes(sample_scene(4, objects=2))
-    assert all(type(v) in (str, bool, float) for v in flat.values())
-    assert flat["objects"] == 2.0 and flat["object1_superclass"] in SUPERCLASSES
-    assert captions.caption(sample_scene(4, objects=2), np.random.default_rng(0)).text

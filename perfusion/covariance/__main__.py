@@ -108,9 +108,8 @@ def next_command(command: CovarianceCommand, config: BackboneConfig, out: Path |
     user's, and named by examples here."""
     on_toyland = command.backbone == "toyland"
     words = {} if on_toyland else {"+experiment": "photos_sdxl" if command.backbone == "sdxl" else "photos_sd15"}
-    words["backbone"] = (
-        "sd15" if command.backbone == "stable_diffusion" else command.backbone
-    )  # training wants a preset
+    # Training wants a preset.
+    words["backbone"] = "sd15" if command.backbone == "stable_diffusion" else command.backbone
     words |= which_weights(config)
     if out is not None:
         words["backbone.covariance.matrix"] = str(out)

@@ -14,7 +14,6 @@ import yaml
 
 from perfusion.config import ConfigError
 
-BUILT_IN = ("everyday",)
 _KEY = "backbone.covariance"
 
 
@@ -45,8 +44,8 @@ def caption_stream(name_or_path: str, count: int) -> Captions:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         raise ConfigError(
-            f"{_KEY}.captions: found no file {name_or_path!r}, expected a text file or a built-in set: "
-            f"{', '.join(BUILT_IN)}, on Toyland also toyland"
+            f"{_KEY}.captions: found no file {name_or_path!r}, expected a text file or a built-in set: everyday, on "
+            "Toyland also toyland"
         )
     if size := sum(1 for _ in islice(_lines(path), count)):
         return Captions(size, lambda: _lines(path))

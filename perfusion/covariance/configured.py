@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,8 +86,10 @@ def imported(settings: CovarianceConfig, encoder: Mapping[str, object] | None = 
         CovarianceError: see `load_matrix`.
     """
     assert settings.matrix is not None
-    with _naming_the_key():
+    try:
         matrix = load_matrix(Path(settings.matrix).expanduser())
+    except CovarianceError as error:
+        raise CovarianceError(f"{_KEY}.matrix: {error}") from error
     origin = matrix.origin
     if encoder is not None and origin:
         parts = [part for part in encoder if part.startswith(_ENCODERS) and "matrix" not in origin]
@@ -133,13 +134,12 @@ def factorised(settings: CovarianceConfig, matrix: Matrix, dimension: int | None
     Raises:
         CovarianceError: see `factorise`; of a matrix from a file, the message names the file.
     """
-    if settings.matrix is None:
+    try:
         return factorise(matrix.C, settings.ridge, dimension=dimension, count=matrix.count)
-    with _naming_the_key():
-        try:
-            return factorise(matrix.C, settings.ridge, dimension=dimension, count=matrix.count)
-        except CovarianceError as error:
-            raise CovarianceError(f"{settings.matrix}: {error}") from error
+    except CovarianceError as error:
+        if settings.matrix is None:
+            raise
+        raise CovarianceError(f"{_KEY}.matrix: {settings.matrix}: {error}") from error
 
 
 def described(settings: CovarianceConfig, origin: Mapping[str, object] | None) -> str:
@@ -177,11 +177,3 @@ def _name(settings: CovarianceConfig, key: Mapping[str, object] | None) -> str:
     if key is None or not path.is_file():
         return path.name
     return f"{path.name}@{str(key['captions'])[:8]}"
-
-
-@contextmanager
-def _naming_the_key() -> Iterator[None]:
-    try:
-        yield
-    except CovarianceError as error:
-        raise CovarianceError(f"{_KEY}.matrix: {error}") from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perfusion.covariance.moment import CovarianceError
+from perfusion.covariance.moment import CovarianceError, check_matrix
 
 CONDITION_LIMIT = 1e8
 SYMMETRY_TOLERANCE = 1e-6  # of the largest entry: what a float32 product may leave
@@ -29,30 +29,20 @@ class Factorised:
         return self.factor.shape[0]
 
 
-def factorise(
-    C: Tensor,
-    ridge: float,
-    *,
-    dimension: int | None = None,
-    count: int | None = None,
-    condition_limit: float = CONDITION_LIMIT,
-) -> Factorised:
+def factorise(C: Tensor, ridge: float, *, dimension: int | None = None, count: int | None = None) -> Factorised:
     """Check C and take the Cholesky factor of C + ridge · mean(diag C) · I.
 
     `C` (d, d), any float dtype; `ridge` ≥ 0 in units of the mean diagonal, so that it means the same for every text
     encoder; `dimension` is the width that the edited projections read, where known; `count` is only passed on.
     Raises CovarianceError for a wrong shape, NaN or infinity, asymmetry, a matrix that is not positive definite with
-    this ridge, or a condition number above `condition_limit`: beyond it, similarities in float32 lose their digits.
+    this ridge, or a condition number above CONDITION_LIMIT: beyond it, similarities in float32 lose their digits.
     """
-    if C.dim() != 2 or C.shape[0] != C.shape[1] or not len(C):
-        raise CovarianceError(f"second moment: found shape {tuple(C.shape)}, expected a square matrix (d, d)")
+    check_matrix(C)
     if dimension is not None and C.shape[0] != dimension:
         raise CovarianceError(f"second moment: found width {C.shape[0]}, expected {dimension} as the projections read")
     if not ridge >= 0 or ridge == float("inf"):
         raise CovarianceError(f"ridge: found {ridge}, expected a finite number of at least 0")
     C = C.detach().cpu().double()
-    if bad := int((~C.isfinite()).sum()):
-        raise CovarianceError(f"second moment: found {bad} entries of NaN or infinity, expected finite values")
     asymmetry = float((C - C.T).abs().max() / C.abs().max().clamp_min(torch.finfo(C.dtype).tiny))
     if asymmetry > SYMMETRY_TOLERANCE:
         raise CovarianceError(
@@ -70,9 +60,9 @@ def factorise(
             "expected a positive definite matrix; use more captions or a larger ridge"
         )
     condition = largest / smallest
-    if condition > condition_limit:
+    if condition > CONDITION_LIMIT:
         raise CovarianceError(
             f"second moment: found condition number {condition:.1e} with ridge {ridge:g}, expected at most "
-            f"{condition_limit:.1e}; use more captions or a larger ridge"
+            f"{CONDITION_LIMIT:.1e}; use more captions or a larger ridge"
         )
     return Factorised(factor, condition, ridge, count)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from perfusion.covariance.moment import CovarianceError
+from perfusion.covariance.moment import CovarianceError, check_matrix
 from perfusion.files import atomic_write_bytes
 
 MATRIX_FORMAT = 1
@@ -60,10 +60,7 @@ def load_matrix(path: Path) -> Matrix:
             matrix = _read_safetensors(path)
         else:
             raise CovarianceError(f"found a {path.suffix or 'nameless'} file, expected {' or '.join(SUFFIXES)}")
-        if matrix.C.dim() != 2 or matrix.C.shape[0] != matrix.C.shape[1] or not len(matrix.C):
-            raise CovarianceError(f"found shape {tuple(matrix.C.shape)}, expected a square matrix (d, d)")
-        if bad := int((~matrix.C.isfinite()).sum()):
-            raise CovarianceError(f"found {bad} entries of NaN or infinity, expected finite values")
+        check_matrix(matrix.C)
     except OSError as error:
         raise CovarianceError(f"{path}: found {error.strerror or error}, expected a readable file") from error
     except (SafetensorError, ValueError) as error:

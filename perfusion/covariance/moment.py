@@ -10,6 +10,14 @@ class CovarianceError(ValueError):
     """A second moment that cannot be used; the message says what was found and what was expected."""
 
 
+def check_matrix(C: Tensor) -> None:
+    """Raise CovarianceError unless `C` is a square matrix (d, d) of finite values."""
+    if C.dim() != 2 or C.shape[0] != C.shape[1] or not len(C):
+        raise CovarianceError(f"second moment: found shape {tuple(C.shape)}, expected a square matrix (d, d)")
+    if bad := int((~C.isfinite()).sum()):
+        raise CovarianceError(f"second moment: found {bad} entries of NaN or infinity, expected finite values")
+
+
 @dataclass
 class SecondMoment:
     """A running Σ e eᵀ over encodings, exact to float64 whatever their dtype.
@@ -25,14 +33,8 @@ class SecondMoment:
         """No encodings yet, of width `dimension`."""
         return cls(torch.zeros(dimension, dimension, dtype=torch.float64))
 
-    @property
-    def dimension(self) -> int:
-        return self.total.shape[0]
-
     def update(self, encodings: Tensor) -> None:
         """Add every position of `encodings` (B, N, d), any float dtype and device. Raises CovarianceError."""
-        if encodings.shape[-1] != self.dimension:
-            raise CovarianceError(f"encodings: found width {encodings.shape[-1]}, expected {self.dimension}")
         rows = encodings.detach().flatten(0, -2)
         rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # MPS has no float64
         product = (rows.T @ rows).cpu()

@@ -1,6 +1,6 @@
 """From captions to the sum behind C, one batch in memory at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from itertools import islice
 
 import torch
@@ -24,10 +24,8 @@ def accumulate(
     (M, d), the positions that shall count; it runs without gradients. `progress` shows a bar, with an end where
     `captions` has a length. With `partial` the sum goes on where an interrupted one stopped, and says so if it is
     interrupted itself; the result is the same to the last bit.
-    Raises CovarianceError for no captions or a batch size below 1.
+    Raises CovarianceError for no captions.
     """
-    if batch_size < 1:
-        raise CovarianceError(f"batch size of captions: found {batch_size}, expected at least 1")
     moment = None if partial is None else partial.load(batch_size)
     done = 0 if partial is None else partial.captions
     size = len(captions) if isinstance(captions, Sized) else None
@@ -35,7 +33,7 @@ def accumulate(
     bar = Bar(total=size, initial=done, desc="second moment", unit="caption", disable=not progress)
     try:
         with torch.no_grad(), bar:
-            for batch in _batches(rest, batch_size):
+            while batch := list(islice(rest, batch_size)):
                 encodings = encode(batch)
                 assert encodings.dim() == 2 or (encodings.dim() == 3 and len(encodings) == len(batch)), (
                     f"encode gave {tuple(encodings.shape)} for {len(batch)} captions, expected (B, N, d) or (M, d)"
@@ -54,9 +52,3 @@ def accumulate(
     if moment is None:
         raise CovarianceError("captions: found none, expected at least one")
     return moment
-
-
-def _batches(captions: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(captions)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -15,14 +16,9 @@ WIDE = FULL * 3 // 2  # extra width, so that one cached picture gives many crops
 STEP = 2 * 8 * SUPERSAMPLE  # between crops: two latent cells, so that a place is the same few latents
 HORIZON = 74  # in supersampled pixels
 PASTELS: tuple[RGB, ...] = ((250, 232, 214), (222, 236, 250), (226, 244, 224))
-SHADOWS: dict[str, RGB] = {
-    "beach": (206, 176, 116), "snow": (178, 200, 226), "forest": (50, 78, 44), "desert": (196, 128, 66),
-    "night": (18, 22, 46), "city": (78, 80, 90), "meadow": (98, 158, 66), "kitchen": (150, 104, 66),
-}  # fmt: skip
 
 
 def _beach(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, 50), fill=(150, 216, 250))
     d.rectangle((0, 44, WIDE, HORIZON), fill=(24, 128, 206))
     for x in range(-10, WIDE, 24):
         d.ellipse((x, HORIZON - 6, x + 30, HORIZON + 8), fill=(240, 250, 255))
@@ -36,7 +32,6 @@ def _beach(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
 
 
 def _snow(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, FULL), fill=(148, 186, 222))
     for x in range(-10, WIDE, 34):
         x, h = x + int(r.integers(-8, 8)), int(r.integers(34, 54))
         for k, y in enumerate((HORIZON - h, HORIZON - h * 2 // 3, HORIZON - h // 3)):
@@ -52,7 +47,6 @@ def _snow(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
 
 
 def _forest(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, FULL), fill=(120, 168, 116))
     for x in range(-6, WIDE, 26):
         x, w = x + int(r.integers(-6, 6)), int(r.integers(7, 12))
         d.rectangle((x, 10, x + w, HORIZON + 8), fill=(84, 56, 36))
@@ -65,7 +59,6 @@ def _forest(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
 
 
 def _desert(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, FULL), fill=(254, 214, 150))
     x = int(r.integers(50, 140))
     d.ellipse((x - 14, 4, x + 14, 32), fill=(255, 250, 220))
     for x in range(-40, WIDE, 70):
@@ -82,7 +75,6 @@ def _desert(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
 
 
 def _night(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, FULL), fill=(28, 34, 84))
     for _ in range(26):
         x, y, s = int(r.integers(WIDE)), int(r.integers(HORIZON - 8)), int(r.integers(2, 5))
         d.ellipse((x, y, x + s, y + s), fill=(255, 246, 190))
@@ -96,7 +88,6 @@ def _night(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
 
 
 def _city(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, FULL), fill=(204, 212, 232))
     x = -6
     while x < WIDE:
         w, h = int(r.integers(20, 32)), int(r.integers(36, 74))
@@ -113,7 +104,6 @@ def _city(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
 
 
 def _meadow(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, FULL), fill=(168, 222, 252))
     for x in (10, 80, 150):
         x, y = x + int(r.integers(-16, 16)), int(r.integers(8, 26))
         for dx in (0, 10, 20):
@@ -128,7 +118,6 @@ def _meadow(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
 
 
 def _kitchen(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
-    d.rectangle((0, 0, WIDE, FULL), fill=(188, 222, 214))
     for x in range(0, WIDE, 16):
         d.line((x, 0, x, HORIZON + 10), fill=(240, 248, 246), width=2)
     for y in range(0, HORIZON + 10, 16):
@@ -146,16 +135,24 @@ def _kitchen(d: ImageDraw.ImageDraw, r: np.random.Generator) -> None:
     d.rectangle((0, HORIZON + 8, WIDE, HORIZON + 13), fill=(146, 98, 62))
 
 
-_PAINTERS = {
-    "beach": _beach, "snow": _snow, "forest": _forest, "desert": _desert,
-    "night": _night, "city": _city, "meadow": _meadow, "kitchen": _kitchen,
-}  # fmt: skip
+# What is behind all else, the painter of the rest, and the colour of shadows.
+_PLACES: dict[str, tuple[RGB, Callable[[ImageDraw.ImageDraw, np.random.Generator], None], RGB]] = {
+    "beach": ((150, 216, 250), _beach, (206, 176, 116)),
+    "snow": ((148, 186, 222), _snow, (178, 200, 226)),
+    "forest": ((120, 168, 116), _forest, (50, 78, 44)),
+    "desert": ((254, 214, 150), _desert, (196, 128, 66)),
+    "night": ((28, 34, 84), _night, (18, 22, 46)),
+    "city": ((204, 212, 232), _city, (78, 80, 90)),
+    "meadow": ((168, 222, 252), _meadow, (98, 158, 66)),
+    "kitchen": ((188, 222, 214), _kitchen, (150, 104, 66)),
+}
 
 
 @cache
 def _picture(place: str) -> Image.Image:
-    picture = Image.new("RGB", (WIDE, FULL))
-    _PAINTERS[place](ImageDraw.Draw(picture), np.random.default_rng((7, 0)))
+    behind, paint, _ = _PLACES[place]
+    picture = Image.new("RGB", (WIDE, FULL), behind)
+    paint(ImageDraw.Draw(picture), np.random.default_rng((7, 0)))
     return picture
 
 
@@ -166,4 +163,4 @@ def backdrop(place: str, crop: int) -> tuple[Image.Image, RGB]:
         picture = Image.new("RGB", (FULL, FULL), base)
         picture.paste(mix(base, (120, 110, 120), 0.14), (0, HORIZON + 6, FULL, FULL))
         return picture, mix(base, (90, 84, 96), 0.4)
-    return _picture(place).crop((crop * STEP, 0, crop * STEP + FULL, FULL)), SHADOWS[place]
+    return _picture(place).crop((crop * STEP, 0, crop * STEP + FULL, FULL)), _PLACES[place][2]

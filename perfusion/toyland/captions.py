@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,8 +52,6 @@ PLACE_PHRASES: dict[str, tuple[str, ...]] = {
 }
 WORN_PHRASES = ("wearing", "wearing", "in", "with")
 SUPPORT_PHRASES = {"skateboard": "on a skateboard", "boat": "in a boat", "box": "in a box"}
-
-
 COMPLETE = 0.75  # share of captions that say everything there is to say
 _DETAILED = ("eyed", "trimmed")  # "green-eyed" of living things, "green-trimmed" of the others
 _LOOKS = frozenset({*COLOURS, *DETAILS, *PATTERNS, *_DETAILED, "-"})
@@ -88,7 +86,7 @@ class _Chunk:
     drop: int = 0
     noun: bool = False
     adjective_of: int | None = None
-    tie: float = field(default=0.0)
+    tie: float = 0.0
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -106,12 +104,12 @@ def described(instance: Instance) -> str:
     return " ".join(words).replace(" - ", "-")
 
 
-def _detail_of(instance: Instance) -> list[str]:
-    return [instance.detail, "-", _detailed(instance.superclass)]
-
-
 def _detailed(superclass: str) -> str:
     return "eyed" if superclass in LIVING else "trimmed"
+
+
+def _detail_of(instance: Instance) -> list[str]:
+    return [instance.detail, "-", _detailed(instance.superclass)]
 
 
 def _pattern_of(instance: Instance) -> list[str]:
@@ -332,8 +330,9 @@ def asked(source: Caption) -> dict[str, str]:
     words = source.words
     wanted = {"objects": ("one", "two")[len(source.nouns) - 1]}
     wanted["style"] = next((_STYLE_OF[w] for w in words if w in _STYLE_OF), "photo")
-    if place := _place_asked(source):
-        wanted["place"] = place
+    looks = {i for adjectives in source.adjectives for i in adjectives}  # where "plain" is a pattern
+    if places := [_PLACE_OF[w] for i, w in enumerate(words) if w in _PLACE_OF and i not in looks]:
+        wanted["place"] = places[0]
     for i, noun in enumerate(source.nouns):
         end = source.nouns[i + 1] if i + 1 < len(source.nouns) else len(words)
         said = {"superclass": words[noun], **looks_said([words[a] for a in source.adjectives[i]])}
@@ -348,8 +347,3 @@ def asked(source: Caption) -> dict[str, str]:
             said.pop("detail", None)
         wanted |= {f"object{i}_{name}": option for name, option in said.items()}
     return wanted
-
-
-def _place_asked(source: Caption) -> str | None:
-    mine = {i for adjectives in source.adjectives for i in adjectives}  # where "plain" is a pattern
-    return next((_PLACE_OF[w] for i, w in enumerate(source.words) if w in _PLACE_OF and i not in mine), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops
 
 from perfusion.toyland.backdrops import FULL, SIZE, backdrop
 from perfusion.toyland.pen import INK, RGB, SUPERSAMPLE, Pen
@@ -62,14 +62,11 @@ def _draw_object(canvas: Image.Image, placed: Placed, masks: list[Image.Image], 
     y = placed.y - (20 + LIFT[placed.support]) * placed.scale
     pose = (placed.x, y, placed.scale)
     half = max(15.0, shape.half + 1)
-    canvas_draw = ImageDraw.Draw(canvas)
-    earlier = [(ImageDraw.Draw(m), 0) for m in masks]
-
-    Pen([(canvas_draw, None)], placed.x, placed.y, placed.scale).oval(0, 0, half + 3, 3, shadow)
-    draw_behind(Pen([(canvas_draw, None), *earlier], *pose), placed.support, half)
+    Pen(canvas, placed.x, placed.y, placed.scale).oval(0, 0, half + 3, 3, shadow)
+    draw_behind(Pen(canvas, *pose, masks), placed.support, half)
 
     mask = Image.new("L", (FULL, FULL))
-    shape.silhouette(Pen([(ImageDraw.Draw(mask), None)], *pose))
+    shape.silhouette(Pen(mask, *pose))
     x0, y0, x1, y1 = mask.getbbox() or (0, 0, 1, 1)
     # Pasting dominates the time of a scene, so it is done within the object's box only, with room for the rim.
     box = (max(x0 - 1, 0), max(y0 - 1, 0), min(x1 + 1, FULL), min(y1 + 1, FULL))
@@ -79,19 +76,16 @@ def _draw_object(canvas: Image.Image, placed: Placed, masks: list[Image.Image], 
     if instance.pattern != "plain":
         marks = Image.new("L", body.size)
         at = (placed.x - box[0] / SUPERSAMPLE, y - box[1] / SUPERSAMPLE, placed.scale)
-        _draw_pattern(Pen([(ImageDraw.Draw(marks), None)], *at), instance.pattern)
+        _draw_pattern(Pen(marks, *at), instance.pattern)
         canvas.paste(COLOURS[instance.second], box, ImageChops.multiply(body, marks))
     for index, other in enumerate(masks):
         masks[index] = ImageChops.subtract(other, mask)
-    paint = paint_of(instance)
-    on_canvas = Pen([(canvas_draw, None)], *pose)
-    shape.features(on_canvas, paint)
+    shape.features(Pen(canvas, *pose), paint_of(instance))
 
     masks.append(mask)
-    cover = [(canvas_draw, None), *((ImageDraw.Draw(m), 0) for m in masks)]
-    # Supports come last: a scarf hangs inside a boat or a box, not over its side.
-    draw_worn(Pen(cover, *pose), placed.worn, shape)
-    draw_front(Pen(cover, *pose), placed.support, half)
+    in_front = Pen(canvas, *pose, masks)
+    draw_worn(in_front, placed.worn, shape)
+    draw_front(in_front, placed.support, half)  # last: a scarf hangs inside a boat or a box, not over its side
 
 
 def _sketch(image: np.ndarray, inside: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""A pen that draws bold shapes in an object's own coordinates onto one or more images at once."""
+"""A pen that draws bold shapes in an object's own coordinates, and out of the masks of what they hide."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
 SUPERSAMPLE = 2
 Point = tuple[float, float]
@@ -21,12 +21,11 @@ def mix(a: RGB, b: RGB, amount: float) -> RGB:
 class Pen:
     """Draws in local units (one unit is one final pixel at scale 1; the origin is `x`, `y`; y points down).
 
-    targets: (draw, override) pairs; a target with an override is always painted in that value. That is how a
-    thing in front of an object is painted on the picture and taken out of the object's mask in one call.
+    A thing in front of objects is painted on `image` and, in the same call, taken out of the objects' `masks`.
     """
 
-    def __init__(self, targets: Sequence[tuple[ImageDraw.ImageDraw, Any]], x: float, y: float, scale: float) -> None:
-        self.targets = targets
+    def __init__(self, image: Image.Image, x: float, y: float, scale: float, masks: Sequence[Image.Image] = ()) -> None:
+        self.image, self.masks = ImageDraw.Draw(image), [ImageDraw.Draw(mask) for mask in masks]
         self.x, self.y = x * SUPERSAMPLE, y * SUPERSAMPLE
         self.scale = scale * SUPERSAMPLE
 
@@ -37,20 +36,23 @@ class Pen:
         (ax, ay), (bx, by) = self._points(((x0, y0), (x1, y1)))
         return ax, ay, bx, by
 
+    def _each(self, fill: Any) -> Sequence[tuple[ImageDraw.ImageDraw, Any]]:
+        """What is drawn on, and in which colour."""
+        return ((self.image, fill), *((mask, 0) for mask in self.masks))
+
     def oval(self, x: float, y: float, rx: float, ry: float, fill: Any) -> None:
         box = self._box(x - rx, y - ry, x + rx, y + ry)
-        for draw, override in self.targets:
-            draw.ellipse(box, fill=fill if override is None else override)
+        for draw, colour in self._each(fill):
+            draw.ellipse(box, fill=colour)
 
     def poly(self, points: Sequence[Point], fill: Any) -> None:
         moved = self._points(points)
-        for draw, override in self.targets:
-            draw.polygon(moved, fill=fill if override is None else override)
+        for draw, colour in self._each(fill):
+            draw.polygon(moved, fill=colour)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, fill: Any, round_by: float = 0.0) -> None:
         box = self._box(x0, y0, x1, y1)
-        for draw, override in self.targets:
-            colour = fill if override is None else override
+        for draw, colour in self._each(fill):
             if round_by:
                 draw.rounded_rectangle(box, round_by * self.scale, fill=colour)
             else:
@@ -61,8 +63,7 @@ class Pen:
         moved = self._points(points)
         thick = max(1, round(width * self.scale))
         r = thick / 2
-        for draw, override in self.targets:
-            colour = fill if override is None else override
+        for draw, colour in self._each(fill):
             draw.line(moved, fill=colour, width=thick, joint="curve")
             if thick > 3:
                 for px, py in (moved[0], moved[-1]):
@@ -71,6 +72,5 @@ class Pen:
     def arc(self, x: float, y: float, rx: float, ry: float, start: float, end: float, width: float, fill: Any) -> None:
         """Part of an oval's rim, from `start` to `end` degrees clockwise from the right, `width` units thick."""
         box = self._box(x - rx, y - ry, x + rx, y + ry)
-        for draw, override in self.targets:
-            colour = fill if override is None else override
+        for draw, colour in self._each(fill):
             draw.arc(box, start, end, fill=colour, width=max(1, round(width * self.scale)))

@@ -8,7 +8,7 @@ matter which one stands on the left.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -36,7 +36,6 @@ from perfusion.toyland.world import (
     Instance,
     Placed,
     Scene,
-    concept_scene,
 )
 
 OBJECTS = 2
@@ -117,9 +116,8 @@ class Reader(nn.Module):
         """
         known = json.loads((folder / _CONFIG).read_text())
         if known["world_version"] != WORLD_VERSION:
-            raise ValueError(
-                f"{folder / _CONFIG}: found world {known['world_version']}, expected world {WORLD_VERSION}"
-            )
+            found = f"found world {known['world_version']}, expected world {WORLD_VERSION}"
+            raise ValueError(f"{folder / _CONFIG}: {found}")
         expected = {name: list(options) for name, options in HEADS.items()}
         if known["heads"] != expected:
             differing = sorted(n for n in {*known["heads"], *expected} if known["heads"].get(n) != expected.get(n))
@@ -133,49 +131,39 @@ class Reader(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
         atomic_write_bytes(folder / _WEIGHTS, save(state))
-        atomic_write_text(
-            folder / _CONFIG, json.dumps({"world_version": WORLD_VERSION, "heads": HEADS}, indent=1) + "\n"
-        )
+        config = {"world_version": WORLD_VERSION, "heads": HEADS}
+        atomic_write_text(folder / _CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-def labels(scene: Scene) -> dict[str, int]:
-    """The right option's index for each head, NOT_SHOWN where the picture does not show it."""
-    answers = {
-        "objects": len(scene.objects) - 1,
-        "place": PLACES.index(scene.place),
-        "style": STYLES.index(scene.style),
-    }
-    for i in range(OBJECTS):
-        if i < len(scene.objects):
-            shown = visible(scene.objects[i], scene.style)
-        else:
-            shown = {}
-        for name, options in OBJECT_HEADS.items():
-            answers[f"object{i}_{name}"] = options.index(shown[name]) if name in shown else NOT_SHOWN
-    return answers
+def labels(options: Mapping[str, str]) -> dict[str, int]:
+    """The option's index for each head, NOT_SHOWN for heads that are not in `options`."""
+    return {name: known.index(options[name]) if name in options else NOT_SHOWN for name, known in HEADS.items()}
+
+
+def shown(scene: Scene) -> dict[str, str]:
+    """What a picture of the scene shows: the right option for each head, without those that cannot be seen."""
+    options = {"objects": SCENE_HEADS["objects"][len(scene.objects) - 1], "place": scene.place, "style": scene.style}
+    for i, placed in enumerate(scene.objects):
+        options |= {f"object{i}_{name}": option for name, option in visible(placed, scene.style).items()}
+    return options
 
 
 def visible(placed: Placed, style: str) -> dict[str, str]:
     """What can be seen of an object, by the names of OBJECT_HEADS."""
     instance = placed.instance
-    shown = {
-        "superclass": instance.superclass,
-        "body": instance.body,
-        "pattern": instance.pattern,
-        "worn": placed.worn,
-        "support": placed.support,
-    }
+    found = {name: getattr(instance, name) for name in ("superclass", "body", "pattern")}
+    found |= {"worn": placed.worn, "support": placed.support}
     if instance.pattern != "plain":
-        shown["second"] = instance.second
+        found["second"] = instance.second
     # Sunglasses hide eyes, and a mosaic's tiles are larger than they are.
     if style != "mosaic" and not (instance.superclass in LIVING and placed.worn == "sunglasses"):
-        shown["detail"] = instance.detail
-    return shown
+        found["detail"] = instance.detail
+    return found
 
 
-def label_tensors(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """`labels` of n scenes as int64 (n,) for each head."""
-    rows = [labels(scene) for scene in scenes]
+def label_tensors(pictures: Iterable[Mapping[str, str]]) -> dict[str, Tensor]:
+    """`labels` of what each of n pictures shows, or should show, as int64 (n,) for each head."""
+    rows = [labels(options) for options in pictures]
     return {name: torch.tensor([row[name] for row in rows]) for name in HEADS}
 
 
@@ -250,8 +238,9 @@ def _scores(shown: Mapping[str, str], wish: Wish) -> dict[str, float]:
         seen = {head: None if place[k] is None else shown[f"object{place[k]}_{head}"] for head in OBJECT_HEADS}
         if kind in wish.toys:
             right["superclass"].append(seen["superclass"] == mine.pop("superclass"))
-            looks = _visible(wish.toys[kind], wanted, mine)
-            right["identity"] += [seen[name] == look for name, look in looks.items() if name not in mine]
+            toy = Placed(wish.toys[kind], mine.get("worn", "none"), mine.get("support", "none"), x=0, y=0, scale=1)
+            looks = visible(toy, wanted["style"])
+            right["identity"] += [seen[name] == looks[name] for name in LOOKS if name in looks and name not in mine]
         right["prompt"] += [seen[name] == value for name, value in mine.items()]
     return {name: sum(hits) / len(hits) for name, hits in right.items() if hits}
 
@@ -269,12 +258,3 @@ def _places(shown: Mapping[str, str], kinds: Sequence[str]) -> list[int | None]:
         )
 
     return list(max(orders, key=hits))
-
-
-def _visible(instance: Instance, wanted: Mapping[str, str], mine: Mapping[str, str]) -> dict[str, str]:
-    """Those of a toy's looks that a picture of it with these things can show."""
-    worn, support = (mine.get(name, "none") for name in ("worn", "support"))
-    scene = concept_scene(instance, seed=0, style=wanted["style"], worn=worn, support=support)
-    right = labels(scene)
-    heads = {name: f"object0_{name}" for name in LOOKS}
-    return {name: HEADS[head][right[head]] for name, head in heads.items() if right[head] != NOT_SHOWN}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 END_OF_WORD = "</w>"
@@ -12,9 +13,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def byte_alphabet() -> list[str]:
     """The 256 printable characters that stand for bytes in GPT-2's and CLIP's byte-pair format."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    return sorted(ByteLevel.alphabet())
 
 
 def word_merges(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -41,18 +41,10 @@ CROPS = 3  # of the one picture of each place
 ALONE, PAIRED = (28.0, 36.0), (16.0, 48.0)
 
 # (superclass, place) and (superclass, worn) pairs that no training caption names, to measure composition later.
-HELD_OUT: frozenset[tuple[str, str]] = frozenset(
-    {
-        ("robot", "beach"),
-        ("fish", "desert"),
-        ("cat", "snow"),
-        ("teapot", "forest"),
-        ("car", "scarf"),
-        ("rabbit", "crown"),
-        ("mug", "sunglasses"),
-        ("dog", "hat"),
-    }
-)
+HELD_OUT = frozenset({
+    ("robot", "beach"), ("fish", "desert"), ("cat", "snow"), ("teapot", "forest"),
+    ("car", "scarf"), ("rabbit", "crown"), ("mug", "sunglasses"), ("dog", "hat"),
+})  # fmt: skip
 
 T = TypeVar("T")
 
@@ -138,13 +130,6 @@ def _allowed(options: Sequence[str], superclasses: Sequence[str], held_out: bool
     return tuple(o for o in options if not any((s, o) in HELD_OUT for s in superclasses))
 
 
-def _pose(rng: np.random.Generator, index: int, count: int) -> dict[str, float]:
-    """Position and size of object `index` of `count`."""
-    if count == 1:
-        return {"x": pick(rng, ALONE), "y": 60.0, "scale": 1.22}
-    return {"x": PAIRED[index], "y": 58.0, "scale": 0.78}
-
-
 def sample_scene(
     seed: int, *, objects: int | Sequence[Instance] | None = None, held_out: bool = False, **fixed: Any
 ) -> Scene:
@@ -191,8 +176,11 @@ def sample_scene(
         values: dict[str, Any] = {
             "worn": worn if rng.random() < worn_p else "none",
             "support": support if rng.random() < support_p else "none",
-            **_pose(rng, index, len(instances)),
         }
+        if len(instances) == 1:
+            values |= {"x": pick(rng, ALONE), "y": 60.0, "scale": 1.22}
+        else:
+            values |= {"x": PAIRED[index], "y": 58.0, "scale": 0.78}
         values |= {k: v for k, v in fixed.items() if k in PLACED_FIELDS}
         placed.append(Placed(instance=instance, **values))
     scene = Scene(objects=tuple(placed), **scene_fields)
@@ -202,39 +190,11 @@ def sample_scene(
 
 
 def concept_scene(
-    instance: Instance,
-    seed: int,
-    place: str = "plain",
-    style: str = "photo",
-    worn: str = "none",
-    support: str = "none",
+    instance: Instance, seed: int, place: str = "plain", style: str = "photo", worn: str = "none", support: str = "none"
 ) -> Scene:
     """One picture of a given instance: where it stands and the backdrop's crop vary with the seed, it does not.
 
     Held-out pairs are allowed here.
     """
-    return sample_scene(
-        seed,
-        objects=(instance,),
-        held_out=True,
-        place=place,
-        style=style,
-        worn=worn,
-        support=support,
-    )
-
-
-def attributes(scene: Scene) -> dict[str, str | bool | float]:
-    """All attributes of a scene as a flat dict; those of object i are named `object{i}_<field>`."""
-    flat: dict[str, str | bool | float] = {
-        "objects": float(len(scene.objects)),
-        "place": scene.place,
-        "style": scene.style,
-        "relation": scene.relation,
-        "backdrop": float(scene.backdrop),
-        "held_out": is_held_out(scene),
-    }
-    for index, placed in enumerate(scene.objects):
-        for source, names in ((placed.instance, INSTANCE_FIELDS), (placed, PLACED_FIELDS)):
-            flat |= {f"object{index}_{name}": getattr(source, name) for name in sorted(names)}
-    return flat
+    fixed = {"place": place, "style": style, "worn": worn, "support": support}
+    return sample_scene(seed, objects=(instance,), held_out=True, **fixed)

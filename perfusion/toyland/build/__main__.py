@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
+from perfusion.toyland.build import card
 from perfusion.toyland.build.budget import START, run_workers
 from perfusion.toyland.build.reconstructions import COUNT
-from perfusion.toyland.build.report import REPORT, write, write_card
+from perfusion.toyland.build.report import REPORT, write
 from perfusion.toyland.build.train_autoencoder import train_autoencoder
 from perfusion.toyland.build.train_decoder import train_decoder
 from perfusion.toyland.build.train_diffusion import train_diffusion
@@ -139,29 +140,26 @@ def build(config: BuildConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if config.start is not None and not (folder / f"{START}.safetensors").exists():
         begin_from(Path(config.start).expanduser(), folder)
-    wanted = STAGES if config.only is None else (config.only,)
     pool = min(COUNT, config.scenes)
-    seconds = {stage: 60 * config.minutes * share for stage, share in SHARES.items()}
-    if "autoencoder" in wanted:
-        run_workers(train_autoencoder, folder, seconds["autoencoder"], config.seed, processes=config.processes)
-    if "words" in wanted:
-        run_workers(train_words, folder, seconds["words"], config.seed, processes=config.processes)
-    if "diffusion" in wanted:
-        workers = (folder, seconds["diffusion"], config.scenes, config.seed)
-        run_workers(train_diffusion, *workers, processes=config.processes)
-    if "decoder" in wanted:
-        run_workers(train_decoder, folder, seconds["decoder"], config.seed, processes=config.processes)
-    if "scorer" in wanted:
-        run_workers(train_scorer, folder, seconds["scorer"], config.seed + 1, pool, processes=config.processes)
-    if "reader" in wanted:
-        run_workers(train_reader, folder, seconds["reader"], config.seed + 2, pool, processes=config.processes)
-    if "assemble" in wanted:
+    trainings: dict[str, tuple[Callable[..., None], *tuple[int, ...]]] = {
+        "autoencoder": (train_autoencoder, config.seed),
+        "words": (train_words, config.seed),
+        "diffusion": (train_diffusion, config.seed, config.scenes),
+        "decoder": (train_decoder, config.seed),
+        "scorer": (train_scorer, config.seed + 1, pool),
+        "reader": (train_reader, config.seed + 2, pool),
+    }
+    for stage, (train, *settings) in trainings.items():
+        if config.only in (None, stage):
+            seconds = 60 * config.minutes * SHARES[stage]
+            run_workers(train, folder, seconds, *settings, processes=config.processes)
+    if config.only in (None, "assemble"):
         out.mkdir(parents=True, exist_ok=True)
         assemble(folder, out)
         (out / REPORT).unlink(missing_ok=True)  # it may hold measurements of former weights
         settings = {"scenes": config.scenes, "seed": config.seed}
         report = write(out / REPORT, training=training_record(folder), settings=settings, built_with=provenance())
-        write_card(out, report)
+        atomic_write_text(out / card.FILE_NAME, card.card(report))
         print(f"Toyland is in {out}")
 
 

@@ -8,10 +8,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from perfusion.toyland.precision import bfloat16_pays
 WARMUP_STEPS = 100
 ADAM_SHARE = 0.1  # AdamW's learning rate, as a share of Muon's
 START = "start"  # the state that `build.begin_from` makes of finished weights
-OPTIMIZER_STATE = ("momentum", "exp_avg", "exp_avg_sq")
+SAVE_EVERY = 60.0  # seconds
 
 
 def run_workers(target: Callable[..., None], *args: object, processes: int | None = None) -> None:
@@ -36,20 +38,13 @@ def run_workers(target: Callable[..., None], *args: object, processes: int | Non
     if count == 1:
         target(*args)
         return
-    mp.spawn(_worker, args=(count, _free_port(), target, args), nprocs=count)
+    with TemporaryDirectory() as folder:
+        mp.spawn(_worker, args=(count, f"file://{folder}/meeting", target, args), nprocs=count)
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _worker(rank: int, count: int, port: int, target: Callable[..., None], args: tuple[object, ...]) -> None:
+def _worker(rank: int, count: int, meeting: str, target: Callable[..., None], args: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     try:
         target(*args)
     finally:
@@ -80,19 +75,20 @@ class BudgetedTraining:
     """Muon with an EMA of the weights for `seconds` of wall-clock time, resumed from `folder` when it holds a state.
 
     Muon moves matrices and convolutions; AdamW moves vectors, embeddings (the time's included) and layers of three
-    outputs or fewer.
+    outputs or fewer. The learning rate warms up over 100 steps and then falls by a cosine of the share of the time that
+    is spent, so a budget of 3 minutes and one of 3 hours both end at rate zero.
 
-    The learning rate warms up over 100 steps and then falls by a cosine of the share of the time that is spent, so a
-    budget of 3 minutes and one of 3 hours both end at rate zero. Iterating yields the step number until the time is
-    over; the loop's body computes a loss and hands it to `update`. Spent time, steps and samples survive a restart.
+    Iterating yields the step number until the time is over, and ends with the averaged weights in the modules; the
+    loop's body computes a loss and hands it to `update`. Spent time, steps and samples survive a restart.
 
     Args:
         name: what is trained, for the progress bar and the file name.
         modules: trained together; their parameters carry gradients.
-        folder: where `<name>.safetensors` (weights, EMA, optimizer) is kept while training.
+        folder: where `<name>.safetensors` (weights, EMA, optimizers) is kept while training.
         seconds: the budget, over all restarts.
         rate: Muon's peak learning rate; AdamW has a tenth of it.
         batch: samples per step in this process, for the count of samples seen.
+        ema: how much of the average each step keeps; less at the beginning.
         start: names of states in `folder` whose averaged weights training starts from, the later over the earlier, as
             far as they are there and name and shape are the same.
     """
@@ -106,17 +102,9 @@ class BudgetedTraining:
         rate: float,
         batch: int,
         ema: float = 0.999,
-        save_every: float = 60.0,
         start: Sequence[str] = (START,),
     ) -> None:
-        self.name, self.seconds, self.rate, self.batch, self.decay, self.save_every = (
-            name,
-            seconds,
-            rate,
-            batch,
-            ema,
-            save_every,
-        )
+        self.name, self.seconds, self.batch, self.decay = name, seconds, batch, ema
         self.path = folder / f"{name}.safetensors"
         self.parameters = {
             f"{part}.{key}": value
@@ -124,21 +112,27 @@ class BudgetedTraining:
             for key, value in module.named_parameters()
             if value.requires_grad
         }
-        for earlier in start:
-            self._start_from(folder / f"{earlier}.safetensors")
+        for path in (folder / f"{earlier}.safetensors" for earlier in start):
+            known = load_file(path) if path.exists() else {}
+            averages = {key: known[f"ema/{key}"] for key in self.parameters if f"ema/{key}" in known}
+            self._put({key: value for key, value in averages.items() if value.shape == self.parameters[key].shape})
         self.ema = {key: value.detach().clone() for key, value in self.parameters.items()}
         matrices = {key: value for key, value in self.parameters.items() if _is_matrix(key, value)}
         rest = [value for key, value in self.parameters.items() if key not in matrices]
         self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            self.optimizers.append(
-                Muon(matrices.values(), rate, dtype=torch.bfloat16 if bfloat16_pays(device()) else torch.float32)
-            )
+            dtype = torch.bfloat16 if bfloat16_pays(device()) else torch.float32
+            self.optimizers.append(Muon(matrices.values(), rate, dtype=dtype))
         if rest:
             self.optimizers.append(torch.optim.AdamW(rest, lr=ADAM_SHARE * rate, betas=(0.9, 0.99), weight_decay=0.01))
         self.step, self.samples, self.elapsed, self.loss = 0, 0, 0.0, math.nan
         if self.path.exists():
             self._load()
+
+    @property
+    def turn(self) -> int:
+        """Which batch this process is at, counted over the steps and processes: no two have the same number."""
+        return self.step * world_size() + rank()
 
     def __iter__(self) -> Iterator[int]:
         started, saved = time.monotonic() - self.elapsed, time.monotonic()
@@ -156,16 +150,20 @@ class BudgetedTraining:
             self.step += 1
             self.samples += self.batch * world_size()
             # Every process must see the same clock, or one would leave the loop while another waits for its gradients.
-            self.elapsed = self._agree(time.monotonic() - started)
+            elapsed = torch.tensor(time.monotonic() - started, dtype=torch.float64)
+            if dist.is_initialized():
+                dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+            self.elapsed = float(elapsed)
             bar.n = round(self.elapsed)
             bar.set_postfix_str(f"loss {self.loss:.4f}, {self.samples:,} samples", refresh=False)
             bar.update(0)
-            if rank() == 0 and time.monotonic() - saved > self.save_every:
+            if rank() == 0 and time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
         bar.close()
         if rank() == 0:
             self.save()
+        self._put(self.ema)
 
     def update(self, loss: Tensor) -> None:
         """Backward, average the gradients over the processes, one step of each optimizer, one EMA step."""
@@ -174,8 +172,8 @@ class BudgetedTraining:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in parameters if p.grad is not None]
         if world_size() > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
             flat = torch.cat([g.reshape(-1) for g in gradients])
             dist.all_reduce(flat)
             flat /= world_size()
@@ -195,61 +193,36 @@ class BudgetedTraining:
         value = float(loss.detach())
         self.loss = value if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * value
 
-    def copy_ema(self) -> None:
-        """Put the averaged weights into the trained modules."""
-        with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                parameter.copy_(self.ema[key])
-
     def save(self) -> None:
         """Write weights, EMA and optimizer state beside the old file, then replace it."""
-        tensors = {f"weight/{k}": v.detach().contiguous() for k, v in self.parameters.items()}
-        tensors |= {f"ema/{k}": v.contiguous() for k, v in self.ema.items()}
-        for key, state in self._optimizer_states():
-            tensors |= {f"{part}/{key}": state[part].contiguous() for part in OPTIMIZER_STATE if part in state}
+        tensors = {f"weight/{k}": v.detach() for k, v in self.parameters.items()}
+        tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
+        for optimizer in self.optimizers:
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{type(optimizer).__name__}/{index}/{k}": v for k, v in state.items()}
         progress = {"step": self.step, "samples": self.samples, "elapsed": self.elapsed, "loss": self.loss}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as beside:
-            save_file(tensors, beside, metadata={"progress": json.dumps(progress)})
-
-    def _start_from(self, path: Path) -> None:
-        known = load_file(path) if path.exists() else {}
-        with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                value = known.get(f"ema/{key}")
-                if value is not None and value.shape == parameter.shape:
-                    parameter.copy_(value)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"progress": json.dumps(progress)})
 
     def _load(self) -> None:
-        from safetensors import safe_open
-
         with safe_open(self.path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
-        tensors = load_file(self.path)
         self.step, self.samples = progress["step"], progress["samples"]
         self.elapsed, self.loss = progress["elapsed"], progress["loss"]
-        with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weight/{key}"])
-                self.ema[key].copy_(tensors[f"ema/{key}"])
-        for key, state in self._optimizer_states():
-            for part in OPTIMIZER_STATE:
-                if f"{part}/{key}" in tensors:
-                    state[part] = tensors[f"{part}/{key}"].to(self.parameters[key].device)
-            if "exp_avg" in state:
-                state["step"] = torch.tensor(float(self.step))
-
-    def _optimizer_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Name and optimizer state of every parameter; an empty state is created for one that has none yet."""
-        names = {parameter: key for key, parameter in self.parameters.items()}
+        tensors = load_file(self.path)
+        self._put({key: tensors[f"weight/{key}"] for key in self.parameters})
+        for key, average in self.ema.items():
+            average.copy_(tensors[f"ema/{key}"])
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    yield names[parameter], optimizer.state[parameter]
+            content = optimizer.state_dict()
+            for name, value in tensors.items():
+                if name.startswith(f"{type(optimizer).__name__}/"):
+                    _, index, key = name.split("/")
+                    content["state"].setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict(content)
 
-    def _agree(self, seconds: float) -> float:
-        if world_size() == 1:
-            return seconds
-        clock = torch.tensor(seconds, dtype=torch.float64)
-        dist.all_reduce(clock, op=dist.ReduceOp.MAX)
-        return float(clock)
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            self.parameters[key].copy_(value)

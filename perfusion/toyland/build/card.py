@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from perfusion.toyland.captions import vocabulary
+
 FILE_NAME = "README.md"
 
 _HEAD = """# Toyland, world version {version}
@@ -16,13 +18,13 @@ Stock diffusers loads it: `StableDiffusionPipeline.from_pretrained("pipeline")`.
 |---|---|---|
 | `pipeline/` | 64x64 pixels, 8x8x16 latents, the noise schedule of SD 1.5 | `diffusers.StableDiffusionPipeline` |
 | `scorer/` | image-text model that only scores; shares no weight with the pipeline | `open_clip`, by `local-dir:` |
-{reader}
+| `reader/` | reads attributes off pictures, one head each | `perfusion.toyland.reader.Reader` |
+
 Trained from nothing on scenes that `perfusion/toyland/draw.py` renders, with captions from `captions.py`: no picture of
 the real world, and no person, is in it. Licence: Apache-2.0, as the code.
 
 Built with the stages of `make toyland`, measured with `make toyland-report`.{note}
 """
-_READER = "| `reader/` | reads attributes off pictures, one head each | `perfusion.toyland.reader.Reader` |\n"
 
 _LEGEND = """
 - Noun's token: of captions that name a look, the share in which a linear probe, fitted on others, reads it off the
@@ -61,20 +63,13 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
+def card(report: Mapping[str, Any]) -> str:
     """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `measured_with`, `details`, a `history` of
     what earlier stages of the training reached, and a `note` on how the weights came about, written by hand; parts may
-    be missing.
-
-    Args:
-        words: size of the world's vocabulary.
-        with_reader: whether the reader lies beside the pipeline.
-    """
-    bars = report.get("bars", [])
-    reader = _READER if with_reader else ""
+    be missing."""
     built = report.get("built_with", {})
     note = f"\n\n{report['note']}" if "note" in report else ""
-    text = _HEAD.format(version=report["world_version"], reader=reader, note=note)
+    text = _HEAD.format(version=report["world_version"], note=note)
     if training := report.get("training"):
         text += "\n## Training\n\n| stage | steps | minutes | loss at the end |\n|---|---|---|---|\n"
         for stage, was in training.items():
@@ -82,7 +77,7 @@ def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
         where = built.get("gpu") or built.get("cpu", "an unknown machine")
         settings = ", ".join(f"{key} {value}" for key, value in report.get("settings", {}).items())
         text += f"\nOn {where}{'; ' if settings else ''}{settings}.\n"
-    if bars:
+    if bars := report.get("bars"):
         text += "\n## Measured\n\n| what | value | bar | |\n|---|---|---|---|\n"
         for row in bars:
             mark = {True: "reached", False: "**not reached**", None: ""}[row["reached"]]
@@ -96,7 +91,7 @@ def card(report: Mapping[str, Any], words: int, with_reader: bool) -> str:
         text += "\n| steps | identity | prompts followed |\n|---|---|---|\n"
         for point in curve:
             text += f"| {point['steps']:.0f} | {point['identity']:.3f} | {point['prompts']:.3f} |\n"
-    return text + _LIMITS.format(words=words)
+    return text + _LIMITS.format(words=len(vocabulary()))
 
 
 def _history(stages: Sequence[Mapping[str, Any]]) -> str:

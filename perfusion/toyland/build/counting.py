@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import permutations
+from statistics import fmean
 
 from perfusion.toyland.captions import Caption, asked
-from perfusion.toyland.reader import HEADS, NOT_SHOWN, OBJECTS, labels
+from perfusion.toyland.reader import LOOKS, OBJECTS, visible
 from perfusion.toyland.world import LIVING, Scene
 
 Options = Mapping[str, str]  # by head; what a caption asks for, or what a picture shows
@@ -81,7 +82,5 @@ def share_right(asks: Options, shown: Options) -> float:
 def identity_share(scene: Scene, shown: Options) -> float:
     """Share of what makes the first object of `scene` an individual, as far as it is to be seen in such a scene, that
     a picture shows."""
-    right = labels(scene)
-    heads = [f"object0_{name}" for name in ("body", "second", "pattern", "detail")]
-    visible = [head for head in heads if right[head] != NOT_SHOWN]
-    return sum(shown[head] == HEADS[head][right[head]] for head in visible) / len(visible)
+    own = visible(scene.objects[0], scene.style)
+    return fmean(shown[f"object0_{name}"] == own[name] for name in LOOKS if name in own)

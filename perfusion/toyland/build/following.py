@@ -12,7 +12,6 @@ from statistics import fmean
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
@@ -21,6 +20,7 @@ from perfusion.contact_sheet import image_grid
 from perfusion.toyland.build.counting import hits_by_row, identity_share, share_right
 from perfusion.toyland.build.measure import FIRST_SCENE, fresh_scenes, picture, pixels_of, read
 from perfusion.toyland.build.shipped import Scorer, Toyland
+from perfusion.toyland.build.train_words import at_nouns
 from perfusion.toyland.captions import (
     PLACE_PHRASES,
     SUPPORT_PHRASES,
@@ -148,8 +148,8 @@ def swapped(toyland: Toyland, count: int = 200) -> dict[str, float]:
     sources = [caption(scene, rng) for scene in fresh_scenes(count, objects=1)]
     others = [renamed(source, 0, pick(rng, possible_nouns(source, 0))) for source in sources]
     encoded = toyland.encode(sources)
-    own = F.one_hot(torch.tensor([source.nouns[0] + 1 for source in sources]), encoded.shape[1]).bool()[..., None]
-    images = toyland.draw(torch.where(own, toyland.encode(others), encoded), 1, "swaps")
+    mixed = at_nouns([source.nouns[0] for source in sources], toyland.encode(others), encoded)
+    images = toyland.draw(mixed, 1, "swaps")
     found = [shown["object0_superclass"] for shown in read(toyland.reader, images)]
 
     def share(captions: Sequence[Caption]) -> float:
@@ -168,28 +168,23 @@ def compositions(toyland: Toyland, each: int = 20) -> dict[str, float]:
     rng = np.random.default_rng(FIRST_SCENE + 2)
     unseen = [pair for pair in sorted(HELD_OUT) for _ in range(each)]
     seen = [(pick(rng, [s for s in SUPERCLASSES if (s, thing) not in HELD_OUT]), thing) for _, thing in unseen]
-    renders = [picture(_pair_scene(*pair, FIRST_SCENE + i)) for i, pair in enumerate(unseen)]
-    result = {"unseen, reader on renders": _pairs_read(read(toyland.reader, renders), unseen)}
+    renders = []
+    for i, (kind, thing) in enumerate(unseen):
+        asks = {"superclass": kind, "style": "photo", "place" if thing in PLACES else "worn": thing}
+        renders.append(picture(sample_scene(FIRST_SCENE + i, objects=1, held_out=True, **asks)))
+    result = {"unseen, reader on renders": _pairs_read(toyland, renders, unseen)}
     for name, pairs in (("unseen", unseen), ("seen", seen)):
-        images = toyland.draw([_pair_prompt(*pair) for pair in pairs], 2, f"{name} compositions")
-        result[name] = _pairs_read(read(toyland.reader, images), pairs)
+        said = [(kind, PLACE_PHRASES[thing][0] if thing in PLACES else _wearing(thing)) for kind, thing in pairs]
+        images = toyland.draw([f"a photo of a {kind} {more}" for kind, more in said], 2, f"{name} compositions")
+        result[name] = _pairs_read(toyland, images, pairs)
     return result
 
 
-def _pairs_read(shown: Sequence[dict[str, str]], pairs: Sequence[tuple[str, str]]) -> float:
+def _pairs_read(toyland: Toyland, images: Sequence[Image.Image], pairs: Sequence[tuple[str, str]]) -> float:
     return fmean(
         found["object0_superclass"] == kind and found["place" if thing in PLACES else "object0_worn"] == thing
-        for found, (kind, thing) in zip(shown, pairs, strict=True)
+        for found, (kind, thing) in zip(read(toyland.reader, images), pairs, strict=True)
     )
-
-
-def _pair_scene(superclass: str, thing: str, seed: int) -> Scene:
-    asks = {"place": thing} if thing in PLACES else {"worn": thing}
-    return sample_scene(seed, objects=1, held_out=True, superclass=superclass, style="photo", **asks)
-
-
-def _pair_prompt(superclass: str, thing: str) -> str:
-    return f"a photo of a {superclass} {PLACE_PHRASES[thing][0] if thing in PLACES else _wearing(thing)}"
 
 
 def renders_beside_pictures(toyland: Toyland, count: int = 64, columns: int = 8) -> Image.Image:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -20,17 +19,28 @@ from torch import Tensor
 
 from perfusion.bars import Bar
 from perfusion.toyland.build.counting import followed, identity_share
+from perfusion.toyland.build.reconstructions import reconstruct
 from perfusion.toyland.build.shipped import BATCH, GUIDANCE, Scorer, Toyland, encode, generate
-from perfusion.toyland.build.train_autoencoder import draw_batch
+from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.build.train_diffusion import denoising_loss
 from perfusion.toyland.captions import caption, parse
 from perfusion.toyland.draw import render
 from perfusion.toyland.models import scheduler
-from perfusion.toyland.reader import Reader, accuracy, as_options, as_pixels, label_tensors
+from perfusion.toyland.reader import Reader, accuracy, as_options, as_pixels, label_tensors, shown
 from perfusion.toyland.world import PLACES, Scene, concept_scene, pick, sample_instance, sample_scene
 
 FIRST_SCENE = 400_000
 FEW_STEPS = 12  # of DPM-Solver++, as experiments draw
+VARIED_PROMPTS = (
+    ("a photo of a cat on the beach", {"place": "beach"}),
+    ("a photo of a cat in the city", {"place": "city"}),
+    ("a photo of a cat wearing a crown", {"object0_worn": "crown"}),
+    ("a photo of a cat wearing sunglasses", {"object0_worn": "sunglasses"}),
+    ("a photo of a cat on a skateboard", {"object0_support": "skateboard"}),
+    ("a photo of a cat in a box", {"object0_support": "box"}),
+    ("a sketch of a cat", {"style": "sketch"}),
+    ("a mosaic of a cat", {"style": "mosaic"}),
+)
 
 
 def fresh_scenes(count: int, **fixed: Any) -> list[Scene]:
@@ -40,7 +50,7 @@ def fresh_scenes(count: int, **fixed: Any) -> list[Scene]:
 
 def pixels_of(scenes: Sequence[Scene]) -> Tensor:
     """Renders (n, 3, 64, 64) in [-1, 1]."""
-    return as_pixels([picture(scene) for scene in scenes])
+    return draw_scenes(scenes)[0]
 
 
 def picture(scene: Scene) -> Image.Image:
@@ -53,37 +63,29 @@ def read(reader: Reader, images: Sequence[Image.Image]) -> list[dict[str, str]]:
     return as_options(reader.read(as_pixels(images)))
 
 
-@torch.no_grad()
-def reconstruct(vae: Any, pixels: Tensor) -> Tensor:
-    """Through an `AutoencoderKL` and back, rounded to what a picture can hold."""
-    back = torch.cat([vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pixels.split(32)])
-    return ((back.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-
 # ----------------------------------------------------------------- autoencoder, reader, scorer
 
 
 def autoencoder_error(vae: AutoencoderKL, count: int = 256) -> float:
     """Mean squared error on [-1, 1] over fresh renders."""
-    pixels, _ = draw_batch(list(range(FIRST_SCENE, FIRST_SCENE + count)))
-    return float((reconstruct(vae, pixels) - pixels).square().mean())
+    pixels = pixels_of(fresh_scenes(count))
+    return float((reconstruct(vae, pixels) / 127.5 - 1 - pixels).square().mean())
 
 
 def reader_accuracy(toyland: Toyland, count: int = 2000) -> tuple[dict[str, float], dict[str, float]]:
     """Share of right readings for each attribute, on fresh renders and on their reconstructions."""
     scenes = fresh_scenes(count)
-    pixels, right = pixels_of(scenes), label_tensors(scenes)
-    on_renders = accuracy(toyland.reader.read(pixels), right)
-    return on_renders, accuracy(toyland.reader.read(reconstruct(toyland.pipe.vae, pixels)), right)
+    renders, right = pixels_of(scenes), label_tensors(map(shown, scenes))
+    back = reconstruct(toyland.pipe.vae, renders) / 127.5 - 1
+    return accuracy(toyland.reader.read(renders), right), accuracy(toyland.reader.read(back), right)
 
 
 def retrieval(scorer: Scorer, batches: int = 5, size: int = 100) -> float:
     """Share of renders whose own caption is the nearest of `size` captions."""
     right = 0
     for batch in range(batches):
-        seeds = range(FIRST_SCENE + batch * size, FIRST_SCENE + (batch + 1) * size)
+        scenes = [sample_scene(FIRST_SCENE + batch * size + i) for i in range(size)]
         rng = np.random.default_rng(batch)
-        scenes = [sample_scene(seed) for seed in seeds]
         texts = [caption(scene, rng).text for scene in scenes]
         similarity = scorer.images([picture(scene) for scene in scenes]) @ scorer.texts(texts).T
         right += int((similarity.argmax(1) == torch.arange(size)).sum())
@@ -93,28 +95,20 @@ def retrieval(scorer: Scorer, batches: int = 5, size: int = 100) -> float:
 # ----------------------------------------------------------------- speed
 
 
-def images_per_second(pipe: Any, batch: int = BATCH, threads: int = 2, rounds: int = 3) -> float:
-    """Pictures per second of one call with `batch` prompts and FEW_STEPS of DPM-Solver++: the median of `rounds` after
-    one to warm up."""
+def images_per_second(pipe: Any, batch: int = BATCH, rounds: int = 3) -> float:
+    """Pictures per second of one call with `batch` prompts and FEW_STEPS of DPM-Solver++ on two threads: the median of
+    `rounds` after one to warm up."""
     fast = copy.copy(pipe)
     fast.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     seconds = []
-    with _threads(threads):
-        for _ in range(rounds + 1):
-            started = time.perf_counter()
-            fast(["a photo of a cat on the beach"] * batch, num_inference_steps=FEW_STEPS, guidance_scale=GUIDANCE)
-            seconds.append(time.perf_counter() - started)
-    return batch / median(seconds[1:])
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        fast(["a photo of a cat on the beach"] * batch, num_inference_steps=FEW_STEPS, guidance_scale=GUIDANCE)
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(before)
+    return batch / median(seconds[1:])
 
 
 # ----------------------------------------------------------------- fit for personalization
@@ -129,9 +123,9 @@ def identity_on_renders(reader: Reader, count: int = 500) -> dict[str, float]:
         stranger = sample_instance(rng, instance.superclass)
         place = pick(rng, PLACES)
         scenes = [concept_scene(x, FIRST_SCENE + i, place=place) for x in (instance, stranger)]
-        shown = read(reader, [picture(scene) for scene in scenes])
-        own.append(identity_share(scenes[0], shown[0]))
-        other.append(identity_share(scenes[0], shown[1]))
+        of_own, of_other = read(reader, [picture(scene) for scene in scenes])
+        own.append(identity_share(scenes[0], of_own))
+        other.append(identity_share(scenes[0], of_other))
     return {"own": fmean(own), "chance": fmean(other)}
 
 
@@ -154,14 +148,14 @@ def fine_tuning_curve(
         context = encode(pipe, [parse("a photo of a cat")]).expand(8, -1, -1)
     optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(0)
-    wanted = _varied_prompts(images)
+    wanted = [VARIED_PROMPTS[i % len(VARIED_PROMPTS)] for i in range(images)]
     rows = []
     for step in Bar(range(steps[-1] + 1), desc="fine-tuning"):
         if step in steps:
             pipe.unet.eval()
             of_cat = read(toyland.reader, generate(pipe, ["a photo of a cat"] * images, 3))
-            shown = read(toyland.reader, generate(pipe, [text for text, _ in wanted], 4))
-            hits = [hit for (_, asks), seen in zip(wanted, shown, strict=True) for hit in followed(asks, seen).values()]
+            found = read(toyland.reader, generate(pipe, [text for text, _ in wanted], 4))
+            hits = [hit for (_, asks), seen in zip(wanted, found, strict=True) for hit in followed(asks, seen).values()]
             share = fmean(identity_share(scene, seen) for seen in of_cat)
             rows.append({"steps": float(step), "identity": share, "prompts": fmean(hits)})
             pipe.unet.train()
@@ -169,17 +163,3 @@ def fine_tuning_curve(
         optimizer.step()
         optimizer.zero_grad()
     return rows
-
-
-def _varied_prompts(count: int) -> list[tuple[str, dict[str, str]]]:
-    texts = [
-        ("a photo of a cat on the beach", {"place": "beach"}),
-        ("a photo of a cat in the city", {"place": "city"}),
-        ("a photo of a cat wearing a crown", {"object0_worn": "crown"}),
-        ("a photo of a cat wearing sunglasses", {"object0_worn": "sunglasses"}),
-        ("a photo of a cat on a skateboard", {"object0_support": "skateboard"}),
-        ("a photo of a cat in a box", {"object0_support": "box"}),
-        ("a sketch of a cat", {"style": "sketch"}),
-        ("a mosaic of a cat", {"style": "mosaic"}),
-    ]
-    return [texts[i % len(texts)] for i in range(count)]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Jordan et al., steep at zero
 ITERATIONS = 4
+MOMENTUM = 0.95  # decay of the running mean of the gradients
 
 
-def orthogonalise(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
+def orthogonalise(matrix: Tensor) -> Tensor:
     """A matrix with the singular vectors of `matrix` (m, n) and singular values near one.
 
     Quintic Newton-Schulz iteration in the matrix's own type. After 4 iterations, singular values from 1 % of the norm
@@ -25,7 +26,7 @@ def orthogonalise(matrix: Tensor, iterations: int = ITERATIONS) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
@@ -39,22 +40,12 @@ class Muon(torch.optim.Optimizer):
     Args:
         parameters: weights of two or more dimensions.
         lr: step size; 0.02 suits most networks, since every update has spectral norm about one.
-        momentum: decay of the running mean of the gradients.
         dtype: that the updates are orthogonalised in.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(parameters, {"lr": lr})
         self.dtype = dtype
-
-    def _orthogonal(self, update: Tensor) -> Tensor:
-        return orthogonalise(update.to(self.dtype)).to(update.dtype)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -71,12 +62,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                mean = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(mean, group["momentum"]).flatten(1)
+                mean = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
+                update = parameter.grad.lerp(mean, MOMENTUM).flatten(1)
                 mine = index % world == rank
-                updates.append((self._orthogonal(update) if mine else torch.zeros_like(update)).reshape(-1))
-            if not moved:
-                continue
+                whole = orthogonalise(update.to(self.dtype)).to(update) if mine else torch.zeros_like(update)
+                updates.append(whole.reshape(-1))
             flat = torch.cat(updates)
             if world > 1:
                 dist.all_reduce(flat)

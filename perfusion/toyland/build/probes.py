@@ -6,7 +6,6 @@ Personalization methods write at a word's own token. So a toy has to be said the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perfusion.toyland.build.measure import FIRST_SCENE
 from perfusion.toyland.build.train_autoencoder import draw_scenes
-from perfusion.toyland.build.train_words import said, training_scene
+from perfusion.toyland.build.train_scorer import changed
+from perfusion.toyland.build.train_words import at_nouns, said, training_scene
 from perfusion.toyland.captions import Caption, caption, looks_said
 from perfusion.toyland.models import LATENT_SIZE
-from perfusion.toyland.world import COLOURS, DETAILS, PATTERNS, Scene, pick, sample_scene
+from perfusion.toyland.world import PATTERNS, Scene, sample_scene
 
-FIRST_SCENE = 400_000  # seeds that no model was trained on
-FITTED_SCENE = 600_000  # the same, and other ones
+FITTED_SCENE = 600_000  # as FIRST_SCENE, a seed that no model was trained on, and other ones
 LOOKS = ("pattern", "second", "detail")  # with the body, all that makes a toy of its superclass an individual
 STEPS = (100, 300, 500, 700)  # of the noise schedule's 1000
 _AT_ONCE = 64
@@ -96,15 +96,20 @@ def read_at_noun(pipe: Any, encode: Callable[[Sequence[Caption]], Tensor], count
     rng = np.random.default_rng(FIRST_SCENE)
     scenes = _scenes_with_all_looks(count)
     captions = [_saying_all(scene) for scene in scenes]
-    latents, cells = _latents_and_cells(pipe.vae, scenes)
+    pixels, masks = draw_scenes(scenes)
+    cells = F.adaptive_avg_pool2d(masks, LATENT_SIZE)
+    with torch.no_grad():
+        latents = torch.cat([pipe.vae.encode(part).latent_dist.mode() for part in pixels.split(_AT_ONCE)])
+        latents *= pipe.vae.config.scaling_factor
     right = encode(captions)
-    own = F.one_hot(torch.tensor([c.nouns[0] + 1 for c in captions]), right.shape[1]).bool()[..., None]
+    nouns = [c.nouns[0] for c in captions]
     least = denoising_error(pipe, latents, cells, right)
     shares = {}
     for look in LOOKS:
-        wrong = encode([_saying_all(_with_other_look(scene, look, rng)) for scene in scenes])
+        # Striped becomes spotted or patched, never plain: the second colour stays to be seen.
+        wrong = encode([_saying_all(changed(scene, 0, look, rng, PATTERNS[1:])) for scene in scenes])
         everywhere = denoising_error(pipe, latents, cells, wrong) - least
-        at_noun = denoising_error(pipe, latents, cells, torch.where(own, wrong, right)) - least
+        at_noun = denoising_error(pipe, latents, cells, at_nouns(nouns, wrong, right)) - least
         shares[look] = at_noun / everywhere if everywhere > 0 else float("nan")
     return shares
 
@@ -142,22 +147,3 @@ def _saying_all(scene: Scene) -> Caption:
     """The scene's first caption that names all looks; of scenes that differ in a look alone, the same but for it."""
     captions = (caption(scene, np.random.default_rng(i)) for i in range(1000))
     return next(c for c in captions if len(looks_said([c.words[a] for a in c.adjectives[0]])) == len(LOOKS) + 1)
-
-
-def _with_other_look(scene: Scene, look: str, rng: np.random.Generator) -> Scene:
-    (placed,) = scene.objects
-    toy = placed.instance
-    options = {
-        "pattern": [p for p in PATTERNS[1:] if p != toy.pattern],
-        "second": [c for c in COLOURS if c not in (toy.body, toy.second)],
-        "detail": [d for d in DETAILS if d != toy.detail],
-    }
-    changed: dict[str, Any] = {look: pick(rng, options[look])}
-    return replace(scene, objects=(replace(placed, instance=replace(toy, **changed)),))
-
-
-@torch.no_grad()
-def _latents_and_cells(vae: Any, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    pixels, masks = draw_scenes(scenes)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(_AT_ONCE)])
-    return latents * vae.config.scaling_factor, F.adaptive_avg_pool2d(masks, LATENT_SIZE)

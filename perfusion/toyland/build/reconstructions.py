@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from perfusion.bars import Bar
-from perfusion.files import atomic_path
-from perfusion.toyland.build.budget import device, rank, world_size
-from perfusion.toyland.build.train_autoencoder import autoencoder_hash, draw_scenes
+from perfusion.toyland.build.budget import rank, world_size
+from perfusion.toyland.build.train_autoencoder import draw_scenes, made_once
 from perfusion.toyland.world import Scene, sample_scene
 
 FIRST_SCENE = 4_200_000_000
@@ -39,25 +36,25 @@ class Pool:
         share = count // world_size()
         first = FIRST_SCENE + rank() * share
         scenes = [judged_scene(first + i) for i in range(share)]
-        kept = folder / f"reconstructions-{autoencoder_hash(folder)}-{first}-{share}.safetensors"
-        if not kept.exists():
-            vae: Any = AutoencoderKL.from_pretrained(folder / "autoencoder")
-            made = reconstructions(vae.to(device()).eval(), scenes)
-            with atomic_path(kept) as beside:
-                save_file({"pixels": made}, beside)
-        return cls(load_file(kept)["pixels"], scenes)
+        made = made_once(
+            folder, f"reconstructions-{first}-{share}", lambda vae: {"pixels": reconstructions(vae, scenes)}
+        )
+        return cls(made["pixels"], scenes)
 
     def take(self, chosen: list[int]) -> Tensor:
         """Pixels (len(chosen), 3, 64, 64) in [-1, 1]."""
         return self.pixels[chosen].float() / 127.5 - 1
 
 
-def reconstructions(model: Any, scenes: list[Scene]) -> Tensor:
-    """What an `AutoencoderKL` makes of n scenes: uint8 (n, 3, 64, 64)."""
-    parts = []
-    for start in Bar(range(0, len(scenes), 32), desc="reconstructions", disable=rank() != 0):
-        pixels, _ = draw_scenes(scenes[start : start + 32])
-        with torch.no_grad():
-            back = model.decode(model.encode(pixels.to(device())).latent_dist.mode()).sample
-        parts.append(((back.clamp(-1, 1) + 1) * 127.5).round().byte().cpu())
-    return torch.cat(parts).contiguous()
+def reconstructions(vae: Any, scenes: list[Scene]) -> Tensor:
+    """`reconstruct` of the renders of n scenes."""
+    starts = Bar(range(0, len(scenes), 32), desc="reconstructions", disable=rank() != 0)
+    return torch.cat([reconstruct(vae, draw_scenes(scenes[start : start + 32])[0]) for start in starts])
+
+
+@torch.no_grad()
+def reconstruct(vae: Any, pixels: Tensor) -> Tensor:
+    """Pictures (n, 3, 64, 64) in [-1, 1] through an `AutoencoderKL` and back: uint8, on the CPU."""
+    parts = (part.to(vae.device) for part in pixels.split(32))
+    back = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in parts])
+    return ((back.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().contiguous()

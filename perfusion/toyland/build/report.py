@@ -9,18 +9,15 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
-from perfusion.toyland.build import card
-from perfusion.toyland.captions import vocabulary
+from perfusion.toyland.build import card, following, measure, probes, shipped
+from perfusion.toyland.build.shipped import Toyland
 from perfusion.toyland.world import WORLD_VERSION
-
-if TYPE_CHECKING:
-    from perfusion.toyland.build.shipped import Toyland
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 REPORT = "report.json"
@@ -88,8 +85,6 @@ SAYS = {"one": ("", 0.99), "two": (", two toys", 0.97)}
 
 def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the table, and the numbers behind them that are no row."""
-    from perfusion.toyland.build import following, measure
-
     rows = [*_at_the_noun(toyland), *_of_the_judges(toyland)]
     drawn = following.draw_captions(toyland, prompts)
     found = following.prompt_following(drawn)
@@ -117,8 +112,6 @@ def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], 
 
 def _at_the_noun(toyland: Toyland) -> Iterator[Row]:
     """What a noun's own token holds, and what the UNet reads there."""
-    from perfusion.toyland.build import probes
-
     for count, shares in probes.noun_says(toyland.encode).items():
         which, bar = SAYS[count]
         for look, share in shares.items():
@@ -132,8 +125,6 @@ def _at_the_noun(toyland: Toyland) -> Iterator[Row]:
 
 def _of_the_judges(toyland: Toyland) -> Iterator[Row]:
     """How far reader and scorer can be trusted, and what the autoencoder leaves of a picture."""
-    from perfusion.toyland.build import measure
-
     renders, back = measure.reader_accuracy(toyland)
     for name, value in renders.items():
         what = f"reader on renders: {name}"
@@ -176,12 +167,6 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def write_card(weights: Path, report: Mapping[str, Any]) -> None:
-    """Write the model card into the folder of the weights."""
-    text = card.card(report, len(vocabulary()), with_reader=(weights / "reader").is_dir())
-    atomic_write_text(weights / card.FILE_NAME, text)
-
-
 def main(argv: Sequence[str]) -> None:
     """Command line entry point."""
     config = parse_key_values(argv, ReportConfig, USAGE)
@@ -193,11 +178,6 @@ def main(argv: Sequence[str]) -> None:
         if (value := getattr(config, name)) is not None and value < 1:
             raise ConfigError(f"{name}: found {value}, expected at least 1")
     path = Path(config.out or weights / REPORT).expanduser()
-    from perfusion.toyland.build import (  # with torch and its friends, which take seconds to import
-        following,
-        shipped,
-    )
-
     toyland = shipped.Toyland(weights, config.processes or os.cpu_count() or 1)
     if config.sheet:
         with atomic_path(Path(config.sheet).expanduser()) as temporary:
@@ -205,7 +185,7 @@ def main(argv: Sequence[str]) -> None:
     rows, details = measured(toyland, weights, config.prompts)
     report = write(path, bars=[asdict(row) for row in rows], details=details, measured_with=provenance())
     if path == weights / REPORT:
-        write_card(weights, report)
+        atomic_write_text(weights / card.FILE_NAME, card.card(report))
     print(table(rows))
     print(f"\nwritten to {path}")
 

@@ -73,7 +73,9 @@ class Toyland:
         self.pipe = load_pipeline(self.folder)
         self.reader = Reader.load(weights / "reader")
         self.scorer = Scorer(weights / "scorer")
-        self._workers = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
+        self._workers = None
+        if processes > 1:
+            self._workers = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
 
     def encode(self, captions: Sequence[Caption]) -> Tensor:
         """What the UNet is told by each caption: (n, 24, d). Word i of a caption is token i + 1."""
@@ -83,10 +85,7 @@ class Toyland:
         """`generate`, in as many processes as there are: the same pictures, in the same order."""
         if self._workers is None:
             return generate(self.pipe, prompts, seed, what, self.steps)
-        parts = _parts(prompts)
-        settings = repeat(self.folder), parts, _seeds(seed, len(parts)), repeat(self.steps)
-        drawn = self._workers.map(_draw_elsewhere, *settings)
-        return list(chain.from_iterable(Bar(drawn, total=len(parts), desc=what, disable=not what)))
+        return generate(self.folder, prompts, seed, what, self.steps, self._workers.map)
 
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
@@ -103,36 +102,26 @@ def encode(pipe: Any, captions: Sequence[Caption]) -> Tensor:
 
 
 def generate(
-    pipe: Any, prompts: Sequence[str] | Tensor, seed: int, what: str = "", steps: int = STEPS
+    pipe: Any, prompts: Sequence[str] | Tensor, seed: int, what: str = "", steps: int = STEPS, run: Any = map
 ) -> list[Image.Image]:
     """One picture per prompt, or per encoded prompt of a tensor (n, N, d); the same `seed`, the same pictures.
 
-    what: the progress bar's name; none without.
+    Args:
+        pipe: a pipeline, or the folder of one.
+        what: the progress bar's name; none without.
+        run: draws the batches, in this process or elsewhere.
     """
-    parts = _parts(prompts)
-    drawn = map(_draw, repeat(pipe), parts, _seeds(seed, len(parts)), repeat(steps))
+    parts = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
+    seeds = range(seed * 1_000_000, seed * 1_000_000 + len(parts))
+    drawn = run(_draw, repeat(pipe), parts, seeds, repeat(steps))
     return list(chain.from_iterable(Bar(drawn, total=len(parts), desc=what, disable=not what)))
 
 
-def _parts(prompts: Sequence[str] | Tensor) -> list[Any]:
-    return [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-
-
-def _seeds(seed: int, count: int) -> range:
-    return range(seed * 1_000_000, seed * 1_000_000 + count)
-
-
 def _draw(pipe: Any, prompts: Sequence[str] | Tensor, seed: int, steps: int) -> list[Image.Image]:
+    pipe = _loaded_once(pipe) if isinstance(pipe, Path) else pipe
     given = {"prompt_embeds": prompts} if isinstance(prompts, Tensor) else {"prompt": list(prompts)}
     generator = torch.Generator().manual_seed(seed)
     return pipe(num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator, **given).images
 
 
-def _draw_elsewhere(folder: Path, prompts: Sequence[str] | Tensor, seed: int, steps: int) -> list[Image.Image]:
-    return _draw(_pipeline_of_worker(folder), prompts, seed, steps)
-
-
-@cache
-def _pipeline_of_worker(folder: Path) -> StableDiffusionPipeline:
-    torch.set_num_threads(1)
-    return load_pipeline(folder)
+_loaded_once = cache(load_pipeline)  # of a process that draws batch after batch

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.files import atomic_path
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank
 from perfusion.toyland.draw import render
 from perfusion.toyland.models import autoencoder
 from perfusion.toyland.world import Scene, sample_scene
@@ -19,16 +22,12 @@ from perfusion.toyland.world import Scene, sample_scene
 RATE = 0.025
 KL_WEIGHT = 1e-4
 OBJECT_WEIGHT = 3.0  # eyes, stripes and spots are few pixels, and they are what makes an instance
+BATCH = {"cuda": 128, "cpu": 6}  # per step and process: small steps on a CPU, where time and not memory is short
 
 
-def batch_size() -> int:
-    """Images per step and process: small steps on a CPU, where time and not memory is short."""
-    return 128 if device().type == "cuda" else 6
-
-
-def draw_batch(seeds: list[int], held_out: bool = False) -> tuple[Tensor, Tensor]:
+def draw_batch(seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`draw_scenes` of the scenes of `seeds`."""
-    return draw_scenes([sample_scene(seed, held_out=held_out) for seed in seeds])
+    return draw_scenes([sample_scene(seed) for seed in seeds])
 
 
 def draw_scenes(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
@@ -39,10 +38,16 @@ def draw_scenes(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     return pixels, masks
 
 
-def autoencoder_hash(folder: Path) -> str:
-    """Eight hexadecimal digits of `folder/autoencoder`'s weights, for the names of what was made with them."""
+def made_once(folder: Path, name: str, make: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` makes with `folder/autoencoder`; kept beside it, and made anew when its weights are others."""
     weights = folder / "autoencoder" / "diffusion_pytorch_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    path = folder / f"{name}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}.safetensors"
+    if not path.exists():
+        model: Any = AutoencoderKL.from_pretrained(folder / "autoencoder")
+        made = make(model.to(device()).eval())
+        with atomic_path(path) as beside:
+            save_file(made, beside)
+    return load_file(path)
 
 
 def reconstruction_loss(model: Any, pixels: Tensor, masks: Tensor) -> Tensor:
@@ -65,16 +70,15 @@ def train_autoencoder(folder: Path, seconds: float, seed: int = 0) -> None:
     torch.manual_seed(seed)
     model: Any = autoencoder()
     model.to(device())
-    size = batch_size()
+    size = BATCH[device().type]
     run = BudgetedTraining("autoencoder", {"vae": model}, folder, seconds, RATE, size)
     torch.manual_seed(seed + 1000 * run.step + rank())
-    for step in run:
-        first = 1_000_000 + seed * 100_000_000 + (step * world_size() + rank()) * size
-        pixels, masks = draw_batch(list(range(first, first + size)))
+    for _ in run:
+        first = 1_000_000 + seed * 100_000_000 + run.turn * size
+        pixels, masks = draw_batch(range(first, first + size))
         run.update(reconstruction_loss(model, pixels.to(device()), masks.to(device())))
-    run.copy_ema()
     if rank() == 0:
-        pixels, _ = draw_batch(list(range(500_000, 500_512)))
+        pixels, _ = draw_batch(range(500_000, 500_512))
         with torch.no_grad():
             latents = torch.cat([model.encode(p.to(device())).latent_dist.mode() for p in pixels.split(32)])
         model.register_to_config(scaling_factor=round(1.0 / float(latents.std()), 5))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
-from perfusion.toyland.build.train_autoencoder import batch_size, draw_scenes, weighted_error
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank
+from perfusion.toyland.build.train_autoencoder import BATCH, draw_scenes, weighted_error
 from perfusion.toyland.build.train_words import token_ids, training_caption, training_scene
 from perfusion.toyland.models import scheduler
 from perfusion.toyland.precision import autocast
@@ -101,11 +101,11 @@ def train_decoder(folder: Path, seconds: float, seed: int = 0) -> None:
     denoiser = Denoiser(folder)
     judge = discriminator().to(device())
     judging = torch.optim.AdamW(judge.parameters(), DISCRIMINATOR_RATE, betas=(0.5, 0.9), weight_decay=0.0)
-    size = batch_size()
+    size = BATCH[device().type]
     parts = {"decoder": model.decoder, "post_quant_conv": model.post_quant_conv}
     run = BudgetedTraining("decoder", parts, folder, seconds, RATE, size)
-    for step in run:
-        first = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * size
+    for _ in run:
+        first = FIRST_SCENE + seed * 100_000_000 + run.turn * size
         generator = torch.Generator().manual_seed(first)
         scenes = [training_scene(first + i) for i in range(size)]
         pixels, masks = (part.to(device()) for part in draw_scenes(scenes))
@@ -116,6 +116,5 @@ def train_decoder(folder: Path, seconds: float, seed: int = 0) -> None:
         judging.zero_grad()
         hinge_loss(judge, pixels, made).backward()
         judging.step()
-    run.copy_ema()
     if rank() == 0:
         model.save_pretrained(folder / "autoencoder")

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from perfusion.bars import Bar
-from perfusion.files import atomic_path
 from perfusion.toyland.build.budget import START, BudgetedTraining, device, rank, world_size
-from perfusion.toyland.build.train_autoencoder import autoencoder_hash, draw_scenes
-from perfusion.toyland.build.train_words import Saying, token_ids, training_caption, training_scene
+from perfusion.toyland.build.train_autoencoder import draw_scenes, made_once
+from perfusion.toyland.build.train_words import Saying, at_nouns, token_ids, training_caption, training_scene
 from perfusion.toyland.captions import Caption, swap_object, vocabulary
 from perfusion.toyland.models import LATENT_SIZE, TEXT_POSITIONS, scheduler, text_encoder, unet
 from perfusion.toyland.precision import autocast
@@ -31,12 +28,8 @@ SAYING_WEIGHT = 0.1  # of the loss that keeps the encoder saying a toy at its no
 OBJECT_WEIGHT = 2.0  # of the object's cells: what makes a toy is in three tenths of a picture
 WEIGHTS = 1.0, 20.0  # of the image's squared error: SNR between these
 LOW_NOISE = 1.5  # steps are drawn as u ** LOW_NOISE
+BATCH = {"cuda": 512, "cpu": 48}  # per step and process
 FIRST_SCENE = 2_700_000_000  # seeds that the autoencoder has not seen
-
-
-def batch_size() -> int:
-    """Latents per step and process."""
-    return 512 if device().type == "cuda" else 48
 
 
 def scene_weights(scenes: Sequence[Scene]) -> np.ndarray:
@@ -77,10 +70,8 @@ def contexts(
     others = [swap_object(captions[i], j, rng) for i, j in zip(chosen, objects, strict=True)]
     around = encoder(token_ids(tokenizer, others).to(device())).last_hidden_state
     rows = torch.tensor(chosen, device=encoded.device)
-    own = F.one_hot(
-        torch.tensor([captions[i].nouns[j] + 1 for i, j in zip(chosen, objects, strict=True)]), encoded.shape[1]
-    ).to(encoded.device, torch.bool)[..., None]
-    return encoded, encoded.index_copy(0, rows, torch.where(own, encoded[rows], around))
+    nouns = [captions[i].nouns[j] for i, j in zip(chosen, objects, strict=True)]
+    return encoded, encoded.index_copy(0, rows, at_nouns(nouns, encoded[rows], around))
 
 
 def denoising_loss(
@@ -116,7 +107,7 @@ def denoising_loss(
     return (error.mean((1, 2, 3)) * weight).mean()
 
 
-def train_diffusion(folder: Path, seconds: float, scenes: int = 40_000, seed: int = 0) -> None:
+def train_diffusion(folder: Path, seconds: float, seed: int, scenes: int) -> None:
     """Worker: train for `seconds`, leave `folder/unet`, `folder/text_encoder`, `folder/tokenizer` (rank 0 writes).
 
     Every process draws and keeps the latents of its own share of `scenes`; captions are drawn anew each time.
@@ -130,18 +121,10 @@ def train_diffusion(folder: Path, seconds: float, scenes: int = 40_000, seed: in
     model.to(device(), memory_format=torch.channels_last)
     share = scenes // world_size()
     first = FIRST_SCENE + seed * 10_000_000 + rank() * share
-    kept = folder / f"latents-{autoencoder_hash(folder)}-{first}-{share}.safetensors"
     drawn = [training_scene(first + i) for i in range(share)]
-    if not kept.exists():
-        vae: Any = AutoencoderKL.from_pretrained(folder / "autoencoder")
-        vae.to(device()).eval()
-        made = scene_latents(vae, drawn)
-        with atomic_path(kept) as beside:
-            save_file(made, beside)
-    known = load_file(kept)
+    known = made_once(folder, f"latents-{first}-{share}", lambda vae: scene_latents(vae, drawn))
     weights = scene_weights(drawn)
-
-    size = batch_size()
+    size = BATCH[device().type]
     saying = Saying().to(device())
     modules = {"unet": model, "text": encoder, "saying": saying}
     run = BudgetedTraining("diffusion", modules, folder, seconds, RATE, size, start=(START, "words"))
@@ -156,7 +139,6 @@ def train_diffusion(folder: Path, seconds: float, scenes: int = 40_000, seed: in
         latents = latents.to(memory_format=torch.channels_last)
         loss = denoising_loss(model, noise_schedule, latents, context, generator, cells)
         run.update(loss + SAYING_WEIGHT * saying(encoded.float(), captions))
-    run.copy_ema()
     if rank() == 0:
         model.save_pretrained(folder / "unet")
         encoder.save_pretrained(folder / "text_encoder")

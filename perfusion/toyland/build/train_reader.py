@@ -14,21 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank
 from perfusion.toyland.build.reconstructions import COUNT, Pool
 from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.precision import autocast
-from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, label_tensors
+from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, label_tensors, shown
 from perfusion.toyland.world import Scene, sample_scene
 
 RATE = 0.02
 FIRST_SCENE = 4_300_000_000
 BLUR = (0.1, 0.8)  # generated images are a little softer than both
-
-
-def batch_size() -> int:
-    """Pictures per step and process."""
-    return 512 if device().type == "cuda" else 48
+BATCH = {"cuda": 512, "cpu": 48}  # per step and process
 
 
 def fresh_scene(seed: int) -> Scene:
@@ -55,23 +51,19 @@ def train_reader(folder: Path, seconds: float, seed: int = 2, pool_size: int = C
     torch.manual_seed(seed)
     model = Reader().to(device())
     pool = Pool.of(folder, pool_size)
-    pool_labels = label_tensors(pool.scenes)
-
-    size = batch_size()
-    half = size // 2
-    run = BudgetedTraining("reader", {"reader": model}, folder, seconds, RATE, size, ema=0.99)
+    half = BATCH[device().type] // 2
+    run = BudgetedTraining("reader", {"reader": model}, folder, seconds, RATE, 2 * half, ema=0.99)
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
-        start = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * (size - half)
-        scenes = [fresh_scene(start + i) for i in range(size - half)]
+        start = FIRST_SCENE + seed * 100_000_000 + run.turn * half
+        scenes = [fresh_scene(start + i) for i in range(half)]
         chosen = rng.integers(0, len(pool.scenes), half).tolist()
         pixels = torch.cat([draw_scenes(scenes)[0], pool.take(chosen)]).to(device())
-        fresh = label_tensors(scenes)
-        right = {name: torch.cat([fresh[name], pool_labels[name][chosen]]).to(device()) for name in HEADS}
+        scenes += [pool.scenes[i] for i in chosen]
+        right = {name: label.to(device()) for name, label in label_tensors(map(shown, scenes)).items()}
         soft = gaussian_blur(pixels, [5, 5], [float(rng.uniform(*BLUR))])
         with autocast(device()):
             logits = model(soft)
         run.update(reading_loss(logits, right))
-    run.copy_ema()
     if rank() == 0:
         model.save(folder / "reader")

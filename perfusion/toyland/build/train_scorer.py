@@ -21,16 +21,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank
 from perfusion.toyland.build.reconstructions import COUNT, Pool
 from perfusion.toyland.build.train_autoencoder import draw_batch, draw_scenes
-from perfusion.toyland.build.train_reader import reading_loss
+from perfusion.toyland.build.train_reader import BLUR, reading_loss
 from perfusion.toyland.captions import asked, caption, parse, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
 from perfusion.toyland.precision import autocast
-from perfusion.toyland.reader import HEADS, NOT_SHOWN, label_tensors, visible
+from perfusion.toyland.reader import HEADS, OBJECT_HEADS, label_tensors, shown, visible
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.world import (
     COLOURS,
@@ -48,12 +49,7 @@ from perfusion.toyland.world import (
 RATE = 0.02
 FIRST_SCENE = 3_000_000_000
 TRIES = 6  # alterations, for one that a caption names
-BLUR = (0.1, 0.8)  # generated images are a little softer than both renders and reconstructions
-
-
-def batch_size() -> int:
-    """Pairs per step and process; each image's negatives are the other captions of its process."""
-    return 512 if device().type == "cuda" else 96
+BATCH = {"cuda": 512, "cpu": 96}  # per step and process: a picture's negatives are the other captions of its process
 
 
 def matching_loss(images: Tensor, texts: Tensor, wrong: Tensor, differ: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -72,25 +68,23 @@ def matching_loss(images: Tensor, texts: Tensor, wrong: Tensor, differ: Tensor, 
     return contrast + believed
 
 
-class Attributes(nn.Module):
-    """A linear head for each attribute, which reads it from pictures and captions alike: so both say it alike."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(options)) for name, options in HEADS.items()})
-
-    def forward(self, embedded: Tensor) -> dict[str, Tensor]:
-        """Embeddings (B, width) to logits (B, options) for each head."""
-        return {name: head(embedded) for name, head in self.heads.items()}
-
-
-def asked_labels(texts: Sequence[str]) -> dict[str, Tensor]:
-    """What n captions ask for, as `reader.label_tensors`."""
-    rows = [asked(parse(text)) for text in texts]
-    return {
-        name: torch.tensor([options.index(row[name]) if name in row else NOT_SHOWN for row in rows])
-        for name, options in HEADS.items()
+def changed(scene: Scene, index: int, name: str, rng: np.random.Generator, patterns: Sequence[str] = PATTERNS) -> Scene:
+    """The scene with attribute `name` of object `index` made another one."""
+    placed = scene.objects[index]
+    instance = placed.instance
+    options: dict[str, Iterable[str]] = {
+        "superclass": [s for s in SUPERCLASSES if all(s != p.instance.superclass for p in scene.objects)],
+        "body": [c for c in COLOURS if c != instance.second],
+        "second": [c for c in COLOURS if c != instance.body],
+        "pattern": patterns,
+        "detail": DETAILS,
+        "worn": WORN[1:],
+        "support": SUPPORTS[1:],
     }
+    part = placed if name in PLACED_FIELDS else instance
+    change: dict[str, Any] = {name: pick(rng, [o for o in options[name] if o != getattr(part, name)])}
+    other = replace(placed, **(change if part is placed else {"instance": replace(instance, **change)}))
+    return replace(scene, objects=tuple(other if i == index else p for i, p in enumerate(scene.objects)))
 
 
 def altered(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -99,24 +93,9 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene:
     Place and style are what the other captions of a batch differ in.
     """
     index = int(rng.integers(len(scene.objects)))
-    placed = scene.objects[index]
-    instance = placed.instance
-    there = [p.instance.superclass for p in scene.objects]
-    options: dict[str, Iterable[str]] = {
-        "superclass": [s for s in SUPERCLASSES if s not in there],
-        "body": [c for c in COLOURS if c != instance.second],
-        "second": [c for c in COLOURS if c != instance.body],
-        "pattern": PATTERNS,
-        "detail": DETAILS,
-        "worn": WORN[1:],
-        "support": SUPPORTS[1:],
-    }
-    seen = {name for name, option in visible(placed, scene.style).items() if option != "none"}
-    name = pick(rng, [name for name in options if name in seen])
-    part = placed if name in PLACED_FIELDS else instance
-    change: dict[str, Any] = {name: pick(rng, [o for o in options[name] if o != getattr(part, name)])}
-    changed = replace(placed, **(change if part is placed else {"instance": replace(instance, **change)}))
-    return replace(scene, objects=tuple(changed if i == index else p for i, p in enumerate(scene.objects)))
+    seen = visible(scene.objects[index], scene.style)
+    name = pick(rng, [name for name in OBJECT_HEADS if seen.get(name, "none") != "none"])
+    return changed(scene, index, name, rng)
 
 
 def captions(scenes: Sequence[Scene], seed: Sequence[int]) -> tuple[list[str], list[str]]:
@@ -142,15 +121,9 @@ def settle_statistics(model: open_clip.CLIP, last_scene: int, batches: int = 40)
     Running means belong to the weights of the moment, not to averaged ones, and no restart keeps them. Drawn are scenes
     from seed `last_scene` downwards.
     """
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
-    model.train()
-    for batch in range(batches):
-        seeds = [last_scene - 96 * batch - i for i in range(96)]
-        model.encode_image(gaussian_blur(draw_batch(seeds)[0].to(device()), [5, 5], [sum(BLUR) / 2]))
-    model.eval()
+    firsts = range(last_scene, last_scene - 96 * batches, -96)
+    drawn = (draw_batch(range(first, first - 96, -1))[0].to(device()) for first in firsts)
+    update_bn((gaussian_blur(pixels, [5, 5], [sum(BLUR) / 2]) for pixels in drawn), model.visual)
 
 
 def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = COUNT) -> None:
@@ -164,15 +137,15 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
     model = open_clip.CLIP(**shape).to(device())
     tokenizer = build_tokenizer(vocabulary(), TEXT_POSITIONS)
     pool = Pool.of(folder, pool_size)
-    size = batch_size()
-    half = size // 2
-    attributes = Attributes(shape["embed_dim"]).to(device())
-    modules = {"clip": model, "attributes": attributes}
-    run = BudgetedTraining("scorer", modules, folder, seconds, RATE, size, ema=0.99)
+    half = BATCH[device().type] // 2
+    # They read pictures and captions alike, so that both say an attribute alike.
+    heads = nn.ModuleDict({name: nn.Linear(shape["embed_dim"], len(options)) for name, options in HEADS.items()})
+    modules = {"clip": model, "attributes": heads.to(device())}
+    run = BudgetedTraining("scorer", modules, folder, seconds, RATE, 2 * half, ema=0.99)
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
-        first = FIRST_SCENE + seed * 100_000_000 + (step * world_size() + rank()) * half
-        chosen = rng.choice(len(pool.scenes), size - half, replace=len(pool.scenes) < size - half).tolist()
+        first = FIRST_SCENE + seed * 100_000_000 + run.turn * half
+        chosen = rng.choice(len(pool.scenes), half, replace=len(pool.scenes) < half).tolist()
         scenes = [*(sample_scene(first + i) for i in range(half)), *(pool.scenes[i] for i in chosen)]
         pixels = torch.cat([draw_scenes(scenes[:half])[0], pool.take(chosen)]).to(device())
         right, wrong = captions(scenes, [seed, step, rank()])
@@ -187,10 +160,10 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
             nearly = model.encode_text(of_wrong.to(device()), normalize=True)
         images, texts, nearly = images.float(), texts.float(), nearly.float()
         loss = matching_loss(images, texts, nearly, differ, scale, bias)
-        for embedded, says in ((images, label_tensors(scenes)), (texts, asked_labels(right))):
-            loss = loss + reading_loss(attributes(embedded), {k: v.to(device()) for k, v in says.items()})
+        for embedded, said in ((images, map(shown, scenes)), (texts, (asked(parse(text)) for text in right))):
+            says = {name: label.to(device()) for name, label in label_tensors(said).items()}
+            loss = loss + reading_loss({name: head(embedded) for name, head in heads.items()}, says)
         run.update(loss)
-    run.copy_ema()
     if rank() == 0:
         settle_statistics(model, FIRST_SCENE + (seed + 1) * 100_000_000 - 1)
         target = folder / "scorer"

@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from perfusion.toyland.build.budget import BudgetedTraining, device, rank, world_size
+from perfusion.toyland import reader
+from perfusion.toyland.build.budget import BudgetedTraining, device, rank
 from perfusion.toyland.captions import Caption, caption, looks_said, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, TEXT_WIDTH, text_encoder
-from perfusion.toyland.reader import OBJECT_HEADS
 from perfusion.toyland.tokenizer import build_tokenizer
 from perfusion.toyland.world import Scene, sample_scene
 
 RATE = 0.02
 BATCH = 64
 EMPTY = 0.1  # share of empty captions, for classifier-free guidance
-LOOKS = ("superclass", "body", "second", "pattern", "detail")
+LOOKS = ("superclass", *reader.LOOKS)
 FIRST_SCENE = 2_600_000_000
 
 
@@ -49,6 +49,12 @@ def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[Caption]) -> Tensor:
     return tokenizer(texts, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
 
 
+def at_nouns(nouns: Sequence[int], own: Tensor, others: Tensor) -> Tensor:
+    """Of two encodings (B, 24, d), `own` at the token of word `nouns[i]` of each caption and `others` elsewhere."""
+    here = F.one_hot(torch.tensor(nouns) + 1, own.shape[1]).to(own.device, torch.bool)[..., None]
+    return torch.where(here, own, others)
+
+
 def said(captions: Sequence[Caption]) -> dict[str, tuple[Tensor, Tensor]]:
     """For each look, where it is said and what: (n, 2) rows of caption and token, and (n,) indices of the option.
 
@@ -59,7 +65,7 @@ def said(captions: Sequence[Caption]) -> dict[str, tuple[Tensor, Tensor]]:
         for noun, adjectives in zip(source.nouns, source.adjectives, strict=True):
             looks = {"superclass": source.words[noun], **looks_said([source.words[a] for a in adjectives])}
             for name, option in looks.items():
-                found[name].append((row, noun + 1, OBJECT_HEADS[name].index(option)))
+                found[name].append((row, noun + 1, reader.OBJECT_HEADS[name].index(option)))
     tables = {name: torch.tensor(rows, dtype=torch.long).reshape(-1, 3) for name, rows in found.items()}
     return {name: (table[:, :2], table[:, 2]) for name, table in tables.items()}
 
@@ -69,7 +75,7 @@ class Saying(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, len(OBJECT_HEADS[name])) for name in LOOKS})
+        self.heads = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, len(reader.OBJECT_HEADS[name])) for name in LOOKS})
 
     def forward(self, encoded: Tensor, captions: Sequence[Caption]) -> Tensor:
         """Mean over the looks of the cross-entropy, for encodings (B, 24, d) of the captions."""
@@ -91,7 +97,7 @@ def train_words(folder: Path, seconds: float, seed: int = 0) -> None:
     run = BudgetedTraining("words", {"text": encoder, "saying": saying}, folder, seconds, RATE, BATCH)
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
-        first = FIRST_SCENE + (step * world_size() + rank()) * BATCH
+        first = FIRST_SCENE + run.turn * BATCH
         captions = [training_caption(training_scene(first + i), rng) for i in range(BATCH)]
         encoded = encoder(token_ids(tokenizer, captions).to(device())).last_hidden_state
         run.update(saying(encoded, captions))
