@@ -4,6 +4,7 @@ attached concepts, each written as soon as it is drawn, with all that is known o
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,11 +80,13 @@ def stream(
     size: int | tuple[int, int] | None = None,
     exact: bool = True,
     negative_prompt: str | None = None,
+    given: Mapping[str, Any] | None = None,
     prepare: Callable[[slice], None] | None = None,
 ) -> Iterator[Image.Image]:
     """What `sample` gives, each picture as soon as its batch is drawn, so that it can be saved before the next.
 
-    `negative_prompt` is that of all. `prepare` is called before each batch, with the place of its pictures among all.
+    `negative_prompt` is that of all, and so is what else the pipeline's call takes, `given`: pictures, or numbers.
+    `prepare` is called before each batch, with the place of its pictures among all.
     """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
     if batch_size < 1:
@@ -98,7 +101,9 @@ def stream(
     if exact and pipe.device.type == "cpu":
         batch_size = 1
     width, height = size if isinstance(size, tuple) else (size, size)
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+    takes = inspect.signature(pipe.__call__).parameters  # image to image has the size of its image
+    settings |= {key: side for key, side in (("height", height), ("width", width)) if key in takes}
     with tqdm(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
@@ -126,10 +131,16 @@ def stream(
                     callback_on_step_end=count,
                     negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts[batch]),
                     **settings,
+                    **{key: _for_each(value, len(prompts[batch])) for key, value in (given or {}).items()},
                 ).images
             finally:
                 pipe.set_progress_bar_config(**own_bar)
             yield from images
+
+
+def _for_each(value: Any, count: int) -> Any:
+    """A picture once for each of the batch, so that each has noise of its own generator; numbers as they are."""
+    return [value] * count if isinstance(value, Image.Image) else value
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,7 @@ def draw(
     exact: bool = True,
     progress: bool = False,
     again: bool = True,
+    given: Mapping[str, Any] | None = None,
 ) -> list[Image.Image]:
     """Draw pictures, write them and name them in their folders' manifests; returns those that were drawn, in order.
 
@@ -164,7 +176,7 @@ def draw(
     back to what they were set to before.
 
     Args:
-        batch, size, exact, progress: see `sample`.
+        batch, size, exact, progress: see `sample`; given: see `stream`.
         again: False leaves out pictures that lie there, made by the same training.
     """
     missing = [k for k, shot in enumerate(shots) if again or not _is_there(shot)]
@@ -193,6 +205,7 @@ def draw(
                 size=size,
                 exact=exact,
                 negative_prompt=records[0].negative_prompt,
+                given=given,
                 prepare=prepare,
             )
             for k, image in zip(together, drawn, strict=True):

@@ -83,6 +83,15 @@ class Backbone(ABC):
         """
 
     @classmethod
+    def check_controlnet(cls, config: BackboneConfig, net: Mapping[str, Any]) -> None:
+        """Hold that a ControlNet of the diffusers config `net` is made for such a model, before either is loaded.
+
+        Raises:
+            BackboneError: it is not, or this kind of model takes none; or there is no model where `config` says.
+        """
+        raise BackboneError(f"controlnet: {config.name} takes none")
+
+    @classmethod
     @abstractmethod
     def load(cls, config: BackboneConfig) -> Backbone:
         """Load the pipeline named by `config`, frozen and in eval mode, on the device and in the dtype it names."""

@@ -273,6 +273,16 @@ class LatentDiffusionBackbone(Backbone):
         width = loading.read_unet_config(cls.source(config)).get("cross_attention_dim")
         configured.factorised(settings, matrix, width if isinstance(width, int) else None)
 
+    @classmethod
+    def check_controlnet(cls, config: BackboneConfig, net: Mapping[str, Any]) -> None:
+        unet = loading.read_unet_config(cls.source(config))
+        for key in ("cross_attention_dim", "addition_embed_type", "in_channels"):
+            if net.get(key) != unet.get(key):
+                raise BackboneError(
+                    f"controlnet: found one with {key} {net.get(key)}, expected {unet.get(key)}, that of the model: it "
+                    "is made for another kind"
+                )
+
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents of pixels (B, 3, H, W) in [-1, 1].
