@@ -40,13 +40,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from perfusion.config import ConfigError, TrainConfig, checked
+from perfusion.data.formats import OTHERS, SUFFIXES
 from perfusion.files import atomic_write_text, remove_unfinished
 
 CHECKPOINTS = "checkpoints"  # folder below that of the run
 
 _CHECKPOINT = re.compile(r"step-\d+\.safetensors")
-# As in `perfusion.data.images`, which takes a while to import.
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _HEADER = "# Train this again, or with changes:  python -m perfusion.train from=<this file> [key=value ...]\n"
 
 # What does not change the result: where it goes, who watches, how often it is saved, what is computed twice.
@@ -196,7 +195,7 @@ class RunFolder:
                 f"{self.path} holds {written[0]}, and no config.yaml that says of which run, so nothing is replaced "
                 "there: move it away, or choose another run.dir="
             )
-        pictures = sorted(file.name for file in self.path.iterdir() if file.suffix.lower() in _PICTURES)
+        pictures = sorted(file.name for file in self.path.iterdir() if file.suffix.lower() in (*SUFFIXES, *OTHERS))
         if pictures:
             raise ConfigError(
                 f"{self.path} is no run's folder, for it holds pictures ({', '.join(pictures[:3])}) and no config.yaml"
