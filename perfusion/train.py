@@ -19,6 +19,7 @@ from perfusion.cli import run_cli
 from perfusion.config import ConfigError, TrainConfig, which_weights
 from perfusion.training import composition, sweep
 from perfusion.training.devices import join
+from perfusion.training.folders import each_folder
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ _PATIENCE = 3.0  # seconds
 
 
 def main(argv: Sequence[str]) -> int | None:
-    """Train what a command line describes; with `-m`, all of it (`perfusion.training.sweep`)."""
+    """Train what a command line describes; with `-m`, or with a folder of folders, all of it
+    (`perfusion.training.sweep`)."""
     signal.signal(signal.SIGTERM, _interrupt)
+    argv = each_folder(argv)
     if sweep.asked_for(argv):
         return sweep.run(argv)
     return composition.run(argv, train)
