@@ -209,6 +209,15 @@ class Backbone(ABC):
         """What the denoiser is trained to say: noise, or velocity for v-prediction."""
 
     @abstractmethod
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio ᾱ / (1 - ᾱ) at diffusion steps `timesteps` (B,): (B,)."""
+
+    @property
+    @abstractmethod
+    def predicts_velocity(self) -> bool:
+        """Whether the denoiser is trained to say the velocity; else it says the noise."""
+
+    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
         """The denoiser's output (B, c, h, w).
 

@@ -323,9 +323,17 @@ class LatentDiffusionBackbone(Backbone):
         return self._schedule.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        if self.prediction == "epsilon":
+        if not self.predicts_velocity:
             return noise
         return self._schedule.get_velocity(latents, noise, timesteps)
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        kept = self._schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        return kept / (1 - kept)
+
+    @property
+    def predicts_velocity(self) -> bool:
+        return self.prediction == "v_prediction"
 
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
         context = encoding.context.to(self.dtype)

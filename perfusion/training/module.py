@@ -331,8 +331,8 @@ class PersonalizationModule(LightningModule):
     def on_validation_model_train(self) -> None:
         self.train()  # Lightning would set flags alone, and a method's `train` does more
 
-    def configure_optimizers(self) -> torch.optim.AdamW:
-        """AdamW over the method's groups, each with its own rate.
+    def configure_optimizers(self) -> Any:
+        """AdamW over the method's groups, each with its own rate, and what changes them all where the options say so.
 
         Raises:
             TrainingError: several processes train, and a parameter is not the method's own: nobody would average its
@@ -345,4 +345,8 @@ class PersonalizationModule(LightningModule):
                 f"trainer.devices={self.trainer.world_size}: {type(self.method).__name__} trains parameters that it "
                 "has not registered as its own, expected trainer.devices=1"
             )
-        return torch.optim.AdamW(groups)
+        optimizer, options = torch.optim.AdamW(groups), self.method.options
+        if all(options.rate_factor(step) == 1 for step in range(options.steps)):
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
