@@ -59,6 +59,15 @@ _IGNORED = (
     "concept.masks_cache",
     "concept.prior_cache",
 )
+# Options that came later, and the values at which a run is the one that it was without them.
+_LATER = {
+    "concept.captions": None,
+    "concept.templates": None,
+    "concept.mirror": False,
+    "method.rate_schedule": "constant",
+    "method.warmup_steps": 0,
+    "method.min_snr_gamma": None,
+}
 
 
 Inputs = Mapping[str, Mapping[str, str]]  # key of the config -> name of a file -> digest
@@ -332,7 +341,10 @@ def read_config(path: Path) -> TrainConfig:
     said = _read_inputs(RunFolder(path.parent).inputs)
     if said is not None:
         concept = config.concept
-        places = {key: _seen_from(said["directory"], getattr(concept, key)) for key in ("images", "masks", "prior")}
+        places = {
+            key: _seen_from(said["directory"], getattr(concept, key))
+            for key in ("images", "masks", "prior", "templates")
+        }
         config.concept = dataclasses.replace(concept, **places)
     return config
 
@@ -416,7 +428,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(value: Any, key: str) -> None:
-        if key in _IGNORED:
+        if key in _IGNORED or (key in _LATER and value == _LATER[key]):
             return
         if isinstance(value, dict):
             for name, inner in value.items():
