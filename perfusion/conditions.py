@@ -235,10 +235,12 @@ def _local(name: str) -> bool:
 def _reading(name: str) -> Iterator[None]:
     """Turn what diffusers and the hub raise into one ConfigError that names the ControlNet."""
     try:
+        if not Path(name).expanduser().exists() and name.count("/") != 1:
+            raise ConfigError("found no such folder")
         yield
     except Exception as error:  # whatever a library makes of files that are not what it expects
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"controlnet: {name} cannot be read: {reason}. Expected the folder or hub id of a diffusers ControlNet, "
-            "with safetensors weights"
+            f"controlnet: {name} cannot be read: {reason}. Expected the folder or hub id (owner/name) of a "
+            "diffusers ControlNet, with safetensors weights"
         ) from error

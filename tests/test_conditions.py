@@ -190,7 +190,7 @@ def test_toyland_draws_into_a_mask_and_leaves_the_rest(toyland: Path) -> None:
         ("controlnet_scale=1", "controlnet_scale: found 1.0 without controlnet, expected controlnet= beside it"),
         ("{along} controlnet_scale=-1", "controlnet_scale: found -1, expected a finite number, at least 0"),
         ("{along}_xl", "controlnet: found one with cross_attention_dim 80, expected 32, that of the model"),
-        ("{along}/no", "controlnet: {given}/net/no cannot be read: "),
+        ("{along}/no", "controlnet: {given}/net/no cannot be read: found no such folder. Expected the folder or hub"),
         ("{along}/../pipeline/unet", "controlnet: {given}/net/../pipeline/unet cannot be read: it is a UNet2D"),
     ],
 )

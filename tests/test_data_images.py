@@ -169,7 +169,7 @@ class TestFindImages:
         picture[:20], picture[20:, :32] = (250, 10, 10), (10, 10, 250)
         exif = Image.Exif()
         exif[0x0112] = 6  # to be turned to the right
-        Image.fromarray(picture).save(tmp_path / "IMG_1.heic", format=kind, quality=95, exif=exif)
+        Image.fromarray(picture).save(tmp_path / "IMG_1.heic", format=kind, quality=95, exif=exif.tobytes())
         (path,) = find_images(str(tmp_path))
         read = np.asarray(read_image(path)).astype(int)
         assert read.shape == (64, 40, 3)

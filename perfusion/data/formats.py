@@ -10,7 +10,7 @@ NEWER = ("HEIF", "AVIF")  # what phones make; whether they can be read depends o
 OTHERS = (".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".jxl", ".dng")  # suffixes of pictures
 
 _NEEDS = {
-    "HEIF": "HEIC files are read with the package pillow-heif (pip install pillow-heif), or save them as JPEG",
+    "HEIF": "HEIC files are read with the package pillow-heif (pip install pillow-heif); or save them as JPEG",
     "AVIF": "AVIF files are read by Pillow 11.3 and later where they have libavif, or save them as JPEG",
 }
 
