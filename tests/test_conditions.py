@@ -12,10 +12,13 @@ from diffusers import ControlNetModel, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 import perfusion
+from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.backbones.toyland import WEIGHTS
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
+from perfusion.conditions import read_conditions
+from perfusion.drawing import sample, stream
 from perfusion.generate import main
 from perfusion.manifest import ImageRecord, read_manifest
 from perfusion.methods.base import Word
@@ -169,6 +172,27 @@ def test_toyland_draws_into_a_mask_and_leaves_the_rest(toyland: Path) -> None:
     assert between[:, 40:].mean() < between[:, :24].mean() / 4, "only what is masked is drawn by the seed"
     second, _ = drawn(toyland, "two", image, mask, "num=2", "seed=4")
     assert not differ(second, alone), "a picture depends on its own seed"
+
+
+@pytest.mark.parametrize("kind", ["image", "mask", "controlnet", "image controlnet", "mask controlnet"])
+def test_pipelines_of_sdxl(kind: str, given: Path) -> None:
+    """Of the classes that the backbone knows, on the very same parts."""
+    stock = tiny_sdxl()
+    asked: dict[str, Any] = dict.fromkeys(("image", "strength", "mask", "controlnet", "control_image"))
+    asked["image"] = str(given / "room.png") if "image" in kind or "mask" in kind else None
+    asked["mask"] = str(given / "left.png") if "mask" in kind else None
+    if "controlnet" in kind:
+        asked |= {"controlnet": str(given / "net_xl"), "control_image": str(given / "room.png")}
+    conditions = read_conditions(**asked, controlnet_scale=None)
+    size = conditions.size(None, 64)
+    call = {"steps": STEPS, "guidance": 4.0, "size": size}
+    (plain,) = sample(stock, ["a photo of a cat"], [0], **call)
+    with conditions.pipeline(stock) as pipe:
+        assert type(pipe) in StableDiffusionXLBackbone.kin and pipe.unet is stock.unet and pipe.watermark is None
+        (found,) = stream(pipe, ["a photo of a cat"], [0], **call, given=conditions.arguments(size))
+    assert found.size == (64, 64) and differ(np.asarray(found), np.asarray(plain))
+    (again,) = sample(stock, ["a photo of a cat"], [0], **call)
+    assert not differ(np.asarray(again), np.asarray(plain)), "the stock pipeline is as it was"
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def _expand(text: str, given: str) -> list[Path]:
         raise ConceptImageError(f"{given}: no such file or folder; {_around(path)}.")
     candidates = sorted(candidates, key=_natural)
     images = [p for p in candidates if _is_image(p, given)]
-    left_out = _left_out(p for p in candidates if p not in images)
+    left_out = _left_out({*candidates} - {*images})
     if not images:
         more = "".join(f" {why[0].upper()}{why[1:]}." for why in left_out)
         raise ConceptImageError(f"{given}: no JPEG, PNG or WebP file there: {seen}.{more}")
@@ -286,7 +286,7 @@ def _expand(text: str, given: str) -> list[Path]:
 def _left_out(files: Iterable[Path]) -> dict[str, list[Path]]:
     """Those of the files that are pictures of a kind that is not read, by the reason."""
     reasons: dict[str, list[Path]] = {}
-    for file in files:
+    for file in sorted(files, key=_natural):
         kind = _kind(file) if file.is_file() else ""
         if kind in NEWER or file.suffix.lower() in OTHERS:
             reasons.setdefault(hint(kind), []).append(file)
