@@ -12,7 +12,8 @@ from omegaconf import MISSING
 
 from eval.record import ScoreError
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.data.images import SUFFIXES, find_images
+from perfusion.data.formats import SUFFIXES
+from perfusion.data.images import find_images
 from perfusion.data.prompts import contains
 from perfusion.manifest import FILE_NAME, ImageRecord, write_manifest
 

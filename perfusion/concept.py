@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +85,13 @@ class Concept:
     @classmethod
     def of(cls, method: Method, backbone: Backbone, seed: int) -> Concept:
         """The concept that `method`, attached to `backbone`, has now; float32."""
-        settings = {
-            key: value.name if isinstance(value, Enum) else value
-            for key, value in dataclasses.asdict(method.options).items()
-            if key not in method.newer or value != getattr(method.Options(), key)
-        }
         made = provenance()
         return cls(
-            method=settings.pop("name"),
+            method=method.options.name,
             superclass=method.word.superclass,
             placeholder=method.word.placeholder,
             tensors=method.state(),
-            settings=settings,
+            settings=method.settings,
             fingerprint=_requirements(backbone),
             fingerprint_bfloat16={
                 part: digest

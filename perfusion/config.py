@@ -88,6 +88,9 @@ class ConceptConfig:
     placeholder: str = MISSING  # a word the tokenizer does not know, e.g. "<cat*>"
     images: Any = None  # folder, glob, file, or a list of these; None: drawn by Toyland
     masks: Any = None  # likewise, paired by file name; "clipseg": drawn by CLIPSeg for the superclass; None: no masks
+    captions: str | None = None  # files: what cat.txt says is the prompt of cat.jpg; None: a template, drawn each time
+    templates: Any = None  # own ones, a list or a text file of them, each with a {}; None: those of backbone.prompts
+    mirror: bool = False  # mirror half of the samples, pictures and masks, as the seed draws it
     clipseg: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the CLIPSeg model, for masks=clipseg
     masks_cache: str = "~/.cache/perfusion/masks"  # where the masks that CLIPSeg has drawn are kept
     prior: Any = None  # real pictures of the superclass, as images=, for methods that preserve it; None: drawn, once
@@ -153,6 +156,7 @@ def check_ranges(config: TrainConfig) -> None:
             0 < len(concept.name.strip()) <= NAME_LENGTH and concept.name.isprintable(),
             f"1 to {NAME_LENGTH} printable characters",
         ),
+        ("concept.captions", concept.captions, concept.captions in (None, "files"), "files, or null for none"),
         ("concept.toyland.count", drawn.count, drawn.count >= 1, "at least 1 picture"),
         ("concept.toyland.instance", drawn.instance, drawn.instance >= 0, "a seed, at least 0"),
     ):

@@ -80,11 +80,13 @@ def stream(
     size: int | tuple[int, int] | None = None,
     exact: bool = True,
     negative_prompt: str | None = None,
+    given: Mapping[str, Any] | None = None,
     prepare: Callable[[slice], None] | None = None,
 ) -> Iterator[Image.Image]:
     """What `sample` gives, each picture as soon as its batch is drawn, so that it can be saved before the next.
 
-    `negative_prompt` is that of all. `prepare` is called before each batch, with the place of its pictures among all.
+    `negative_prompt` is that of all, and so is what else the pipeline's call takes, `given`: pictures, or numbers.
+    `prepare` is called before each batch, with the place of its pictures among all.
     """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
     if batch_size < 1:
@@ -99,9 +101,10 @@ def stream(
     if exact and pipe.device.type == "cpu":
         batch_size = 1
     width, height = size if isinstance(size, tuple) else (size, size)
-    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    settings |= {"height": height, "width": width}
     known = inspect.signature(type(pipe).__call__).parameters
+    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    # Image to image has the size of its image.
+    settings |= {key: side for key, side in (("height", height), ("width", width)) if key in known}
     # A placeholder is no text to be cleaned of its symbols, and a picture has the size that was asked for.
     settings |= {name: False for name in ("clean_caption", "use_resolution_binning") if name in known}
     with Bar(total=len(prompts) * steps, desc="Sampling", unit="step", disable=not progress) as bar:
@@ -111,7 +114,8 @@ def stream(
                 prepare(batch)
 
             def count(step: int, timestep: Any, latents: torch.Tensor, at_once: int = len(prompts[batch])) -> None:
-                taken = len(pipe.scheduler.timesteps)  # some schedulers take one step more than asked for
+                # Some schedulers take one step more than asked for, and image to image fewer.
+                taken = getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps))
                 bar.total = len(prompts) * taken
                 bar.update(at_once)
                 if step == taken - 1 and not bool(latents.isfinite().all()):
@@ -138,10 +142,16 @@ def stream(
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
                     **settings,
                     **told,
+                    **{key: _for_each(value, len(prompts[batch])) for key, value in (given or {}).items()},
                 ).images
             finally:
                 pipe.set_progress_bar_config(**own_bar)
             yield from images
+
+
+def _for_each(value: Any, count: int) -> Any:
+    """A picture once for each of the batch, so that each has noise of its own generator; numbers as they are."""
+    return [value] * count if isinstance(value, Image.Image) else value
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,7 @@ def draw(
     exact: bool = True,
     progress: bool = False,
     again: bool = True,
+    given: Mapping[str, Any] | None = None,
 ) -> list[Image.Image]:
     """Draw pictures, write them and name them in their folders' manifests; returns those that were drawn, in order.
 
@@ -176,7 +187,7 @@ def draw(
     back to what they were set to before.
 
     Args:
-        batch, size, exact, progress: see `sample`.
+        batch, size, exact, progress: see `sample`; given: see `stream`.
         again: False leaves out pictures that lie there, made by the same training.
     """
     missing = [k for k, shot in enumerate(shots) if again or not _is_there(shot)]
@@ -205,6 +216,7 @@ def draw(
                 size=size,
                 exact=exact,
                 negative_prompt=records[0].negative_prompt,
+                given=given,
                 prepare=prepare,
             )
             for k, image in zip(together, drawn, strict=True):

@@ -42,6 +42,8 @@ Several concepts:  concept='[cat.safetensors, teddy.safetensors]' prompt='<cat*>
   with strengths of their own:  beta='[[0.6, 0.4]]', and gates of their own softness:  tau='[[0.15, 0.1]]'
 The base model beside them, its superclass in the concept's place:  beta=0.5,0.7,inf
 What others made for the same model:  lora=style.safetensors lora_scale=0.8 embedding=sketchy.safetensors
+From a picture:  image=room.jpg strength=0.6, and only where a mask is white:  mask=sofa.png
+Along a picture:  controlnet=<folder or hub id> control_image=edges.png
 """
 
 GRID = "grid.png"
@@ -74,6 +76,12 @@ class GenerateConfig:
     lora: Any = None  # .safetensors file of a LoRA for the model, or a list
     lora_scale: Any = 1.0  # their strength, or a list of as many
     embedding: Any = None  # file of a textual inversion, or a list; its word can then stand in prompts
+    image: str | None = None  # picture to start from; what is drawn has its shape, or width= and height= crop it
+    strength: float | None = None  # how much of it is drawn anew, to 1; null: 0.8, with a mask 1
+    mask: str | None = None  # what of the image is drawn anew: white; black stays
+    controlnet: str | None = None  # folder or hub id of a diffusers ControlNet for the model
+    control_image: str | None = None  # what it follows, made ready for it (edges, depth, a pose)
+    controlnet_scale: float | None = None  # how closely; null: 1
     references: Any = None  # for beta=auto: pictures of the concept; null: those that it was trained on
     scorer: str | None = None  # for beta=auto: toyland, an open_clip name, or a folder; null: Toyland's own on Toyland
     pretrained: str | None = None  # for beta=auto: the scorer's weights, a file or a tag
@@ -82,6 +90,7 @@ class GenerateConfig:
 
 _KEYS = [field.name for field in fields(GenerateConfig)]
 _TEXTS = ("concept", "prompt", "lora", "embedding")  # a text, or a list of them
+_CONDITIONS = ("image", "strength", "mask", "controlnet", "control_image", "controlnet_scale")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,13 +107,15 @@ def generate(config: GenerateConfig) -> Path:
     Raises:
         ConfigError: an option that cannot be used, one that no concept's method has, or no such backbone.
         ConceptFileError: no concept file, or one for another backbone.
+        ConceptImageError: a picture or mask that cannot be read.
         TokenError: a prompt is so long that a concept's placeholder would be cut off; nothing is drawn then.
         BackboneError, SamplingError, ManifestError: what cannot be loaded, drawn, or read in the folder.
         HubError: a concept that the hub does not give.
     """
     from perfusion import addons
-    from perfusion.backbones import load_backbone
+    from perfusion.backbones import backbone_class, chosen, load_backbone
     from perfusion.concept import Concept
+    from perfusion.conditions import read_conditions
     from perfusion.drawing import Shot, described, draw, recorded
     from perfusion.manifest import ImageRecord, known_records
 
@@ -117,7 +128,8 @@ def generate(config: GenerateConfig) -> Path:
         raise ConfigError(f"num: found {config.num}, expected at least 1")
     loras, scales = _loras(config)
     embeddings = [] if config.embedding is None else _texts("embedding", config.embedding, "file")
-    size = _size(config)
+    asked = _size(config)
+    conditions = read_conditions(**{key: getattr(config, key) for key in _CONDITIONS})
     concepts = [Concept.load(_file_of(file)) for file in files]
     if auto:
         concepts[0].check_dial("beta")
@@ -133,7 +145,14 @@ def generate(config: GenerateConfig) -> Path:
     names = [_name(file, concept) for file, concept in zip(files, concepts, strict=True)]
     out = Path(config.out or Path("generated") / f"{'-'.join(names)}-{slug(prompts[0])}").expanduser()
     known = known_records(out)
+    model = chosen(config, default=concepts[0].family)
+    steps = model.steps if config.steps is None else config.steps
+    conditions.check_steps(steps)
+    if (net := conditions.steering) is not None:
+        backbone_class(model.name).check_controlnet(model, net)
     backbone = load_backbone(config, default=concepts[0].family)
+    size = conditions.size(asked, backbone.config.resolution)
+    width, height = size or (None, None)
     if config.scheduler is not None:
         addons.set_scheduler(backbone.pipe, config.scheduler)
     addons.load_loras(backbone.pipe, loras, scales)
@@ -146,14 +165,16 @@ def generate(config: GenerateConfig) -> Path:
         if auto:
             given["beta"] = [(_best(config, attached[0]),)]
         rows = _combined(given, config, attached)
+        pipe = stack.enter_context(conditions.pipeline(backbone.pipe))
         common = described(backbone.pipe, concepts, names) | {
-            "steps": backbone.config.steps if config.steps is None else config.steps,
+            "steps": steps,
             "guidance": backbone.config.guidance if config.guidance is None else config.guidance,
             "negative_prompt": config.negative_prompt,
-            "width": config.width,
-            "height": config.height,
+            "width": width,
+            "height": height,
             "loras": ", ".join(f"{Path(f).name} {s:g}" for f, s in zip(loras, scales, strict=True)) or None,
             "embeddings": ", ".join(words) or None,
+            **conditions.recorded,
         }
         wanted = [(prompt, row, config.seed + k) for prompt in prompts for row in rows for k in range(config.num)]
         records = named(
@@ -162,7 +183,8 @@ def generate(config: GenerateConfig) -> Path:
             (path.name for path in out.glob("*")),
         )
         shots = [Shot(record, out, row) for record, (_, row, _) in zip(records, wanted, strict=True)]
-        images = draw(backbone.pipe, attached, shots, config.batch, size=size, progress=True)
+        more = {"size": size, "given": conditions.arguments(size)}
+        images = draw(pipe, attached, shots, config.batch, progress=True, **more)
     grid = _grid_path(out, records[0])
     _write_grid(grid, records, images, config.num)
     print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")

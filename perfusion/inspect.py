@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,14 +211,13 @@ def file_bytes(method: Method, shapes: Mapping[str, tuple[int, ...]], backbone: 
     from perfusion.concept import LIBRARIES, Concept, save_concept
     from perfusion.provenance import provenance
 
-    options = dataclasses.asdict(method.options)
     digest = "0" * 16
     concept = Concept(
-        method=options.pop("name"),
+        method=method.options.name,
         superclass=method.word.superclass,
         placeholder=method.word.placeholder,
         tensors={name: torch.zeros(shape) for name, shape in shapes.items()},
-        settings={key: value.name if isinstance(value, Enum) else value for key, value in options.items()},
+        settings=method.settings,
         fingerprint={
             **backbone.kind(),
             **dict.fromkeys((*backbone.text_encoders(), "projections"), digest),

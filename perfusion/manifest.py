@@ -62,6 +62,11 @@ class ImageRecord:
     height: int | None = None
     loras: str | None = None  # their files and scales
     embeddings: str | None = None  # words of textual inversions
+    image: str | None = None  # that it starts from: the file's name and a digest of it; likewise the other pictures
+    strength: float | None = None  # how much of that is drawn anew
+    mask: str | None = None  # of what is drawn anew
+    controlnet: str | None = None  # its name and scale
+    control_image: str | None = None  # what that follows
     setting: str | None = None  # what else sets pictures of one method apart, e.g. "trained 200 steps"
     instance: int | None = None  # of a toy that Toyland draws: the seed of its looks, as in `concept.toyland.instance`
 

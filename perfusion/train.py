@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
+    from perfusion.data.captions import TrainingPrompts
     from perfusion.data.images import Examples
     from perfusion.methods.base import Method
     from perfusion.training.prior import PriorImages
@@ -34,15 +35,18 @@ _PATIENCE = 3.0  # seconds
 
 
 def main(argv: Sequence[str]) -> int | None:
-    """Train what a command line describes; with `-m`, all of it (`perfusion.training.sweep`)."""
+    """Train what a command line describes; with `-m`, or with a folder of folders, all of it
+    (`perfusion.training.sweep`)."""
     if [*argv] in (["--help"], ["-h"]):
         from perfusion.training import help
 
         print(help.text())
         raise SystemExit(OK)
     from perfusion.training import composition, sweep
+    from perfusion.training.folders import each_folder
 
     signal.signal(signal.SIGTERM, _interrupt)
+    argv = each_folder(argv)
     if sweep.asked_for(argv):
         return sweep.run(argv)
     return composition.run(argv, train)
@@ -66,6 +70,7 @@ def train(config: TrainConfig) -> RunFolder:
 
     from perfusion.backbones import backbone_class
     from perfusion.concept import Concept, save_concept
+    from perfusion.data.captions import own_prompts
     from perfusion.methods.base import Word, build
     from perfusion.provenance import provenance
     from perfusion.training.devices import device_count, device_of
@@ -89,6 +94,7 @@ def train(config: TrainConfig) -> RunFolder:
     )
     device = device_of(config, rank)
     examples = examples_of(config.concept, config.backbone.resolution)
+    prompts = own_prompts(config.concept, config.backbone.prompts, getattr(method.options, "prompt", None))
     kind = backbone_class(config.backbone.name)
     kind.check_words(config.backbone, word.placeholder, word.superclass)
     if method.needs_covariance:
@@ -130,7 +136,7 @@ def train(config: TrainConfig) -> RunFolder:
             if rank == 0:
                 place.begin(config, inputs)
             try:
-                metrics = _fit(config, place, method, backbone, examples, prior, told)
+                metrics = _fit(config, place, method, backbone, examples, prompts, prior, told)
             except Exception:
                 if (
                     rank > 0
@@ -162,6 +168,7 @@ def _fit(
     method: Method,
     backbone: Backbone,
     examples: Examples,
+    prompts: TrainingPrompts | None,
     prior: PriorImages | None,
     told: Callable[[], bool],
 ) -> dict[str, Any]:
@@ -179,7 +186,8 @@ def _fit(
     options = method.options
     if rank_of(config.trainer) == 0:
         print(f"run folder: {folder.path}" + (f" (going on at step {resumed})" if resumed else ""))
-    data = ConceptData(examples, backbone, options, method.word.placeholder, config.seed, prior)
+    word, mirror = method.word.placeholder, config.concept.mirror
+    data = ConceptData(examples, backbone, options, word, config.seed, prior, prompts, mirror)
     trainer = build(config, folder, options.steps, backbone.device, resumed, told)
     for logger in trainer.loggers:
         logger.log_hyperparams(dataclasses.asdict(config))

@@ -32,12 +32,13 @@ MODULES = {"perfusion.covariance": "perfusion.covariance.__main__"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some good files and many bad ones."""
     root = tmp_path_factory.mktemp("given")
-    for name in ("photos", "empty", "bad", "pipe", "mix", "m", "m2"):
+    for name in ("photos", "empty", "bad", "pipe", "mix", "m", "m2", "many"):
         (root / name).mkdir()
     picture = np.random.default_rng(0).integers(0, 255, (70, 80, 3), dtype=np.uint8)
     Image.fromarray(picture).save(root / "photos" / "a.png")
     for name in ("a.png", "a_mask.png"):
         shutil.copy(root / "photos" / "a.png", root / "mix" / name)
+    shutil.copytree(root / "photos", root / "many" / "cat")
     (root / "bad" / "a.png").write_bytes(b"no picture")
     (root / "text.txt").write_text("x")
     (root / "bad.json").write_text("{")

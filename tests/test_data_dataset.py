@@ -46,7 +46,7 @@ class TestStepDataset:
         data = _dataset()
         assert len(data) == 240
         item = data[7]
-        assert set(item) == {"index", "prompt", "timestep", "noise"}
+        assert set(item) == {"index", "prompt", "timestep", "noise", "mirrored"} and item["mirrored"] is False
         assert type(item["index"]) is int and type(item["timestep"]) is int
         assert item["noise"].shape == (4, 8, 8) and item["noise"].dtype == torch.float32
 

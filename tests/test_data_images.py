@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from perfusion.data import formats
 from perfusion.data.images import ConceptImageError, find_images, read_image
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
@@ -130,7 +131,8 @@ class TestFindImages:
             (b"<!DOCTYPE html><html>", "a file that begins with b'<!DOCTYPE html><'"),
         ],
     )
-    def test_a_file_that_only_calls_itself_an_image(self, photos, content, found):
+    def test_a_file_that_only_calls_itself_an_image(self, photos, content, found, monkeypatch):
+        monkeypatch.setattr(formats, "find_spec", lambda name: None)  # no pillow-heif
         (photos / "5.JPG").write_bytes(content)
         for spec in ("photos", "photos/*", "photos/5.JPG"):
             with pytest.raises(ConceptImageError, match=r"5\.JPG.*found " + found):
@@ -140,10 +142,42 @@ class TestFindImages:
         with pytest.raises(ConceptImageError, match=r"notes.txt'?: expected a JPEG, PNG or WebP file, found"):
             find_images("photos/notes.txt")
 
-    def test_pictures_of_other_kinds_are_passed_over_and_named(self, photos, capsys):
+    def test_pictures_of_other_kinds_are_passed_over_and_named(self, photos, capsys, monkeypatch):
+        monkeypatch.setattr(formats, "find_spec", lambda name: None)
         (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+        (photos / "scan.tif").write_bytes(b"II*\0")
         assert len(find_images(str(photos))) == 5
-        assert "passed over IMG_1.HEIC: only JPEG, PNG and WebP are read" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert (
+            "passed over IMG_1.HEIC: HEIC files are read with the package pillow-heif (pip install pillow-heif)" in said
+        )
+        assert "passed over scan.tif: only JPEG, PNG, WebP, HEIC and AVIF are read" in said
+        for path in photos.iterdir():
+            if path.is_file() and path.suffix != ".HEIC":
+                path.unlink()
+        with pytest.raises(ConceptImageError, match=r"holds IMG_1.HEIC, mask/\. HEIC files are read with the package"):
+            find_images(str(photos))
+        with pytest.raises(ConceptImageError, match=r"found a HEIC file \(HEIC files are read with the package"):
+            find_images(str(photos / "IMG_1.HEIC"))
+
+    @pytest.mark.parametrize("kind", ["AVIF", "HEIF"])
+    def test_pictures_of_phones_are_read(self, kind, tmp_path):
+        """Upright, whatever the file is called."""
+        if kind == "HEIF":
+            pytest.importorskip("pillow_heif").register_heif_opener()
+        picture = np.zeros((40, 64, 3), np.uint8)
+        picture[:20], picture[20:, :32] = (250, 10, 10), (10, 10, 250)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned to the right
+        Image.fromarray(picture).save(tmp_path / "IMG_1.heic", format=kind, quality=95, exif=exif.tobytes())
+        (path,) = find_images(str(tmp_path))
+        read = np.asarray(read_image(path)).astype(int)
+        assert read.shape == (64, 40, 3)
+        assert np.abs(read - np.rot90(picture, -1)).mean() < 8
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ConceptImageError, match=f"unreadable, truncated or damaged {kind} file"):
+            read_image(path)
 
     def test_a_mask_among_the_pictures_is_an_error(self, photos):
         for name in ("2_mask.png", "10-mask.jpg"):

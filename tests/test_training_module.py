@@ -20,8 +20,8 @@ from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
 from perfusion.training import trainer as training
 from perfusion.training.checkpoint import SafetensorsCheckpointIO, newest_readable, step_of
+from perfusion.training.drawn import PLACES
 from perfusion.training.module import (
-    PLACES,
     ConceptData,
     PersonalizationModule,
     StepBatches,

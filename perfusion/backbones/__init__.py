@@ -85,6 +85,12 @@ class ModelOptions(Protocol):
     device: str
 
 
+def chosen(options: ModelOptions, default: str) -> BackboneConfig:
+    """The config of the backbone that a command's options name, `default` where they name none. Raises ConfigError."""
+    name = options.backbone or default
+    return backbone_config(name, options.path, options.dtype, options.device, options.layout)
+
+
 def load_backbone(options: ModelOptions, default: str) -> Backbone:
     """The backbone that a command's options name; where they name none, `default`, drawing in the size that the weights
     are made for: that differs within a family (SD 1.x, SD 2.x).
@@ -93,8 +99,7 @@ def load_backbone(options: ModelOptions, default: str) -> Backbone:
         ConfigError: neither a backbone nor a preset.
         BackboneError: it cannot be loaded; the message says why.
     """
-    name = options.backbone or default
-    config = backbone_config(name, options.path, options.dtype, options.device, options.layout)
+    config = chosen(options, default)
     loaded = backbone_class(config.name).load(config)
     if options.backbone:
         return loaded

@@ -100,6 +100,15 @@ class Backbone(ABC):
         """
 
     @classmethod
+    def check_controlnet(cls, config: BackboneConfig, net: Mapping[str, Any]) -> None:
+        """Hold that a ControlNet of the diffusers config `net` is made for such a model, before either is loaded.
+
+        Raises:
+            BackboneError: it is not, or this kind of model takes none; or there is no model where `config` says.
+        """
+        raise BackboneError(f"controlnet: {config.name} takes none")
+
+    @classmethod
     @abstractmethod
     def load(cls, config: BackboneConfig) -> Backbone:
         """Load the pipeline named by `config`, frozen and in eval mode, on the device and in the dtype it names."""
@@ -224,6 +233,15 @@ class Backbone(ABC):
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser is trained to say: noise, or velocity, or flow."""
+
+    @abstractmethod
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio ᾱ / (1 - ᾱ) at diffusion steps `timesteps` (B,): (B,)."""
+
+    @property
+    @abstractmethod
+    def predicts_velocity(self) -> bool:
+        """Whether the denoiser is trained to say the velocity; else it says the noise."""
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:

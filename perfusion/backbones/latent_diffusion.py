@@ -322,6 +322,16 @@ class LatentDiffusionBackbone(Backbone):
         width = loading.read_config(cls.source(config), cls.part).get("cross_attention_dim")
         configured.factorised(settings, matrix, width if isinstance(width, int) else None)
 
+    @classmethod
+    def check_controlnet(cls, config: BackboneConfig, net: Mapping[str, Any]) -> None:
+        unet = loading.read_config(cls.source(config), cls.part)
+        for key in ("cross_attention_dim", "addition_embed_type", "in_channels"):
+            if net.get(key) != unet.get(key):
+                raise BackboneError(
+                    f"controlnet: found one with {key} {net.get(key)}, expected {unet.get(key)}, that of the model: it "
+                    "is made for another kind"
+                )
+
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """Scaled latents of pixels (B, 3, H, W) in [-1, 1].
@@ -362,9 +372,17 @@ class LatentDiffusionBackbone(Backbone):
         return self._schedule.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        if self.prediction == "epsilon":
+        if not self.predicts_velocity:
             return noise
         return self._schedule.get_velocity(latents, noise, timesteps)
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        kept = self._schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+        return kept / (1 - kept)
+
+    @property
+    def predicts_velocity(self) -> bool:
+        return self.prediction == "v_prediction"
 
     def predict(self, noisy: Tensor, timesteps: Tensor, encoding: Encoding) -> Tensor:
         context, denoiser = encoding.context.to(self.dtype), self.pipe.components[self.part]

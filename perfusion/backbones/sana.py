@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
-from perfusion.config import BackboneConfig
+from perfusion.config import BackboneConfig, ConfigError
 from perfusion.editing.reading import Reading
 
 _LENGTH = 300  # tokens that the transformer reads of a prompt
@@ -102,6 +102,13 @@ class SanaBackbone(LatentDiffusionBackbone):
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - latents
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        raise ConfigError("method.min_snr_gamma: found it on Sana, expected null: its weights are those of diffusions")
+
+    @property
+    def predicts_velocity(self) -> bool:
+        return False
 
 
 @functools.lru_cache(maxsize=16)

@@ -33,6 +33,8 @@ class Draw(TypedDict):
     """In [0, num_train_timesteps)."""
     noise: Tensor
     """Standard normal, float32, of the latent's shape."""
+    mirrored: bool
+    """Whether the picture is mirrored."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class StepDataset:
     batch_size: int  # items of one step, over all processes
     seed: int  # of the run
     num_train_timesteps: int  # of the noise schedule
+    captions: Sequence[str | None] = ()  # of picture k, in the place of a drawn prompt; None for none; or all none
+    mirror: bool = False  # mirror half of the items; all else of them is the same as without
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -72,14 +76,26 @@ class StepDataset:
         draw = generator_of("step", self.seed, step, slot)
         prompt = int(torch.randint(len(self.prompts), (), generator=draw))
         timestep = int(torch.randint(self.num_train_timesteps, (), generator=draw))
-        torch.randint(2, (), generator=draw)  # without this draw the noise of a seed would be another
+        mirrored = bool(torch.randint(2, (), generator=draw))  # drawn in any case, so that the noise is the same
         noise = torch.randn(*self.latent_shape, generator=draw)
-        return {"index": self._image(k), "prompt": self.prompts[prompt], "timestep": timestep, "noise": noise}
+        index = self._image(k)
+        return {
+            "index": index,
+            "prompt": self._caption(index) or self.prompts[prompt],
+            "timestep": timestep,
+            "noise": noise,
+            "mirrored": mirrored and self.mirror,
+        }
 
     def prompt(self, k: int) -> str:
         """The prompt of item k alone."""
+        if caption := self._caption(self._image(k)):
+            return caption
         draw = generator_of("step", self.seed, *divmod(k, self.batch_size))
         return self.prompts[int(torch.randint(len(self.prompts), (), generator=draw))]
+
+    def _caption(self, index: int) -> str | None:
+        return self.captions[index] if self.captions else None
 
     def _image(self, k: int) -> int:
         block, place = divmod(k, self.n_images)

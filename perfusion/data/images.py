@@ -23,9 +23,12 @@ from PIL import Image, ImageCms, ImageOps
 if TYPE_CHECKING:  # commands that only look at files do without it
     from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".jxl", ".dng")  # pictures of other kinds
+from perfusion.data.formats import NEWER, OTHERS, SUFFIXES, described, hint, prepare, readable
+
+_HEAD = 64  # bytes of a file that tell what it is
+_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+_AVIF = {b"avif", b"avis"}
+_NAMES = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"%PDF": "PDF"}
 _LISTED = 8  # files named in a message before "and k more"
 # The part of the mask's maximum from which a pixel counts when the crop is placed: noise far from the object, such as
 # a JPEG leaves in a mask, must not move the crop.
@@ -142,9 +145,10 @@ def find_images(spec: str | Sequence[str], key: str = "concept.images") -> list[
     """The image files that `spec` means.
 
     Args:
-        spec: a folder (the JPEG, PNG and WebP files directly in it; its other files, its hidden files and its
-            sub-folders, such as `mask/`, are passed over), a glob (`photos/*.jpg`, `**` enters folders), a file, or a
-            list of any of these. A path that exists is never read as a glob. `~` is the home folder.
+        spec: a folder (the JPEG, PNG, WebP, HEIC and AVIF files directly in it, the last two where they can be read;
+            its other files, its hidden files and its sub-folders, such as `mask/`, are passed over), a glob
+            (`photos/*.jpg`, `**` enters folders), a file, or a list of any of these. A path that exists is never read
+            as a glob. `~` is the home folder.
         key: the setting that `spec` came from, for the messages.
 
     Returns:
@@ -174,21 +178,22 @@ def find_images(spec: str | Sequence[str], key: str = "concept.images") -> list[
 
 
 def decode(path: Path) -> Image.Image:
-    """The picture in a JPEG, PNG or WebP file, every pixel decoded, turned as its EXIF orientation says, in its own
-    mode; of an animation the first frame.
+    """The picture in a JPEG, PNG, WebP, HEIC or AVIF file, every pixel decoded, turned as its EXIF orientation says, in
+    its own mode; of an animation the first frame.
 
     Raises:
         ConceptImageError: unreadable, truncated or damaged, another format, or more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS` (a decompression bomb).
     """
     kind = _kind(path)
-    if kind not in FORMATS:
-        raise ConceptImageError(f"{path}: expected a JPEG, PNG or WebP file, found {kind}.")
+    if not readable(kind):
+        raise ConceptImageError(f"{path}: expected a JPEG, PNG or WebP file, found {described(kind)}.")
+    prepare(kind)
     try:
         with warnings.catch_warnings():
             # PIL only warns between one and two times its limit.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=(kind,)) as image:
                 image.load()  # Image.verify() would pass a truncated JPEG: only decoding finds it
                 return ImageOps.exif_transpose(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -255,17 +260,20 @@ def _expand(text: str, given: str) -> list[Path]:
         seen = f"{path} holds {listing(candidates)}"
     elif path.exists():
         kind = _kind(path) if path.is_file() else "no regular file"
-        if kind not in FORMATS:
-            raise ConceptImageError(f"{given}: expected a JPEG, PNG or WebP file, found {kind}.")
+        if not readable(kind):
+            raise ConceptImageError(f"{given}: expected a JPEG, PNG or WebP file, found {described(kind)}.")
         return [path]
     elif any(c in text for c in "*?["):
         candidates = [Path(p) for p in glob.glob(os.path.join(glob.escape(str(root)), text), recursive=True)]
         seen = f"it matches {listing(candidates)}" if candidates else f"it matches nothing; {_around(path)}"
     else:
         raise ConceptImageError(f"{given}: no such file or folder; {_around(path)}.")
-    images = [p for p in sorted(candidates, key=_natural) if _is_image(p, given)]
+    candidates = sorted(candidates, key=_natural)
+    images = [p for p in candidates if _is_image(p, given)]
+    left_out = _left_out({*candidates} - {*images})
     if not images:
-        raise ConceptImageError(f"{given}: no JPEG, PNG or WebP file there: {seen}.")
+        more = "".join(f" {why[0].upper()}{why[1:]}." for why in left_out)
+        raise ConceptImageError(f"{given}: no JPEG, PNG or WebP file there: {seen}.{more}")
     if not path.is_dir():
         return images
     stems = {image.stem for image in images}
@@ -275,9 +283,19 @@ def _expand(text: str, given: str) -> list[Path]:
                 f"{given}: found {image.name} beside a picture {whole}, as though it were its mask, expected pictures "
                 "alone; put masks into a folder of their own and name it in concept.masks"
             )
-    if others := [p for p in sorted(candidates, key=_natural) if p.suffix.lower() in _UNREAD]:
-        print(f"note: {given}: passed over {listing(others)}: only JPEG, PNG and WebP are read", file=sys.stderr)
+    for why, files in left_out.items():
+        print(f"note: {given}: passed over {listing(files)}: {why}", file=sys.stderr)
     return images
+
+
+def _left_out(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Those of the files that are pictures of a kind that is not read, by the reason."""
+    reasons: dict[str, list[Path]] = {}
+    for file in sorted(files, key=_natural):
+        kind = _kind(file) if file.is_file() else ""
+        if kind in NEWER or file.suffix.lower() in OTHERS:
+            reasons.setdefault(hint(kind), []).append(file)
+    return reasons
 
 
 def _is_image(path: Path, given: str) -> bool:
@@ -285,22 +303,28 @@ def _is_image(path: Path, given: str) -> bool:
     if path.is_dir() or not (path.is_file() or path.is_symlink()):
         return False
     kind = _kind(path)
-    if kind not in FORMATS and path.suffix.lower() in SUFFIXES:
-        raise ConceptImageError(f"{given}: {path} is no JPEG, PNG or WebP file as its name says: found {kind}.")
-    return kind in FORMATS
+    if not readable(kind) and path.suffix.lower() in SUFFIXES:
+        raise ConceptImageError(
+            f"{given}: {path} is no JPEG, PNG or WebP file as its name says: found {described(kind)}."
+        )
+    return readable(kind)
 
 
 def _kind(path: Path) -> str:
-    """What a file is by its first bytes: one of FORMATS, or words for anything else.
+    """What a file is by its first bytes, one of `FORMATS` or `NEWER`, or words for anything else.
 
     Raises:
         ConceptImageError: the file cannot be opened.
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(16)
+            head = file.read(_HEAD)
     except OSError as error:
         raise ConceptImageError(f"{path}: cannot be opened: {error.strerror or error}.") from error
+    return _kind_of(head)
+
+
+def _kind_of(head: bytes) -> str:
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -310,11 +334,20 @@ def _kind(path: Path) -> str:
     if not head:
         return "an empty file"
     if head[4:8] == b"ftyp":
-        return "a HEIC, AVIF or video file (save it as JPEG first)"
-    for start, name in ((b"GIF8", "GIF"), (b"BM", "BMP"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"%PDF", "PDF")):
+        return _kind_of_box(head)
+    for start, name in _NAMES.items():
         if head.startswith(start):
             return f"a {name} file (save it as JPEG or PNG first)"
-    return f"a file that begins with {head!r}"
+    return f"a file that begins with {head[:16]!r}"
+
+
+def _kind_of_box(head: bytes) -> str:
+    """HEIC and AVIF begin like videos do, and name themselves among the brands that follow."""
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    brands = {head[8:12], *(head[k : k + 4] for k in range(16, end - 3, 4))}
+    if brands & _AVIF:
+        return "AVIF"
+    return "HEIF" if brands & _HEIF else "a video file"
 
 
 def _natural(path: Path) -> tuple[list[list[str | int]], str]:

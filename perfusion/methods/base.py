@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +28,29 @@ from perfusion.editing import EditError
 from perfusion.editing.words import AddedWord
 from perfusion.registry import modules_that_define
 
+# How the rates go on after the warm-up: as they are, evenly to 0 at the end, or to 0 along half a cosine.
+RateSchedule = Enum("RateSchedule", {"constant": "constant", "linear": "linear", "cosine": "cosine"}, module=__name__)
+
 
 @dataclass
 class MethodOptions:
-    """What every method has."""
+    """What every method has; presets need not name the last three."""
 
     name: str = "?"
     steps: int = 400  # optimizer steps
     batch_size: int = 16
+    rate_schedule: RateSchedule = RateSchedule.constant  # of all rates, after the warm-up
+    warmup_steps: int = 0  # steps in which the rates rise evenly to what is set
+    min_snr_gamma: float | None = None  # γ of min-SNR weighting, 5 in its paper; null: all diffusion steps weigh alike
+
+    def rate_factor(self, step: int) -> float:
+        """What the rates are multiplied by at optimizer step `step`, the first being 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.rate_schedule is RateSchedule.linear:
+            return 1 - done
+        return 1.0 if self.rate_schedule is RateSchedule.constant else (1 + math.cos(math.pi * done)) / 2
 
 
 @dataclass(frozen=True)
@@ -78,14 +95,25 @@ class Method(nn.Module, ABC):
     Options: ClassVar[type[MethodOptions]]
     dials: ClassVar[tuple[Dial, ...]] = ()  # no other file has to know them
     needs_covariance: ClassVar[bool] = False  # whether what it learns depends on the backbone's second moment
-    newer: ClassVar[tuple[str, ...]] = ()  # options that concept files name only where they are not the default
+    # Options that concept files name only where they are not the default.
+    newer: ClassVar[tuple[str, ...]] = ("rate_schedule", "warmup_steps", "min_snr_gamma")
 
     def __init__(self, options: Any, word: Word) -> None:
         super().__init__()
+        _check(options)
         self.options = options
         self.word = word
         self._undo = ExitStack()
         self.clear()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What concept files say of the options: plain values, without the name."""
+        return {
+            key: value.name if isinstance(value, Enum) else value
+            for key, value in dataclasses.asdict(self.options).items()
+            if key != "name" and (key not in self.newer or value != getattr(self.Options(), key))
+        }
 
     def clear(self) -> None:
         """Let go of all that belongs to a backbone; a method that has more than this adds it here."""
@@ -222,7 +250,17 @@ class Method(nn.Module, ABC):
 
     def terms(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> dict[str, Tensor]:
         """Loss terms of an adapted batch and its prompts' encodings: here the masked denoising error, `masked_mean`."""
-        return {"denoising": masked_mean(squared_error(backbone, batch, encoding), batch.masks)}
+        return {"denoising": masked_mean(self.error(backbone, batch, encoding), batch.masks)}
+
+    def error(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> Tensor:
+        """`squared_error` (B, c, h, w), each sample times the weight of its diffusion step if the options have one:
+        min-SNR-γ (Hang et al. 2023, arXiv 2303.09556), min(SNR, γ) for the error of the clean latents."""
+        error, gamma = squared_error(backbone, batch, encoding), self.options.min_snr_gamma
+        if gamma is None:
+            return error
+        snr = backbone.snr(batch.timesteps).float()
+        weight = snr.clamp(max=gamma) / (snr + 1) if backbone.predicts_velocity else (gamma / snr).clamp(max=1)
+        return error * weight.view(-1, 1, 1, 1)
 
 
 def _hold(part: Any, method: Method) -> Callable[[], None]:
@@ -265,6 +303,15 @@ def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
     weight = masks.expand_as(error)
     per_sample = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
     return per_sample.mean()
+
+
+def _check(options: MethodOptions) -> None:
+    warmup, gamma = options.warmup_steps, options.min_snr_gamma
+    bounds = {
+        "warmup_steps": (0 <= warmup < max(1, options.steps), f"0 or more, and less than method.steps={options.steps}"),
+        "min_snr_gamma": (gamma is None or 0 < gamma < math.inf, "more than 0, or null"),
+    }
+    check_bounds(options, bounds)
 
 
 def check_bounds(options: MethodOptions, bounds: Mapping[str, tuple[bool, str]]) -> None:

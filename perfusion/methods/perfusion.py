@@ -74,7 +74,7 @@ class Perfusion(Method):
     Options = PerfusionOptions
     dials = (Dial("beta", per_picture=True), Dial("tau", per_picture=True), Dial("key_lock", number=False))
     needs_covariance = True
-    newer = ("removal",)
+    newer = (*Method.newer, "removal")
     options: PerfusionOptions
 
     def __init__(self, options: PerfusionOptions, word: Word) -> None:

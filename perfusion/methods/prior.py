@@ -13,7 +13,7 @@ from torch import Tensor
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.config import ConfigError
 from perfusion.data.prompts import PromptError, fill
-from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds, masked_mean, squared_error
+from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds, masked_mean
 
 
 @dataclass
@@ -79,7 +79,7 @@ class PriorMethod(Method):
             noise=torch.cat([batch.noise, prior.noise]),
             timesteps=torch.cat([batch.timesteps, prior.timesteps]),
         )
-        error = squared_error(backbone, both, joined(encoding, backbone.encode(prior.prompts, None)))
+        error = self.error(backbone, both, joined(encoding, backbone.encode(prior.prompts, None)))
         own, others = error.split([len(batch.latents), len(prior.latents)])
         return {"denoising": masked_mean(own, batch.masks), "prior": self.options.prior_weight * others.mean()}
 

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from perfusion.config import CONF, ConceptConfig, ConfigError, TrainConfig, check_ranges, checked
+from perfusion.training.folders import quoted
 
 _COMPLETION = ("-sc", "--shell_completion")
 _WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
@@ -177,7 +178,7 @@ def prepared(word: str) -> str:
     if not sign and "." in key and not re.search(r"[/@:]", key):
         sign = "++"
     if not _readable(f"{sign}{key}={value}") and value[:1] not in ("[", "{", '"', "'"):
-        value = '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value) + '"'
+        value = quoted(value)
     return f"{sign}{key}={value}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from perfusion.config import TrainConfig
 from perfusion.data import clipseg
+from perfusion.data.captions import SUFFIX
 from perfusion.data.images import find_images
 from perfusion.methods.base import Method
 from perfusion.methods.prior import PriorOptions
@@ -41,9 +42,13 @@ def _files(config: TrainConfig, method: Method) -> Iterator[tuple[str, list[Path
             yield "concept.clipseg", _model(concept.clipseg)
         elif concept.masks is not None:
             yield "concept.masks", find_images(concept.masks, key="concept.masks")
+        if concept.captions is not None:
+            captions = (path.with_suffix(SUFFIX) for path in find_images(concept.images))
+            yield "concept.captions", [caption for caption in captions if caption.is_file()]
+    yield "concept.templates", _model(concept.templates)
     if isinstance(options, PriorOptions) and options.prior and concept.prior is not None:
         pictures = find_images(concept.prior, key=PRIOR)[: options.prior_images]
-        captions = (picture.with_suffix(".txt") for picture in pictures)
+        captions = (picture.with_suffix(SUFFIX) for picture in pictures)
         yield PRIOR, [*pictures, *(caption for caption in captions if caption.is_file())]
     yield "backbone.path", _model(backbone.path)
     yield "backbone.layout", _model(backbone.layout)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image
@@ -19,20 +18,18 @@ from torch.utils.data import DataLoader
 from perfusion.backbones.base import Backbone
 from perfusion.config import ConceptConfig, ConfigError
 from perfusion.data import clipseg
+from perfusion.data.captions import TrainingPrompts
 from perfusion.data.dataset import Draw, StepDataset, seed_of
-from perfusion.data.images import Examples, find_images, fit, load_examples
+from perfusion.data.images import Examples, find_images, load_examples
 from perfusion.data.masks import mask_to_latent, masks_of_files
 from perfusion.data.prompts import fill, templates
 from perfusion.methods.base import Batch, Method, MethodOptions
-from perfusion.toyland.draw import render
-from perfusion.toyland.world import SUPERCLASSES, concept_scene, sample_instance
+from perfusion.training.drawn import drawn_examples
 from perfusion.training.prior import PriorImages
 
 if TYPE_CHECKING:  # scorers take seconds to import, and not every run has one
     from perfusion.training.selection import SelectBestStep
 
-# Where the pictures that Toyland draws are set: none of the places that the validation prompts ask for.
-PLACES = ("plain", "meadow", "kitchen", "forest", "desert")
 _ENCODED_AT_ONCE = 8 * 512 * 512  # pixels in one call of the autoencoder; at least one picture
 
 
@@ -56,32 +53,7 @@ def examples_of(concept: ConceptConfig, resolution: int) -> Examples:
         return load_examples(paths, resolution, mask_of)
     if concept.masks is not None:
         raise ConfigError(f"concept.masks={concept.masks!r}: masks of what? concept.images is not given")
-    return _drawn(concept, resolution)
-
-
-def _drawn(concept: ConceptConfig, resolution: int) -> Examples:
-    """Pictures of one toy and its exact masks; picture k of an instance is the same whatever the number of pictures."""
-    if concept.superclass not in SUPERCLASSES:
-        raise ConfigError(
-            f"concept.superclass={concept.superclass!r}: Toyland draws no such thing; give your own pictures with "
-            f"concept.images=, or one of: {', '.join(SUPERCLASSES)}"
-        )
-    if concept.toyland.count < 1:
-        raise ConfigError(f"concept.toyland.count={concept.toyland.count}: expected at least one picture")
-    if concept.toyland.instance < 0:
-        raise ConfigError(f"concept.toyland.instance={concept.toyland.instance}: expected a number from 0 on")
-    toy = sample_instance(np.random.default_rng(concept.toyland.instance), concept.superclass)
-    pixels: list[Tensor] = []
-    masks: list[Tensor] = []
-    for k in range(concept.toyland.count):
-        seed = seed_of("toyland concept", concept.toyland.instance, k)
-        drawn = render(concept_scene(toy, seed, place=PLACES[k % len(PLACES)]))
-        square, mask = fit(Image.fromarray(drawn.image), drawn.masks[0].astype(np.float32) / 255, resolution)
-        assert mask is not None
-        pixels.append(square)
-        masks.append(mask[None])
-    names = [f"{concept.superclass}-{concept.toyland.instance}-{k}" for k in range(concept.toyland.count)]
-    return Examples(torch.stack(pixels), torch.stack(masks), names)
+    return drawn_examples(concept, resolution)
 
 
 class ConceptData(LightningDataModule):
@@ -96,10 +68,12 @@ class ConceptData(LightningDataModule):
         examples: the n pictures.
         backbone: encodes them, once, in `setup`.
         options: `steps` and `batch_size`.
-        placeholder: stands in the training prompts of `backbone.config.prompts`.
+        placeholder: stands in the training prompts.
         seed: of the run.
         prior: pictures of the superclass, of which every step takes as many as of the concept; their draws are their
             own, so those of the concept are the same with and without them.
+        prompts: that the pictures are trained with; default: those of the set `backbone.config.prompts`.
+        mirror: half of the samples are mirrored, picture and mask, as the draw says.
 
     Raises:
         PromptError: no such set of prompts.
@@ -113,18 +87,22 @@ class ConceptData(LightningDataModule):
         placeholder: str,
         seed: int,
         prior: PriorImages | None = None,
+        prompts: TrainingPrompts | None = None,
+        mirror: bool = False,
     ) -> None:
         super().__init__()
         self.examples = examples
         self.backbone = backbone
         self.batch_size = options.batch_size
+        self.placeholder, self.own_prompts, self.mirror = placeholder, [] if prompts is None else prompts.own, mirror
 
-        def draws(n_images: int, prompts: Sequence[str], seed: int) -> StepDataset:
+        def draws(n_images: int, prompts: Sequence[str], seed: int, **more: Any) -> StepDataset:
             shape, timesteps = backbone.latent_shape(), backbone.train_timesteps
-            return StepDataset(n_images, prompts, shape, options.steps, options.batch_size, seed, timesteps)
+            return StepDataset(n_images, prompts, shape, options.steps, options.batch_size, seed, timesteps, **more)
 
-        prompts = [fill(template, placeholder) for template in templates(backbone.config.prompts)]
-        self.dataset = draws(len(examples), prompts, seed)
+        if prompts is None:
+            prompts = TrainingPrompts([fill(template, placeholder) for template in templates(backbone.config.prompts)])
+        self.dataset = draws(len(examples), prompts.drawn, seed, captions=prompts.captions, mirror=mirror)
         self.prior = prior
         self.prior_dataset = None if prior is None else draws(len(prior), prior.prompts, seed_of("prior", seed))
 
@@ -132,12 +110,18 @@ class ConceptData(LightningDataModule):
         """Encode all pictures.
 
         Raises:
-            ConceptImageError, TokenError: a picture of the superclass cannot be read, or its caption is too long.
+            ConceptImageError, TokenError: a picture of the superclass cannot be read, or a caption is too long.
         """
-        pixels, side = self.examples.pixels, self.examples.pixels.shape[-1]  # (n, 3, R, R)
+        with torch.no_grad():
+            for prompt in self.own_prompts:
+                self.backbone.encode([prompt], self.placeholder)
+        pixels, masks = self.examples.pixels, self.examples.masks  # (n, 3, R, R), (n, 1, R, R)
+        if self.mirror:  # behind the n pictures their mirror images: an autoencoder's latents are not mirrored so well
+            pixels = torch.cat([pixels, pixels.flip(-1)])
+            masks = None if masks is None else torch.cat([masks, masks.flip(-1)])
+        side = pixels.shape[-1]
         at_once = max(1, _ENCODED_AT_ONCE // side**2)
         self.latents = self._encoded(pixels.split(at_once))  # (n, c, h, w)
-        masks = self.examples.masks
         self.masks = None if masks is None else mask_to_latent(masks, self.latents.shape[-1]).to(self.latents.device)
         if prior := self.prior:
             with torch.no_grad():
@@ -185,8 +169,10 @@ class ConceptData(LightningDataModule):
 
 
 def _drawn_batch(draws: Sequence[Draw], latents: Tensor, masks: Tensor | None) -> Batch:
-    """What was drawn of the pictures with these latents (n, c, h, w) and masks (n, 1, h, w)."""
-    index = torch.tensor([draw["index"] for draw in draws], device=latents.device)
+    """What was drawn of the pictures with these latents (n, c, h, w) and masks (n, 1, h, w); of 2n, the second n are
+    the mirrored ones."""
+    mirrored = len(latents) // 2
+    index = torch.tensor([draw["index"] + mirrored * draw["mirrored"] for draw in draws], device=latents.device)
     return Batch(
         latents=latents[index],
         masks=None if masks is None else masks[index],
@@ -331,8 +317,8 @@ class PersonalizationModule(LightningModule):
     def on_validation_model_train(self) -> None:
         self.train()  # Lightning would set flags alone, and a method's `train` does more
 
-    def configure_optimizers(self) -> torch.optim.AdamW:
-        """AdamW over the method's groups, each with its own rate.
+    def configure_optimizers(self) -> Any:
+        """AdamW over the method's groups, each with its own rate, and what changes them all where the options say so.
 
         Raises:
             TrainingError: several processes train, and a parameter is not the method's own: nobody would average its
@@ -345,4 +331,8 @@ class PersonalizationModule(LightningModule):
                 f"trainer.devices={self.trainer.world_size}: {type(self.method).__name__} trains parameters that it "
                 "has not registered as its own, expected trainer.devices=1"
             )
-        return torch.optim.AdamW(groups)
+        optimizer, options = torch.optim.AdamW(groups), self.method.options
+        if all(options.rate_factor(step) == 1 for step in range(options.steps)):
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

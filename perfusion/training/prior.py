@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from perfusion.backbones.base import Backbone
 from perfusion.backbones.fingerprint import base_parameters, digest, vocabulary_digest
 from perfusion.config import ConceptConfig
+from perfusion.data.captions import caption_beside
 from perfusion.data.dataset import seed_of
-from perfusion.data.images import ConceptImageError, find_images, fit, read_image
+from perfusion.data.images import find_images, fit, read_image
 from perfusion.data.prompts import fill
 from perfusion.drawing import stream
 from perfusion.files import atomic_path, atomic_write_text
@@ -89,7 +90,7 @@ def real_images(spec: str | Sequence[str], count: int, prompt: str) -> PriorImag
     paths = find_images(spec, key=KEY)[:count]
     for path in paths:
         read_image(path)
-    return PriorImages(tuple(paths), tuple(_caption(path) or prompt for path in paths))
+    return PriorImages(tuple(paths), tuple(caption_beside(path, KEY) or prompt for path in paths))
 
 
 def drawn_images(
@@ -155,12 +156,3 @@ def _identity(part: Any) -> str:
         return vocabulary_digest(part)
     settings = {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
     return f"{type(part).__name__} {json.dumps(settings, sort_keys=True, default=str)}"
-
-
-def _caption(path: Path) -> str:
-    """What the text file beside a picture says; nothing where there is none."""
-    file = path.with_suffix(".txt")
-    try:
-        return " ".join(file.read_text(encoding="utf-8").split()) if file.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConceptImageError(f"{KEY}: {file}: expected a caption in UTF-8: {error}.") from error

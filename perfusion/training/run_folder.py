@@ -40,13 +40,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from perfusion.config import ConfigError, TrainConfig, checked
+from perfusion.data.formats import OTHERS, SUFFIXES
 from perfusion.files import atomic_write_text, remove_unfinished
 
 CHECKPOINTS = "checkpoints"  # folder below that of the run
 
 _CHECKPOINT = re.compile(r"step-\d+\.safetensors")
-# As in `perfusion.data.images`, which takes a while to import.
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 _HEADER = "# Train this again, or with changes:  python -m perfusion.train from=<this file> [key=value ...]\n"
 
 # What does not change the result: where it goes, who watches, how often it is saved, what is computed twice.
@@ -60,6 +59,15 @@ _IGNORED = (
     "concept.masks_cache",
     "concept.prior_cache",
 )
+# Options that came later, and the values at which a run is the one that it was without them.
+_LATER = {
+    "concept.captions": None,
+    "concept.templates": None,
+    "concept.mirror": False,
+    "method.rate_schedule": "constant",
+    "method.warmup_steps": 0,
+    "method.min_snr_gamma": None,
+}
 
 
 Inputs = Mapping[str, Mapping[str, str]]  # key of the config -> name of a file -> digest
@@ -196,7 +204,7 @@ class RunFolder:
                 f"{self.path} holds {written[0]}, and no config.yaml that says of which run, so nothing is replaced "
                 "there: move it away, or choose another run.dir="
             )
-        pictures = sorted(file.name for file in self.path.iterdir() if file.suffix.lower() in _PICTURES)
+        pictures = sorted(file.name for file in self.path.iterdir() if file.suffix.lower() in (*SUFFIXES, *OTHERS))
         if pictures:
             raise ConfigError(
                 f"{self.path} is no run's folder, for it holds pictures ({', '.join(pictures[:3])}) and no config.yaml"
@@ -333,7 +341,10 @@ def read_config(path: Path) -> TrainConfig:
     said = _read_inputs(RunFolder(path.parent).inputs)
     if said is not None:
         concept = config.concept
-        places = {key: _seen_from(said["directory"], getattr(concept, key)) for key in ("images", "masks", "prior")}
+        places = {
+            key: _seen_from(said["directory"], getattr(concept, key))
+            for key in ("images", "masks", "prior", "templates")
+        }
         config.concept = dataclasses.replace(concept, **places)
     return config
 
@@ -417,7 +428,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def visit(value: Any, key: str) -> None:
-        if key in _IGNORED:
+        if key in _IGNORED or (key in _LATER and value == _LATER[key]):
             return
         if isinstance(value, dict):
             for name, inner in value.items():
