@@ -15,13 +15,18 @@ from perfusion.backbones.layouts import (
     meta_pipeline,
 )
 
-# Of each layout: parameters of the denoiser, the text encoders and the autoencoder; cross-attentions; outputs of their V;
-# width of the context; pixels.
+# Of each layout: parameters of the denoiser, of the text encoders and of the autoencoder; cross-attentions; outputs of
+# their V; width of what they read; pixels.
 KNOWN: dict[str, tuple[int, tuple[int, ...], int, int, int, int, int]] = {
     "sd15": (859_520_964, (123_060_480,), 83_653_863, 16, 12_480, 768, 512),
     "sd21": (865_910_724, (340_387_840,), 83_653_863, 16, 12_480, 1024, 768),
     "sd21_base": (865_910_724, (340_387_840,), 83_653_863, 16, 12_480, 1024, 512),
     "sdxl": (2_567_463_684, (123_060_480, 694_659_840), 83_653_863, 70, 83_200, 2048, 1024),
+}
+BEYOND: dict[str, tuple[int, int, int, int, int, int]] = {
+    "kolors": (2_579_458_820, 6_243_584_000, 83_653_863, 70, 83_200, 2048),
+    "pixart": (610_856_096, 4_762_310_656, 83_653_863, 28, 32_256, 1152),
+    "sana": (1_604_462_752, 2_614_341_888, 312_250_275, 20, 44_800, 2240),
 }
 PREDICTIONS = {"sd15": "epsilon", "sd21": "v_prediction", "sd21_base": "epsilon", "sdxl": "epsilon"}
 
@@ -54,6 +59,22 @@ def test_layouts_have_their_known_sizes(layout: str) -> None:
     )
 
 
+@pytest.mark.parametrize("layout", list(BEYOND))
+def test_so_have_those_beyond_stable_diffusion(layout: str) -> None:
+    denoiser, encoder, vae, attentions, outputs, width = BEYOND[layout]
+    backbone: Any = around(meta_pipeline(layout))
+    pipe = backbone.pipe
+    found = (parameters(backbone.denoiser), parameters(pipe.text_encoder), parameters(pipe.vae))
+    assert found == (denoiser, encoder, vae) and next(pipe.text_encoder.parameters()).is_meta
+    sites = backbone.edit_sites()
+    assert [site.kind for site in sites] == ["k", "v"] * attentions
+    assert sum(site.projection.out_features for site in sites if site.kind == "v") == outputs
+    assert {site.projection.in_features for site in sites} == {width}
+    assert (backbone.family, backbone.config.resolution, backbone.denoiser.config.sample_size) in [
+        (layout, 1024, 1024 // pipe.vae_scale_factor)
+    ]
+
+
 def test_a_folder_of_configs_is_a_layout(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     shutil.copytree(layout_folder("sd15"), folder)
@@ -67,6 +88,8 @@ def test_a_folder_of_configs_is_a_layout(tmp_path: Path) -> None:
 
 
 def test_a_layout_that_is_not_known_is_refused() -> None:
-    assert available_layouts() == sorted(KNOWN)
-    with pytest.raises(BackboneError, match="no layout 'sd14'; there are: sd15, sd21, sd21_base, sdxl, or a diffusers"):
+    assert available_layouts() == sorted({**KNOWN, **BEYOND})
+    with pytest.raises(
+        BackboneError, match="no layout 'sd14'; there are: kolors, pixart, sana, sd15, sd21, .*, or a diffusers"
+    ):
         layout_config("sd14", "unet")
