@@ -247,9 +247,10 @@ class Runner:
         """How long it was trained, of methods whose dial that is; and how many concepts there are, where they are
         several: their pictures are of other prompts, and no report should take the mean over both kinds."""
         training = wanted.setting.training
-        said = [f"{len(wanted.subjects)} concepts"] if len(wanted.subjects) > 1 else []
+        first, *others = wanted.subjects
+        said = [f"{1 + len(others)} concepts"] if others else []
         if training is not None and training.shares:
-            said.append(f"trained {self._step(wanted.setting, wanted.subjects[0])} steps")
+            said.append(f"trained {self._step(wanted.setting, first)} steps")
         return ", ".join(said) or None
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -89,7 +89,7 @@ class Study:
         space: Space,
         asked: Mapping[str, Any],
         *,
-        direction: str = "maximize",
+        direction: Literal["maximize", "minimize"] = "maximize",
         startup: int = 10,
         first: Mapping[str, Any] | None = None,
         instead: str = "",

@@ -131,7 +131,7 @@ def stream(
                 return {}
 
             at_end = "callback_on_step_end"
-            told = {at_end: at_step_end} if at_end in known else {"callback": count}
+            told: dict[str, Any] = {at_end: at_step_end} if at_end in known else {"callback": count}
             if negative_prompt is not None:
                 told["negative_prompt"] = [negative_prompt] * len(prompts[batch])
             own_bar = getattr(pipe, "_progress_bar_config", {})

@@ -283,7 +283,10 @@ def test_an_interrupted_sum_goes_on_and_ends_in_the_same_bits(batches: int, tmp_
 
 
 @pytest.mark.usefixtures("every_batch")
-def test_the_bar_of_a_resumed_sum_starts_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_of_a_resumed_sum_starts_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perfusion.bars.SECONDS", 0)  # between two lines
     interrupted_after(2, tmp_path)
     accumulate(CAPTIONS, encode, 3, progress=True, partial=PartialSum(KEY, tmp_path))
     assert "6/11" in (shown := capsys.readouterr().err) and "11/11" in shown

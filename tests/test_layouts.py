@@ -90,6 +90,6 @@ def test_a_folder_of_configs_is_a_layout(tmp_path: Path) -> None:
 def test_a_layout_that_is_not_known_is_refused() -> None:
     assert available_layouts() == sorted({**KNOWN, **BEYOND})
     with pytest.raises(
-        BackboneError, match="no layout 'sd14'; there are: kolors, pixart, sana, sd15, sd21, .*, or a diffusers"
+        BackboneError, match=r"no layout 'sd14'; there are: kolors, pixart, sana, sd15, sd21, .*, or a diffusers"
     ):
         layout_config("sd14", "unet")

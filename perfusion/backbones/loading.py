@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -165,7 +165,7 @@ def read_config(origin: Source, part: str) -> Mapping[str, Any]:
     """The config of a model of diffusers in the pipeline at `origin`, without weights. Raises BackboneError."""
     name, local = (str(origin.layout), True) if origin.layout else (origin.name, origin.local_files_only)
     with reading(origin):
-        found = ModelMixin.load_config(name, subfolder=part, local_files_only=local)
+        found = UNet2DConditionModel.load_config(name, subfolder=part, local_files_only=local)  # any model's
     assert isinstance(found, dict)
     return found
 

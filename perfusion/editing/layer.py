@@ -217,8 +217,13 @@ class _Shared:
         context = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self._position]
         # `is`, not equal: the object is held here, so no other one can have taken its place.
         shown, mask = self._shown, kwargs.get("encoder_attention_mask")
-        same = shown is not None and shown.context is context and shown.masks[0] is mask
-        if not same or shown.state is None or shown.state != _state(context):
+        if (
+            shown is None
+            or shown.context is not context
+            or shown.masks[0] is not mask
+            or shown.state is None
+            or shown.state != _state(context)
+        ):
             self._shown = None
             self._check_thread(context)
             keys = self._inputs_of(superclass_context(self.words, context)) if self.words else None
