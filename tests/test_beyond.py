@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtAlphaPipeline
+from peft import LoraConfig
 from PIL import Image
 from torch import Tensor
 
@@ -27,13 +29,13 @@ from perfusion.editing import TokenError
 from perfusion.editing.layer import unedited
 from perfusion.editing.tokens import taught
 from perfusion.generate import GenerateConfig, generate
-from perfusion.methods.base import Word
+from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.perfusion import Perfusion
 from perfusion.train import main
 from tests.backbone_kinds import BEYOND, KINDS, loaded
 from tests.concepts import untrained_concept
 from tests.drawing import call
-from tests.pipelines import chatglm_tokenizer, gemma_tokenizer, t5_tokenizer
+from tests.pipelines import chatglm_tokenizer, gemma_tokenizer, t5_tokenizer, tiny_pixart
 
 PROMPT = "a photo of a <bear*> and a <mug*>, on the beach"
 WORDS = (Word("<bear*>", "teddy bear"), Word("<mug*>", "mug"))
@@ -118,6 +120,72 @@ def one_call(backbone: LatentDiffusionBackbone) -> tuple[Tensor, Tensor, dict[st
         hook.remove()
     counts = torch.ones(read[0].shape[:2]) if masks[0] is None else masks[0]
     return read[0].double(), counts, given
+
+
+@pytest.mark.parametrize("name", ["textual_inversion", "lora", "dreambooth", "custom_diffusion"])
+def test_the_other_methods_learn_and_draw(backbone: LatentDiffusionBackbone, name: str) -> None:
+    base = call(backbone.pipe, "a photo of a mug")
+    method = build({"name": name}, WORDS[1]).train()
+    method.attach(backbone)
+    latents, noise = torch.randn(2, 2, *backbone.latent_shape(), generator=torch.Generator().manual_seed(0))
+    batch = Batch(latents, None, ["a photo of a <mug*>"] * 2, noise, torch.tensor([10, 900]))
+    optimizer = torch.optim.SGD([{**group, "lr": 0.1} for group in method.parameter_groups()])
+    for _ in range(2):  # LoRA's A moves once its B is no longer 0
+        optimizer.zero_grad()
+        torch.stack([*method.loss(backbone, batch).values()]).sum().backward()
+        optimizer.step()
+    concept = Concept.of(method, backbone, 0)
+    method.detach()
+    assert all(tensor.isfinite().all() for tensor in concept.tensors.values())
+    with concept.attach(backbone):
+        own = call(backbone.pipe, "a photo of a <mug*>")
+    assert own.isfinite().all() and (own - base).abs().max() > 1e-4
+    assert torch.equal(call(backbone.pipe, "a photo of a mug"), base)
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_in_bfloat16_and_beside_a_lora(kind: str, tmp_path: Path) -> None:
+    concept = untrained_concept(loaded(kind, tmp_path / "whole"), WORDS[1], 0)
+    strong = {**concept.tensors, "values": 30 * concept.tensors["values"]}  # beyond the rounding of bfloat16
+    concept, prompt = dataclasses.replace(concept, tensors=strong), "a photo of a <mug*>"
+    backbone = loaded(kind, tmp_path / "half", dtype="bfloat16")
+    base = call(backbone.pipe, "a photo of a mug")
+    with concept.attach(backbone, beta=BETA):
+        own = call(backbone.pipe, prompt)
+    assert own.isfinite().all() and not torch.equal(own, base)
+    if kind == "pixart":  # which diffusers gives no adapters
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+        backbone.denoiser.add_adapter(lora, "style")
+    with concept.attach(backbone, beta=BETA):
+        both = call(backbone.pipe, prompt)
+    assert both.isfinite().all() and not torch.equal(both, own)
+    backbone.denoiser.unload_lora()
+    with concept.attach(backbone, beta=BETA):
+        assert torch.equal(call(backbone.pipe, prompt), own)
+
+
+@pytest.mark.slow
+def test_compiled_denoisers_draw_the_same(backbone: LatentDiffusionBackbone) -> None:
+    concept, part = untrained_concept(backbone, WORDS[1], 0), backbone.denoiser
+    with concept.attach(backbone, beta=BETA):
+        plain = call(backbone.pipe, "a photo of a <mug*>")
+        setattr(backbone.pipe, backbone.part, torch.compile(part, backend="eager"))
+        try:
+            torch.testing.assert_close(call(backbone.pipe, "a photo of a <mug*>"), plain)
+        finally:
+            setattr(backbone.pipe, backbone.part, part)
+
+
+def test_pixart_alpha_reads_120_tokens(tmp_path: Path) -> None:
+    tiny_pixart(PixArtAlphaPipeline).save_pretrained(tmp_path)
+    pipe: Any = backbones.load("pixart", str(tmp_path), device="cpu")
+    backbone: Any = backbones.around(pipe)
+    assert type(pipe) is PixArtAlphaPipeline and backbone.encode(["a mug"], "mug").context.shape[1] == 120
+    with pytest.raises(TokenError, match=r"121 tokens .* reads 120"):
+        backbone.encode(["dog " * 119 + "mug"], "mug")
 
 
 def test_a_word_reads_as_its_superclass_would_with_a_comma_behind_it(backbone: LatentDiffusionBackbone) -> None:
