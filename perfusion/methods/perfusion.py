@@ -72,7 +72,11 @@ class Perfusion(Method):
     """
 
     Options = PerfusionOptions
-    dials = (Dial("beta", per_picture=True), Dial("tau", per_picture=True), Dial("key_lock", number=False))
+    dials = (
+        Dial("beta", per_picture=True),
+        Dial("tau", per_picture=True, between=(0.02, 0.5)),
+        Dial("key_lock", number=False, words=("local", "global")),
+    )
     needs_covariance = True
     newer = (*Method.newer, "removal")
     options: PerfusionOptions
