@@ -240,7 +240,7 @@ def test_what_is_shown_is_text():
     assert show.wrong(ConfigError("<b>")) == '<div class="wrong">&lt;b&gt;</div>'
     with pytest.raises(ZeroDivisionError):
         show.wrong(ZeroDivisionError())
-    said = show.progress(Progress("failed", 3, 10, None, [0.4, 0.3, 0.2], {}, "<i>"))
+    said = show.progress(Progress("failed", 1.0, 3, 10, None, [0.4, 0.3, 0.2], {}, "<i>"))
     assert "&lt;i&gt;" in said and "<polyline" in said and "width:30.0%" in said
 
 
@@ -326,7 +326,7 @@ def test_a_stranger_teaches_a_toy_and_draws_it(page: Any, photos: list[Path], tm
     page.wait_for_function("() => document.querySelectorAll('#pictures img').length == 4")
     assert "<cat*>" in page.locator("#prompt textarea").input_value()
     before = first_picture(page)
-    strength = page.get_by_label("number input for beta of <cat*>")
+    strength = page.get_by_label("number input for β of <cat*>")
     strength.fill("0.2")
     strength.press("Enter")
     page.wait_for_function("src => document.querySelector('#pictures img').getAttribute('src') != src", arg=before)

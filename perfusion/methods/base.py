@@ -84,6 +84,7 @@ class Dial:
         per_picture: the property also takes a tensor (S,), a value for each of the S pictures of a batch.
         between: of a number, the values that are worth trying, as a slider offers them; others are not refused.
         words: of a word, those that there are.
+        about: what it does, in a few words.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Dial:
     per_picture: bool = False
     between: tuple[float, float] = (0.0, 1.5)
     words: tuple[str, ...] = ()
+    about: str = ""
 
 
 class Method(nn.Module, ABC):

@@ -11,6 +11,7 @@ import gradio as gr
 from perfusion.addons import SCHEDULERS
 from perfusion.concept_file import ConceptFileError
 from perfusion.config import ConfigError
+from perfusion.manifest import symbol
 from perfusion.methods.base import available, method_class
 from perfusion.studio import show
 from perfusion.studio.drawing import MOST, Drawing, Request, spread, typed, values_of
@@ -74,7 +75,14 @@ class DrawTab:
         quiet: dict[str, Any] = {"show_progress": "hidden"}
         set_ = [part.input for part in (*self._dials, self.num, self.steps, self.scheduler, self.base)]
         typed_in = [part.submit for part in (self.prompt, self.seed, self.values)]
-        gr.on([*set_, *typed_in, self.button.click], self.draw, self.form, self.result, **AGAIN)
+        gr.on(
+            [*set_, *typed_in, self.button.click],
+            self.draw,
+            self.form,
+            self.result,
+            show_progress_on=self.pictures,
+            **AGAIN,
+        )
         for button in self.words:
             button.click(lambda word, prompt: f"{prompt.rstrip()} {word}", [button, self.prompt], self.prompt, **quiet)
         now = [self.concepts, self.prompt, self.slots, *self._dials]
@@ -84,7 +92,7 @@ class DrawTab:
             self.row.input(self._row, [self.concepts, self.row], self.values, **quiet),
             self.add.upload(self._add, [self.add, *now], self.choice, **PIPE),
         ):
-            event.success(self.draw, self.form, self.result, **AGAIN)
+            event.success(self.draw, self.form, self.result, show_progress_on=self.pictures, **AGAIN)
 
     def chosen(self, files: Sequence[str], prompt: str = "", slots: Sequence[Any] = (), *values: Any) -> list[Any]:
         """What the form becomes when these concepts are chosen; dials of those that were chosen before stay."""
@@ -121,13 +129,13 @@ class DrawTab:
                 if not dial.number and own not in dial.words:
                     continue
                 k, value = next(free[dial.number]), before.get((file, name), own)
-                label = f"{name} of {one.concept.placeholder}"
+                shown: dict[str, Any] = {"label": f"{symbol(name)} of {one.concept.placeholder}", "info": dial.about}
                 slots[k] = (file, name, own)
                 if dial.number:
                     low, high = min(dial.between[0], own), max(dial.between[1], own)
-                    parts[k] = gr.Slider(low, high, value, label=label, visible=True)
+                    parts[k] = gr.Slider(low, high, value, visible=True, **shown)
                 else:
-                    parts[k] = gr.Radio([*dial.words], value=value, label=label, visible=True)
+                    parts[k] = gr.Radio([*dial.words], value=value, visible=True, **shown)
         return [slots, *parts]
 
     def _row(self, files: Sequence[str], row: str) -> Any:

@@ -73,8 +73,12 @@ def build(drawing: Drawing, teaching: Teaching) -> gr.Blocks:
             return [gr.Tabs(selected="draw"), *draw.chosen([str(teaching.training.folder.concept)]), *compare.chosen()]
 
         outputs = [tabs, *draw.choice, *compare.choice]
-        page.load(opened, None, outputs, show_progress="hidden", **PIPE).then(draw.draw, draw.form, draw.result, **PIPE)
-        teach.use.click(taught, None, outputs, **PIPE).then(draw.draw, draw.form, draw.result, **PIPE)
+        page.load(opened, None, outputs, show_progress="hidden", **PIPE).then(
+            draw.draw, draw.form, draw.result, show_progress_on=draw.pictures, **PIPE
+        )
+        teach.use.click(taught, None, outputs, **PIPE).then(
+            draw.draw, draw.form, draw.result, show_progress_on=draw.pictures, **PIPE
+        )
         page.load(teach.opened, teach.form, teach.shown, show_progress="hidden")
     return page
 
@@ -90,4 +94,4 @@ def _theme() -> gr.themes.Base:
     labels = {"background_fill": "transparent", "text_color": "*neutral_500", "text_weight": "500"}
     calm = {f"block_{kind}_{what}": value for kind in ("title", "label") for what, value in labels.items()}
     dark = {f"{key}_dark": value.replace("500", "400") for key, value in calm.items() if "weight" not in key}
-    return theme.set(**calm, **dark, block_title_padding="0")
+    return theme.set(**calm, **dark, block_title_padding="0", body_background_fill="*neutral_50")

@@ -101,14 +101,16 @@ def grids(titled: Sequence[tuple[str, Sequence[Row]]], root: Path) -> str:
             for row in rows
         )
         parts.append(f'<section class="shots"><h4>{escape(title)}</h4>{lines}</section>')
-    return f'<div class="grids">{"".join(parts)}</div>'
+    scored = any(row.scores for _, rows in titled for row in rows)
+    told = "Below: likeness to the photos · agreement with the prompt, from 0 to 1. The best of both is framed."
+    return (hint(told) if scored else "") + f'<div class="grids">{"".join(parts)}</div>'
 
 
 def progress(now: Progress) -> str:
     """A bar, what is going on, and the loss as a curve."""
     done = now.step / now.steps
     words = {
-        "starting": "Loading the model …",
+        "starting": f"Loading the model … {_spoken(now.seconds)}",
         "learning": f"Step {now.step} of {now.steps}" + ("" if now.left is None else f" · {_spoken(now.left)} left"),
         "drawing": "Drawing samples …",
         "stopped": f"Stopped at step {now.step} of {now.steps}",

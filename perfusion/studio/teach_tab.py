@@ -28,8 +28,8 @@ class TeachTab:
         self.changed = gr.State(False)  # whether the form is another one than that of the training
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
-                title = "Photos of one thing" + (", or the example below" if self.toyland else "")
-                self.photos = gr.File(label=title, file_count="multiple", file_types=_PHOTOS, height=140)
+                gr.HTML(show.hint("Photos of one thing" + (", or the example below" if self.toyland else "")))
+                self.photos = gr.File(show_label=False, file_count="multiple", file_types=_PHOTOS, height=120)
                 self.crops = gr.HTML(elem_id="crops")
                 self.another = gr.Button("Another example toy", size="sm", visible=self.toyland)
                 with gr.Row():

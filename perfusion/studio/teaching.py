@@ -81,6 +81,7 @@ class Progress:
 
     Attributes:
         state: starting, learning, drawing (its samples), stopped, finished or failed.
+        seconds: since its process began.
         left: seconds to its last step, once that can be told.
         losses: of each step.
         strips: step -> what validation prompts looked like.
@@ -88,6 +89,7 @@ class Progress:
     """
 
     state: str
+    seconds: float
     step: int
     steps: int
     left: float | None
@@ -240,6 +242,7 @@ class Teaching:
         """Begin, or go on with what was stopped. Raises what the command says before it trains."""
         if self.training is not None and self.training.progress().running:
             raise ConfigError("a training runs already; stop it first, or wait for it")
+        self.words(lesson)
         self._examples(lesson)
         self.training, self.lesson = Training(self.words(lesson, write=True)), lesson
 
@@ -303,7 +306,7 @@ class Training:
             said = reason(status, self.folder.log).splitlines()[0]
             state = "stopped" if self._stopped or status == 130 else "failed"
         strips = {int(path.stem.partition("-")[2]): path for path in self.folder.progress.glob("step-*.png")}
-        return Progress(state, step, steps, left, [*losses.values()], dict(sorted(strips.items())), said)
+        return Progress(state, now - self._began, step, steps, left, [*losses.values()], dict(sorted(strips.items())), said)
 
     def _losses(self) -> dict[int, float]:
         try:
