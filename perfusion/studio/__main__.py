@@ -25,7 +25,7 @@ What is taught is a run of perfusion.train below `root`, and the page shows the 
 class StudioConfig:
     """The options of `python -m perfusion.studio`."""
 
-    backbone: str = "toyland"  # preset of conf/backbone: toyland, sd15, sd21, sdxl
+    backbone: str | None = "toyland"  # preset of conf/backbone: toyland, sd15, sd21, sdxl
     path: str | None = None  # backbone's diffusers folder, .safetensors file or hub id; null: the weights that it ships
     layout: str | None = None  # configs of a .safetensors file: known layout or diffusers folder; null: as it looks
     dtype: str = "float32"  # float32, float16 or bfloat16
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
 
     root = Path(config.root).expanduser()
     root.mkdir(parents=True, exist_ok=True)
-    backbone = load_backbone(config, default=config.backbone)
+    backbone = load_backbone(config, default="toyland")
     teaching = Teaching(config, backbone.config)
     try:
         serve(config, Drawing(config, backbone), teaching)

@@ -37,7 +37,7 @@ class CompareTab:
                     self.scored = gr.Checkbox(scored, label="Scores", min_width=180)
                 self.button = gr.Button("Compare", variant="primary", size="lg", elem_id="compare")
                 self.reports = gr.HTML()
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_classes="result"):
                 text = "Every picture is drawn from the same noise, so they differ by the dials alone."
                 self.result = gr.HTML(show.hint(text), elem_id="grids", elem_classes=drawing.classes, min_height=240)
         self.choice = [self.one, self.other, self.prompt, self.columns, self.across, self.rows, self.down, self.reports]
@@ -80,14 +80,16 @@ class CompareTab:
         try:
             if one not in known:
                 raise ConfigError("concept: none is there yet, teach one first")
-            dials, over = known[one].dials, []
-            for name, text in ((columns, across), (rows, down)):
-                over += [name, values_of(dials[name], text) if name in dials else []]
+            dials = known[one].dials
+            along = [
+                values_of(dials[name], text) if name in dials else []
+                for name, text in ((columns, across), (rows, down))
+            ]
             for file in [one, *([other] if other in known else [])]:
                 grids.append((known[file].label, []))
                 asked = self.drawing.for_word(prompt, known[one], known[file])
                 request = Request((file,), asked, seed=int(seed or 0), num=1, steps=self.drawing.steps)
-                for found in self.drawing.compare(request, *over, scored):
+                for found in self.drawing.compare(request, columns, along[0], rows, along[1], scored):
                     grids[-1] = (known[file].label, found)
                     yield show.grids(grids, self.drawing.root)
         except Exception as error:

@@ -46,7 +46,7 @@ class DrawTab:
                     self.words = [gr.Button(elem_classes="word", **hidden) for _ in range(MOST)]
                     self.examples = [gr.Button(**hidden) for _ in range(_EXAMPLES)]
                 with gr.Row():
-                    self.sliders = [gr.Slider(0, 1, step=0.01, visible=False, min_width=160) for _ in range(numbers)]
+                    self.sliders = [gr.Slider(0, 1, step=0.01, visible=False, min_width=300) for _ in range(numbers)]
                     self.radios = [gr.Radio([], visible=False, min_width=160) for _ in range(words)]
                 with gr.Row():
                     self.num = gr.Slider(1, 8, 4, step=1, label="Pictures", min_width=160)
@@ -60,7 +60,7 @@ class DrawTab:
                     self.scheduler = gr.Dropdown([*SCHEDULERS], value="dpm++", label="Scheduler", min_width=100)
                 self.button = gr.Button("Draw", variant="primary", size="lg", elem_id="draw")
                 self.add = gr.UploadButton("Add a concept file", file_types=[".safetensors"], size="sm")
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=320, elem_classes="result"):
                 self.pictures = gr.HTML(elem_id="pictures", elem_classes=drawing.classes, min_height=240)
                 self.command = command_box()
         self._dials = [*self.sliders, *self.radios]
@@ -73,7 +73,8 @@ class DrawTab:
 
     def _listen(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden"}
-        set_ = [part.input for part in (*self._dials, self.num, self.steps, self.scheduler, self.base)]
+        set_ = [part.input for part in (*self._dials, self.num, self.steps, self.base)]
+        set_.append(self.scheduler.select)  # a dropdown's input comes twice
         typed_in = [part.submit for part in (self.prompt, self.seed, self.values)]
         gr.on(
             [*set_, *typed_in, self.button.click],
@@ -89,7 +90,7 @@ class DrawTab:
         for event in (
             *(button.click(str, button, self.prompt, **quiet) for button in self.examples),
             self.concepts.input(self.chosen, now, self.choice, **quiet, **PIPE),
-            self.row.input(self._row, [self.concepts, self.row], self.values, **quiet),
+            self.row.select(self._row, [self.concepts, self.row], self.values, **quiet),
             self.add.upload(self._add, [self.add, *now], self.choice, **PIPE),
         ):
             event.success(self.draw, self.form, self.result, show_progress_on=self.pictures, **AGAIN)

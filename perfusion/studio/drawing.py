@@ -135,18 +135,19 @@ class Drawing:
             found = Found(path, *words(path, metadata), entry(path, metadata, "method"))
             method_class(found.method)
             return found
-        except (SafetensorError, OSError, ConceptFileError, ConfigError):
+        except (SafetensorError, OSError, ValueError):  # all that this project raises are of these
             return None
 
     def add(self, upload: Path) -> str:
         """Keep a concept file below the root; returns its path. Raises ConceptFileError where it is none for this
         backbone."""
-        if self._about(upload) is None:
+        about = self._about(upload)
+        if about is None:
             Concept.load(upload)  # which says what is wrong with it
-            raise ConceptFileError(f"{upload.name}: made for another backbone than {self.config.backbone}")
+            raise ConceptFileError(f"{upload.name}: made for another backbone than {self.backbone.family}")
         folder = self.root / FOLDER / "concepts"
         folder.mkdir(parents=True, exist_ok=True)
-        stem = slug(self._about(upload).placeholder) if upload.stem == "concept" else upload.stem
+        stem = slug(about.placeholder) if upload.stem == "concept" else upload.stem
         names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
         paths = (folder / f"{name}.safetensors" for name in names)
         path = next(path for path in paths if not path.exists() or path.read_bytes() == upload.read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def build(drawing: Drawing, teaching: Teaching) -> gr.Blocks:
     """The page, not served yet."""
     config = drawing.config
     with gr.Blocks(title="Perfusion studio", analytics_enabled=False, delete_cache=(86400, 86400)) as page:
-        gr.HTML(f'<div id="head"><h1>Perfusion studio</h1><span>{config.backbone} · {config.root}</span></div>')
+        where = escape(f"{config.backbone or drawing.backbone.family} · {config.root}")
+        gr.HTML(f'<div id="head"><h1>Perfusion studio</h1><span>{where}</span></div>')
         with gr.Tabs() as tabs:
             with gr.Tab("Teach", id="teach"):
                 teach = TeachTab(teaching)

@@ -131,7 +131,7 @@ def curve(losses: Sequence[float], steps: int) -> str:
         mean = _SMOOTH * mean + (1 - _SMOOTH) * loss
         smooth.append(mean)
     width, height = _CURVE
-    top = sorted(losses)[int(0.98 * (len(losses) - 1))]  # a rare peak would flatten all others
+    top = max(*smooth, sorted(losses)[int(0.98 * (len(losses) - 1))])  # a rare peak would flatten all others
 
     def line(values: Sequence[float], kind: str) -> str:
         points = " ".join(

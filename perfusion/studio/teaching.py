@@ -306,7 +306,9 @@ class Training:
             said = reason(status, self.folder.log).splitlines()[0]
             state = "stopped" if self._stopped or status == 130 else "failed"
         strips = {int(path.stem.partition("-")[2]): path for path in self.folder.progress.glob("step-*.png")}
-        return Progress(state, now - self._began, step, steps, left, [*losses.values()], dict(sorted(strips.items())), said)
+        return Progress(
+            state, now - self._began, step, steps, left, [*losses.values()], dict(sorted(strips.items())), said
+        )
 
     def _losses(self) -> dict[int, float]:
         try:
