@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -35,7 +36,7 @@ from perfusion.studio.teaching import PAINTED, Lesson, Progress, Teaching
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import sample_scene
 from perfusion.training import composition
-from tests.concepts import toyland_backbone, untrained_concept
+from tests.concepts import random_concept, toyland_backbone, untrained_concept
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -98,6 +99,18 @@ def test_a_row_over_a_dial_and_the_base_model_from_the_same_noise(drawing: Drawi
     plain = Request((), "a photo of a cat", seed=3, num=1, steps=2)
     ((alone,),) = drawing.draw(plain)
     assert np.array_equal(pixels(alone.files[0]), pixels(base.files[0]))
+
+
+def test_dials_are_those_of_the_method_whichever_it_is(backbone: Backbone, tmp_path: Path):
+    file = tmp_path / "style.safetensors"
+    save_concept(file, random_concept(backbone, Word("<cat*>", "cat"), 0, name="lora"))
+    drawing = Drawing(StudioConfig(root=str(tmp_path)), backbone)
+    (found,) = drawing.concepts().values()
+    assert [*found.dials] == ["scale"]
+    request = Request((str(file),), "a photo of a <cat*>", num=1, steps=1, row="scale", values=(0.0, 1.0))
+    ((row,),) = drawing.draw(request)
+    drawing.leave()
+    assert row.captions == ["scale 0", "scale 1"] and not np.array_equal(*map(pixels, row.files))
 
 
 def test_a_picture_that_lies_there_is_not_drawn_again(drawing: Drawing, monkeypatch: pytest.MonkeyPatch):
@@ -206,6 +219,23 @@ def test_the_words_of_a_lesson_are_a_config_of_these_photos(teaching: Teaching, 
     assert [image.read_bytes() for image in images] == [photos[1].read_bytes(), photos[0].read_bytes()]  # cat-2, cat
     painted, whole = (read_mask(file) for file in find_masks(config.concept.masks, images))
     assert np.array_equal(painted > 0, mask > 0) and whole.min() == 1
+
+
+def test_the_words_for_weights_of_ones_own(photos: list[Path], tmp_path: Path):
+    from perfusion.backbones import backbone_config
+
+    options = StudioConfig("sd15", "/models/sd15", root=str(tmp_path), scorer="ViT-B-32", pretrained="openai")
+    teaching = Teaching(options, backbone_config("sd15", "/models/sd15"))
+    assert not teaching.kinds and teaching.methods["perfusion"] == 400
+    lesson = Lesson(superclass="teddy bear", placeholder="<teddy*>", steps=400)
+    with pytest.raises(ConfigError, match="no photos yet"):
+        teaching.words(lesson)
+    configs: list[TrainConfig] = []
+    composition.run(teaching.words(dataclasses.replace(lesson, photos=(photos[0],))), configs.append)
+    (config,) = configs
+    assert (config.backbone.name, config.backbone.path) == ("stable_diffusion", "/models/sd15")
+    assert (config.concept.superclass, config.concept.masks, config.run.root) == ("teddy bear", None, str(tmp_path))
+    assert config.callbacks["select"]["scorer"] == "ViT-B-32" and config.method["batch_size"] == 16
 
 
 def test_what_no_mask_covers_is_pale_in_the_crops(teaching: Teaching, photos: list[Path]):
@@ -318,7 +348,7 @@ def test_a_stranger_teaches_a_toy_and_draws_it(page: Any, photos: list[Path], tm
     page.get_by_text("Stopped at step").wait_for()
     page.get_by_role("button", name="Go on").click()
     page.locator("#use").wait_for()
-    (run,) = page.root.glob("default/*")
+    (run,) = page.root.glob("default/*")  # what was refused has left nothing
     assert "going on at step" in (run / "output.log").read_text() and (run / "DONE").exists()
     assert page.locator("#status polyline").count() == 2 and page.locator(".strip img").count() == 2
 

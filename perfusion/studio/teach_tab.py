@@ -53,9 +53,9 @@ class TeachTab:
                     )
                 with gr.Accordion("Method, steps and more", open=False):
                     with gr.Row():
-                        self.method = gr.Dropdown([*methods], value="perfusion", label="Method", min_width=120)
+                        self.method = gr.Dropdown([*methods], value=Lesson.method, label="Method", min_width=120)
                         self.steps = gr.Number(
-                            methods["perfusion"], label="Steps", precision=0, minimum=1, min_width=120
+                            methods[Lesson.method], label="Steps", precision=0, minimum=1, min_width=120
                         )
                     self.more = gr.Textbox(label="More words of the command line", placeholder="seed=1")
                 self.button = gr.Button("Teach", variant="primary", size="lg", elem_id="teach")

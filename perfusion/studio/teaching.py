@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -133,7 +134,12 @@ class Teaching:
         from huggingface_hub import try_to_load_from_cache
 
         model = self.config.clipseg
-        return Path(model).expanduser().is_dir() or isinstance(try_to_load_from_cache(model, "model.safetensors"), str)
+        if Path(model).expanduser().is_dir():
+            return True
+        try:
+            return isinstance(try_to_load_from_cache(model, "model.safetensors"), str)
+        except ValueError:  # neither a folder nor a hub id
+            return False
 
     def crops(self, lesson: Lesson) -> list[Image.Image]:
         """The squares that will be learned from, what no mask covers being pale. Raises ConceptImageError."""
@@ -185,7 +191,7 @@ class Teaching:
             if self.config.scorer:
                 said |= {"callbacks": "select", "callbacks.select.scorer": self.config.scorer}
                 said |= {"callbacks.select.pretrained": self.config.pretrained} if self.config.pretrained else {}
-        elif lesson.method != "perfusion":
+        elif lesson.method != Lesson.method:
             said["method"] = method
         if self.config.root != "runs":
             said["run.root"] = self.config.root
@@ -265,6 +271,7 @@ class Training:
         self.folder.check_place()
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self._stopped = False
+        self._said: str | None = None  # why it ended
         self._began, self._seen = time.time(), (0, 0.0)  # the first step of this process that was seen, and when
         search = os.pathsep.join(part for part in (str(_SOURCE), os.environ.get("PYTHONPATH")) if part)
         with open(self.folder.log, "wb") as log:
@@ -303,12 +310,22 @@ class Training:
         elif status == 0 and self.folder.finished:
             state = "finished"
         else:
-            said = reason(status, self.folder.log).splitlines()[0]
+            said = self._why(status)
             state = "stopped" if self._stopped or status == 130 else "failed"
         strips = {int(path.stem.partition("-")[2]): path for path in self.folder.progress.glob("step-*.png")}
         return Progress(
             state, now - self._began, step, steps, left, [*losses.values()], dict(sorted(strips.items())), said
         )
+
+    def _why(self, status: int) -> str:
+        """Why it ended; of a run that never began, nothing stays."""
+        if self._said is None:
+            self._said = reason(status, self.folder.log).splitlines()[0]
+            if not self.folder.config.exists():
+                self.folder.log.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    self.folder.path.rmdir()
+        return self._said
 
     def _losses(self) -> dict[int, float]:
         try:
