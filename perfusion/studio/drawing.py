@@ -206,7 +206,9 @@ class Drawing:
                 yield rows
         else:
             files = self.pictures(request, [(given, seed) for seed in seeds])
-            title = " and ".join(one.concept.placeholder for one in attached) or "base model"
+            spoken = [one.concept.placeholder for one in attached]
+            missing = [word for word in spoken if not contains(request.prompt, word)]
+            title = f"{missing[0]} is not in the prompt" if missing else " and ".join(spoken) or "base model"
             rows.append(Row(title, files, [f"seed {seed}" for seed in seeds]))
             yield rows
         if request.base and attached:
