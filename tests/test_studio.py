@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -337,13 +338,13 @@ def test_a_stranger_teaches_a_toy_and_draws_it(page: Any, photos: list[Path], tm
     page.locator("#teach").click()
     page.get_by_text("seed=-1: expected a whole number from 0 to").wait_for()  # the training's own sentence
 
-    small = ["method.steps=60", "method.batch_size=2", "callbacks.checkpoint.every=2", "callbacks.select.every=30"]
+    small = ["method.steps=200", "method.batch_size=1", "callbacks.checkpoint.every=2", "callbacks.select.every=100"]
     small += ["callbacks.select.steps=2", "backbone.steps=2", "backbone.covariance.count=50"]
     more.fill(" ".join([*small, f"backbone.covariance.cache={tmp_path}"]))
     more.press("Tab")
     page.wait_for_function("() => document.body.innerText.includes('covariance.count=50')")
     page.locator("#teach").click()
-    page.get_by_text("Step ").first.wait_for()
+    page.get_by_text(re.compile(r"^Step ([2-9]|\d\d+) of 200")).wait_for()  # a checkpoint is there
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped at step").wait_for()
     page.get_by_role("button", name="Go on").click()
