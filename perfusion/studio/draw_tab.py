@@ -22,11 +22,11 @@ AGAIN: dict[str, Any] = {**PIPE, "trigger_mode": "always_last"}
 _EXAMPLES = 5  # prompts
 
 
-def command_box() -> gr.Code:
+def command_box(visible: bool = True) -> gr.Code:
     """Where a command stands that does the same in a terminal."""
     label = "The same in a terminal"
     shown: dict[str, Any] = {"show_line_numbers": False, "wrap_lines": True, "buttons": ["copy"], "lines": 1}
-    return gr.Code(label=label, language="shell", interactive=False, **shown)
+    return gr.Code(label=label, language="shell", interactive=False, visible=visible, **shown)
 
 
 class DrawTab:
@@ -62,7 +62,7 @@ class DrawTab:
                 self.add = gr.UploadButton("Add a concept file", file_types=[".safetensors"], size="sm")
             with gr.Column(scale=7, min_width=320, elem_classes="result"):
                 self.pictures = gr.HTML(elem_id="pictures", elem_classes=drawing.classes, min_height=240)
-                self.command = command_box()
+                self.command = command_box(visible=False)
         self._dials = [*self.sliders, *self.radios]
         self.choice = [self.concepts, self.prompt, self.row, self.values, self.slots, *self._dials]
         self.choice += [*self.words, *self.examples]
@@ -172,6 +172,6 @@ class DrawTab:
             request = self.request(*form)
             command = self.drawing.command(request)
             for rows in self.drawing.draw(request):
-                yield show.sheet(rows, self.drawing.root), command
+                yield show.sheet(rows, self.drawing.root), gr.Code(command, visible=bool(command))
         except Exception as error:
-            yield show.wrong(error), ""
+            yield show.wrong(error), gr.Code(visible=False)

@@ -156,15 +156,23 @@ class Drawing:
         return str(path)
 
     def choose(self, files: Sequence[str]) -> list[Attached]:
-        """Have these concepts attached, and no others. Raises what `Concept.attach` raises, with none attached then."""
+        """Have these concepts attached, and no others. Raises ConfigError where two have one word, and what
+        `Concept.attach` raises; none is attached then."""
         if len(files) > MOST:
             raise ConfigError(f"concepts: found {len(files)}, expected {MOST} at most")
         chosen = [(file, Path(file).stat().st_mtime_ns) for file in files]
         if chosen != self._chosen:
             self.leave()
+            concepts = [Concept.load(file) for file in files]
+            for one, other in itertools.combinations(concepts, 2):
+                if one.placeholder == other.placeholder:
+                    raise ConfigError(
+                        f"{one.source} and {other.source} have the same word, {one.placeholder}: choose one, or "
+                        "teach one under another word"
+                    )
             with ExitStack() as undo:
-                for file in files:
-                    self.attached.append(Concept.load(file).attach(self.backbone))
+                for concept in concepts:
+                    self.attached.append(concept.attach(self.backbone))
                     undo.callback(self.leave)
                 undo.pop_all()
             self._chosen = chosen
