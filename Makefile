@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logica
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow trust lint format toyland toyland-report bench paper constraints clean
+.PHONY: help setup demo studio test test-slow trust lint format toyland toyland-report bench paper constraints clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +21,9 @@ setup: ## Create .venv and install the pinned packages (the targets below do it 
 
 demo: setup ## From one photo of a cat to pictures of it in new places
 	$(PYTHON) -m perfusion.demo $(ARGS)
+
+studio: setup ## Teach and draw concepts in the browser
+	$(PYTHON) -m perfusion.studio $(ARGS)
 
 test: setup ## Run the tests
 	$(PYTEST) $(ARGS)

@@ -18,6 +18,7 @@ COMMANDS = {
     "export": ("perfusion.export", "one strength of a concept as a LoRA, for other programs"),
     "convert": ("perfusion.convert", "a concept of perfusion-pytorch as a concept file"),
     "demo": ("perfusion.demo", "a cat from one picture, on a small model that comes along"),
+    "studio": ("perfusion.studio.__main__", "teach, draw and compare concepts in the browser"),
     "sweep": ("perfusion.sweep", "what became of the trainings of a sweep"),
     "covariance": ("perfusion.covariance.__main__", "the second moment C of a model's text encodings"),
     "score": ("eval.score", "pictures in, a table of scores out"),

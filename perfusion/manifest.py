@@ -73,9 +73,14 @@ class ImageRecord:
 
 def spelled(name: str, value: float | str) -> str:
     """A dial for people, Greek where its name is that of a letter: `β 0.6`, `key_lock global`."""
+    return f"{symbol(name)} {value:g}" if isinstance(value, float) else f"{symbol(name)} {value}"
+
+
+def symbol(name: str) -> str:
+    """A dial's name, or the Greek letter of that name."""
     with contextlib.suppress(KeyError):
-        name = unicodedata.lookup(f"GREEK SMALL LETTER {name}")
-    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        return unicodedata.lookup(f"GREEK SMALL LETTER {name}")
+    return name
 
 
 def save_png(folder: PathLike, image: Image.Image, record: ImageRecord, flush: bool = True) -> None:

@@ -82,11 +82,17 @@ class Dial:
         name: of the method's property.
         number: else it is a word.
         per_picture: the property also takes a tensor (S,), a value for each of the S pictures of a batch.
+        between: of a number, the values that are worth trying, as a slider offers them; others are not refused.
+        words: of a word, those that there are.
+        about: what it does, in a few words.
     """
 
     name: str
     number: bool = True
     per_picture: bool = False
+    between: tuple[float, float] = (0.0, 1.5)
+    words: tuple[str, ...] = ()
+    about: str = ""
 
 
 class Method(nn.Module, ABC):

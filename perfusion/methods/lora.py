@@ -59,7 +59,7 @@ class LoRA(Method):
     """
 
     Options = LoRAOptions
-    dials = (Dial("scale"),)
+    dials = (Dial("scale", about="higher is more of the concept"),)
     options: LoRAOptions
 
     def __init__(self, options: LoRAOptions, word: Word) -> None:

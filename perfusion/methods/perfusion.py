@@ -72,7 +72,11 @@ class Perfusion(Method):
     """
 
     Options = PerfusionOptions
-    dials = (Dial("beta", per_picture=True), Dial("tau", per_picture=True), Dial("key_lock", number=False))
+    dials = (
+        Dial("beta", per_picture=True, between=(0.2, 1.4), about="lower is more of the concept"),
+        Dial("tau", per_picture=True, between=(0.05, 0.3), about="softness of the gate"),
+        Dial("key_lock", number=False, words=("local", "global"), about="where the prompt's keys come from"),
+    )
     needs_covariance = True
     newer = (*Method.newer, "removal")
     options: PerfusionOptions

@@ -65,7 +65,7 @@ def run_apart(file: Path, command: Sequence[str] = TRAIN, show: bool = True) -> 
             )
         status = _wait(process, folder.log, show)
         if status != 0 or not folder.finished:
-            atomic_write_text(folder.error, _reason(status, folder.log) + "\n")
+            atomic_write_text(folder.error, reason(status, folder.log) + "\n")
     return folder
 
 
@@ -126,8 +126,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _reason(status: int, log: Path) -> str:
-    """What ERROR says: one line, then the end of the output."""
+def reason(status: int, log: Path) -> str:
+    """Why a training with this exit status did not finish, by its output: one line, then the end of what it said."""
     text = log.read_bytes().decode("utf-8", "replace").replace("\r", "\n")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     if status < 0:
