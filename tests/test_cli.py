@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from omegaconf import MISSING
 
+from perfusion import generate, inspect
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
@@ -87,6 +89,20 @@ def test_help_lists_every_key_with_default_and_comment(capsys: pytest.CaptureFix
     assert "null" in lines["beta"] and "false" in lines["fast"]
 
 
+@pytest.mark.parametrize(("command", "options"), [(generate, "GenerateConfig"), (inspect, "InspectConfig")])
+def test_help_of_a_command_explains_every_key(
+    command: ModuleType, options: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as status:
+        run_cli(command.main, ["--help"])
+    assert status.value.code == 0
+    said = capsys.readouterr().out
+    for key in fields(getattr(command, options)):
+        line = next(line for line in said.splitlines() if line.startswith(f"  {key.name} "))
+        assert len(line.split()) > 3, f"{key.name} has no explanation"
+    assert command.USAGE.strip().splitlines()[0] in said
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [("there", "expected a file to write, found a folder: 'there'"), ("gone/x.json", "found none: 'gone'")],
@@ -112,8 +128,14 @@ def test_a_command_answers_with_its_own_errors_on_a_terminal_without_unicode(tmp
     assert done.stderr.splitlines()[-1].startswith("error: ") and r"s\xfc\xdf.pt: found no such file" in done.stderr
 
 
-@pytest.mark.parametrize(("told", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-@pytest.mark.parametrize("command", ["perfusion.train", "perfusion.generate", "perfusion.demo", "experiments.paper"])
+@pytest.mark.parametrize(
+    ("command", "told", "policy"),
+    [
+        *((name, {}, "PASSIVE") for name in ("perfusion.train", "perfusion.generate", "perfusion.demo")),
+        ("experiments.paper", {}, "PASSIVE"),
+        ("perfusion.train", {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+    ],
+)
 def test_threads_of_commands_wait_passively_unless_told_otherwise(
     command: str, told: dict[str, str], policy: str
 ) -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 
 import perfusion
 from perfusion import drawing, manifest
-from perfusion import generate as module
 from perfusion.backbones import backbone_config
 from perfusion.backbones.base import Backbone, BackboneError
 from perfusion.cli import run_cli
@@ -208,13 +207,6 @@ def test_two_concepts_in_one_picture(concept: Path, mug: Path, backbone: Backbon
         expected = draw(backbone, [prompt], [0])
     assert pixels(Path("o"))[first.file] == expected[0]
     assert "warning" not in capsys.readouterr().err
-    assert run(both, f"prompt={prompt}", "beta=[[0.3,0.6,0.1]]") != 0
-    assert (
-        "expected a number, several as in beta=0.4,0.55,0.7, or auto, or [[...]] with 2 numbers"
-        in capsys.readouterr().err
-    )
-    assert run("[]", f"prompt={prompt}") != 0
-    assert "concept: found [], expected a file or a list of files" in capsys.readouterr().err
 
 
 def test_each_of_two_concepts_has_a_softness_of_its_own(concept: Path, mug: Path, backbone: Backbone) -> None:
@@ -229,14 +221,6 @@ def test_each_of_two_concepts_has_a_softness_of_its_own(concept: Path, mug: Path
         with Concept.load(concept).attach(backbone, tau=one), Concept.load(mug).attach(backbone, tau=other):
             expected += draw(backbone, [records[0].prompt], [0])
     assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 4
-
-
-@pytest.mark.parametrize("tau", ["[[0.1,0.2,0.3]]", "soft", "0.1,soft", "[]"])
-def test_impossible_softness_of_two_concepts(tau: str, concept: Path, mug: Path, loaded: list[str], capsys) -> None:
-    assert run(f"[{concept},{mug}]", "prompt=<cat*> and <mug*>", f"tau={tau}") == 2  # type: ignore[arg-type]
-    said = capsys.readouterr().err
-    assert "error: tau: found " in said and loaded == []
-    assert "expected a number, several as in tau=0.4,0.55,0.7, or [[...]] with 2 numbers, one for each concept" in said
 
 
 @pytest.fixture
@@ -271,33 +255,6 @@ def test_concepts_of_different_methods_in_one_picture(concept: Path, robot: Path
     assert (record.method, record.dials) == ("perfusion + lora", expected)
     with Concept.load(concept).attach(backbone, beta=0.3, tau=0.1), Concept.load(robot).attach(backbone, scale=0.5):
         assert list(pixels(Path("o")).values()) == draw(backbone, [prompt], [0])
-
-
-@pytest.mark.parametrize(
-    ("kind", "words", "message"),
-    [
-        ("robot", "beta=0.5", "beta: found a concept of the method 'lora', which has no beta; it has scale ("),
-        ("robot", "beta=auto", "beta: found a concept of the method 'lora', which has no beta"),
-        ("robot", "tau=0.5", "tau: found a concept of the method 'lora', which has no tau"),
-        ("robot", "key_lock=global", "key_lock: found a concept of the method 'lora', which has no key_lock"),
-        ("concept", "scale=0.5", "scale: found a concept of the method 'perfusion', which has no scale; it has beta"),
-        ("both", "tau=[[0.1,0.1]]", "tau: found a concept of the method 'lora', which has no tau"),
-    ],
-)
-def test_a_setting_that_the_method_does_not_have(
-    kind: str, words: str, message: str, concept: Path, robot: Path, loaded: list[str], capsys
-) -> None:
-    files = {"robot": robot, "concept": concept, "both": f"[{concept},{robot}]"}
-    assert run(files[kind], "prompt=<cat*> and <robot*>", words) == 2  # type: ignore[arg-type]
-    assert message in capsys.readouterr().err and loaded == [], "no model is loaded for that"
-
-
-def test_impossible_betas(concept: Path, capsys) -> None:
-    mistakes = {"high": "'high'", "0.1,": "'0.1,'", "[]": r"\[\]", ".nan": "nan, expected finite numbers"}
-    mistakes |= {"0.5,0.5": "'0.5,0.5', which is .* each value once", "[null,0.7]": ".* each value once"}
-    for text, found in mistakes.items():
-        assert run(concept, f"prompt={BEACH}", f"beta={text}") != 0
-        assert re.search(f"beta: found {found}", capsys.readouterr().err), text
 
 
 def test_several_prompts_share_seeds_and_a_grid(concept: Path) -> None:
@@ -404,38 +361,6 @@ def test_slug() -> None:
     assert slug("x" * 47 + " y" * 40) == "x" * 47
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["prompt="], "prompt: found '', expected a text or a list of texts"),
-        (["prompt=[]"], "prompt: found [], expected a text or a list of texts"),
-        (["prompt=[1, 2]"], "prompt: found [1, 2], expected"),
-        (["num=0"], "num: found 0, expected at least 1"),
-        (["seeds=1"], "seeds: unknown key; did you mean 'seed'?"),
-        (["backbone=sd16"], "backbone: no backbone 'sd16'; there are: sd15, sd21, sdxl, stable_diffusion, toyland"),
-        (["tau=0"], "tau: found 0"),
-        (["tau=[soft]"], "tau: found ['soft'], expected a number, several as in tau=0.4,0.55,0.7\n"),
-        (["key_lock=0.5"], "key_lock: found 0.5, expected a word, several as in key_lock=one,another\n"),
-        (["steps=0"], "steps: found 0, expected 1 to 1000"),
-    ],
-)
-def test_mistakes(concept: Path, words: list[str], message: str, capsys) -> None:
-    assert run(concept, f"prompt={BEACH}", "out=o", *words) == 2
-    assert f"error: {message}" in capsys.readouterr().err
-    assert not Path("o").exists() or not list(Path("o").glob("*.png"))
-
-
-def test_mistakes_in_files(concept: Path, capsys) -> None:
-    assert run(Path("nowhere.safetensors"), f"prompt={BEACH}") == 2
-    assert "nowhere.safetensors: found no such file" in capsys.readouterr().err
-    Path("o").mkdir()
-    Path("o/manifest.json").write_text("{}")
-    assert run(concept, f"prompt={BEACH}", "out=o") == 2
-    assert "manifest.json: found an object, expected a list" in capsys.readouterr().err
-    assert run_cli(main, [f"concept={concept}"]) == 2
-    assert "prompt: missing" in capsys.readouterr().err
-
-
 def test_every_preset_of_a_backbone_can_be_named(monkeypatch) -> None:
     sd15 = backbone_config("sd15", "folder", "float16", "cpu")
     assert (sd15.name, sd15.path, sd15.dtype, sd15.device) == ("stable_diffusion", "folder", "float16", "cpu")
@@ -449,14 +374,3 @@ def test_every_preset_of_a_backbone_can_be_named(monkeypatch) -> None:
     assert backbone_config("stable_diffusion").prompts == "imagenet", "by its own name, where there are no presets"
     with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: sdxl, stable_diffusion, toyland"):
         backbone_config("sd15")
-
-
-def test_help_names_every_key(capsys) -> None:
-    with pytest.raises(SystemExit) as status:
-        run_cli(main, ["--help"])
-    assert status.value.code == 0
-    said = capsys.readouterr().out
-    for field in dataclasses.fields(GenerateConfig):
-        line = next(line for line in said.splitlines() if line.startswith(f"  {field.name} "))
-        assert len(line.split()) > 3, f"{field.name} has no explanation"
-    assert module.USAGE.strip().splitlines()[0] in said
