@@ -27,6 +27,24 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
+def untouched(backbone: Any) -> Iterator[None]:
+    """A test leaves nothing in the pipeline, hooks included, least of all one in which attaching fails."""
+    from tests.concepts import things_and_hooks
+
+    before = things_and_hooks(backbone.pipe)
+    yield
+    assert things_and_hooks(backbone.pipe) == before
+
+
+@pytest.fixture
+def words() -> list[str]:
+    """A command line that trains in seconds."""
+    from tests.training import command_line
+
+    return command_line()
+
+
+@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory for a command; signal handlers and arguments are put back."""
     monkeypatch.chdir(tmp_path)

@@ -65,22 +65,13 @@ def test_objects_that_only_a_pickle_could_hold_are_refused(saved: Path) -> None:
     assert saved.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one bit in a tensor", "one bit in the tree", "empty", "text", "gone"])
-def test_damage_is_found(saved: Path, damage: str) -> None:
-    data = bytearray(saved.read_bytes())
-    if damage == "truncated":
-        data = data[:-20]
-    elif damage == "one bit in a tensor":
-        data[-1] ^= 1
-    elif damage == "one bit in the tree":
-        data[data.index(b"0.999")] ^= 1
-    elif damage == "empty":
-        data = bytearray()
-    elif damage == "text":
-        data = bytearray(b"hello")
-    saved.unlink() if damage == "gone" else saved.write_bytes(data)
-    with pytest.raises(CheckpointError, match=saved.name):
-        SafetensorsCheckpointIO().load_checkpoint(saved)
+def test_damage_is_found(saved: Path) -> None:
+    data = saved.read_bytes()
+    bit_in_a_tensor, bit_in_the_tree = data[:-1] + bytes([data[-1] ^ 1]), data.replace(b"0.999", b"1.999")
+    for damaged in (data[:-20], bit_in_a_tensor, bit_in_the_tree, b"", b"hello", None):
+        saved.unlink() if damaged is None else saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=saved.name):
+            SafetensorsCheckpointIO().load_checkpoint(saved)
 
 
 def test_another_safetensors_file_is_no_checkpoint(tmp_path: Path) -> None:

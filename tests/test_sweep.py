@@ -241,17 +241,23 @@ def test_run_overwrite_trains_again(capfd: pytest.CaptureFixture[str]) -> None:
     assert all(path.read_text() == "xx" for path in Path("runs").rglob("attempts"))
 
 
-def test_a_sweep_killed_at_random_loses_nothing_and_repeats_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    """The job that outlives the sweep ends by itself, and the same sweep waits for it."""
-    words = ["-m", "concept.name=whole,slow", "seed=0,1"]
-    code = f"from perfusion.training import sweep; sweep.run({words!r}, {STUB!r})"
-    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+def begun(code: str) -> subprocess.Popen[str]:
+    """A process whose sweep has come to a job that waits."""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(Path("runs").glob("default/slow-*/attempts")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return process
+
+
+def test_a_sweep_killed_at_random_loses_nothing_and_repeats_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """The job that outlives the sweep ends by itself, and the same sweep waits for it."""
+    words = ["-m", "concept.name=whole,slow", "seed=0,1"]
+    code = f"from perfusion.training import sweep; sweep.run({words!r}, {STUB!r})"
+    killed = begun(code)
     killed.kill()
-    killed.wait()
+    killed.communicate()
     (file,) = Path("runs/.sweep").rglob("sweep.json")
     results = [sweep.result_of(job) for job in sweep.read(file.parent).jobs]
     assert [result.state for result in results] == ["done", "done", "open", "open"]
@@ -274,11 +280,7 @@ def test_a_stopped_sweep_stops_its_job_and_says_how_to_go_on() -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.exit(run_cli(lambda argv: sweep.run(argv, {STUB!r}), ['-m', 'concept.name=slow', 'seed=0,1']))"
     )
-    stopped = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(Path("runs").glob("default/slow-*/attempts")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    stopped = begun(code)
     stopped.send_signal(signal.SIGINT)
     out, err = stopped.communicate(timeout=60)
     assert stopped.returncode == 130 and "the same command goes on" in err
