@@ -70,12 +70,6 @@ def untrained_concept(backbone: Backbone, word: Word, seed: int, **options: Any)
     return concept
 
 
-def things(backbone: Backbone) -> list[int]:
-    """What a concept may put something else in the place of."""
-    pipe: Any = backbone.pipe
-    return [id(pipe.tokenizer), *(id(module) for root in (pipe.unet, pipe.text_encoder) for module in root.modules())]
-
-
 def things_and_hooks(pipe: Any) -> list[int]:
     """All tokenizers and modules of a pipeline of any family, and how many hooks each module has."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
