@@ -73,11 +73,6 @@ def test_a_picture_of_several_steps_is_the_same_with_and_without_what_was_kept(
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
-
-
-@pytest.fixture(scope="module")
 def concepts(backbone: Backbone) -> list[Concept]:
     words = (Word("<bear*>", "teddy bear"), Word("<mug*>", "mug"))
     return [untrained_concept(backbone, word, seed) for seed, word in enumerate(words)]
@@ -102,51 +97,29 @@ def test_layers_share_one_computation_of_the_gate(bench: Bench, monkeypatch: pyt
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_what_is_set_or_written_to_the_context_is_seen_in_the_next_call_with_it(bench: Bench, inference: bool) -> None:
+    checkpoint = {name: tensor * 1.1 for name, tensor in bench.gate.state_dict().items()}
     changes: dict[str, Callable[[], object]] = {
         "beta": lambda: setattr(bench.gate, "beta", 0.2),
         "beta per sample": lambda: setattr(bench.gate, "beta", torch.tensor([0.1, 0.9])),
         "tau": lambda: setattr(bench.gate, "tau", 0.6),
         "target inputs": lambda: bench.gate.move(bench.gate.target_inputs * 1.5, bench.gate.directions),
+        "a checkpoint, at the next context": lambda: (
+            bench.gate.load_state_dict(checkpoint),
+            setattr(bench, "context", bench.context.clone()),
+        ),
         "the context": lambda: bench.context.add_(0.5),
     }
     bench.attach()
     with torch.inference_mode() if inference else torch.no_grad():
         bench.context = bench.context.clone()  # in inference mode: without a version to compare
-        expect_changes(bench, changes)
-
-
-def test_what_is_written_in_place_is_seen_with_the_next_context(bench: Bench) -> None:
-    """A pipeline makes its context anew in every call."""
-    value_site = next(site for site in bench.sites if site.kind == "v")
-    projection, own = value_site.projection, bench.outputs[value_site.name]
-    assert own is not None
-    checkpoint = {name: tensor * 1.1 for name, tensor in bench.gate.state_dict().items()}
-    changes: dict[str, Callable[[], object]] = {
-        "beta": lambda: setattr(bench.gate, "beta", torch.tensor([0.1, 0.9])),
-        "beta in place": lambda: bench.gate.beta.add_(0.3),  # type: ignore[union-attr]
-        "a checkpoint": lambda: bench.gate.load_state_dict(checkpoint),
-        "target outputs": lambda: own.mul_(2),
-        "the weight": lambda: projection.weight.mul_(1.5),
-    }
-    bench.attach()
-    with torch.no_grad():
-        expect_changes(bench, {name: lambda c=change: (c(), next_context(bench)) for name, change in changes.items()})
-
-
-def next_context(bench: Bench) -> None:
-    bench.context = bench.context.clone()
-
-
-def expect_changes(bench: Bench, changes: dict[str, Callable[[], object]]) -> None:
-    """Each change is seen at once, and as it is without anything kept."""
-    before = bench()
-    for name, change in changes.items():
-        change()
-        after = bench()
-        assert not torch.equal(before, after), name
-        bench.gate.forget()
-        assert torch.equal(bench(), after), name
-        before = after
+        before = bench()
+        for name, change in changes.items():
+            change()
+            after = bench()
+            assert not torch.equal(before, after), name
+            bench.gate.forget()
+            assert torch.equal(bench(), after), f"{name}: as it is without anything kept"
+            before = after
 
 
 @torch.no_grad()
@@ -165,9 +138,6 @@ def test_what_is_kept_of_a_context_is_of_that_very_object(bench: Bench) -> None:
     assert torch.equal(bench(bench.context.clone()), first)
     edit.detach()
     assert bench.gate.forget() is None  # there is no one left whom a change concerns
-
-
-ENCODING: dict[str, Any] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
 
 
 def load_style(pipe: Any) -> None:

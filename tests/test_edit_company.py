@@ -1,7 +1,5 @@
 """An edit together with what diffusers, PEFT and torch do to the same projections."""
 
-from typing import Any
-
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
@@ -14,6 +12,7 @@ from perfusion.editing.equations import low_rank_update
 from perfusion.editing.layer import EditedProjection, attach_edit
 from perfusion.editing.places import base_module
 from tests.benches import B, Bench, D
+from tests.pipelines import Compiled
 
 
 @pytest.fixture
@@ -136,16 +135,6 @@ class OneAttention(nn.Module):
 
 @torch.no_grad()
 def test_a_denoiser_that_is_compiled_already_is_edited_as_it_is(bench: Bench) -> None:
-    class Compiled(nn.Module):
-        """In the shape of torch.compile's wrapper, whose import takes seconds."""
-
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self._orig_mod = module
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self._orig_mod(*args, **kwargs)
-
     edit = bench.attach()
     edited = bench()
     edit.detach()

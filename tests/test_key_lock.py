@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +17,39 @@ from perfusion.editing.reading import replace_words
 from perfusion.editing.tokens import token_ids
 from perfusion.editing.words import add_word
 from perfusion.methods.base import Word, build
-from tests.concepts import tiny_backbone, untrained_concept
+from tests.concepts import untrained_concept
 from tests.pipelines import sd21_folder
 
 B, E = 1, 9  # beginning, end and padding
 P = 3  # padding, where it is not the end
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 @pytest.mark.parametrize(
-    ("ids", "pairs", "new", "where"),
+    ("pad", "ids", "pairs", "new", "where"),
     [
-        ([B, 4, 50, 5, E, E, E], [([50], [7])], [B, 4, 7, 5, E, E, E], [0, 1, 2, 3, 4, 5, 6]),
+        (E, [B, 4, 50, 5, E, E, E], [([50], [7])], [B, 4, 7, 5, E, E, E], [0, 1, 2, 3, 4, 5, 6]),
         # The last token of "teddy bear" stands for the word; what follows moves on.
-        ([B, 4, 50, 5, E, E, E], [([50], [7, 8])], [B, 4, 7, 8, 5, E, E], [0, 1, 3, 4, 5, 6, 6]),
-        ([B, 50, 51, 52, 5, E, E], [([50, 51, 52], [7])], [B, 7, 5, E, E, E, E], [0, 1, 1, 1, 2, 3, 4]),
-        ([B, 50, 51, 5, E, E, E], [([50, 51], [6, 7, 8])], [B, 6, 7, 8, 5, E, E], [0, 2, 3, 4, 5, 6, 6]),
-        ([B, 50, 60, 50, E], [([50], [7]), ([60], [8])], [B, 7, 8, 7, E], [0, 1, 2, 3, 4]),
+        (E, [B, 4, 50, 5, E, E, E], [([50], [7, 8])], [B, 4, 7, 8, 5, E, E], [0, 1, 3, 4, 5, 6, 6]),
+        (E, [B, 50, 51, 52, 5, E, E], [([50, 51, 52], [7])], [B, 7, 5, E, E, E, E], [0, 1, 1, 1, 2, 3, 4]),
+        (E, [B, 50, 51, 5, E, E, E], [([50, 51], [6, 7, 8])], [B, 6, 7, 8, 5, E, E], [0, 2, 3, 4, 5, 6, 6]),
+        (E, [B, 50, 60, 50, E], [([50], [7]), ([60], [8])], [B, 7, 8, 7, E], [0, 1, 2, 3, 4]),
         # Full to the end: the end of text stays the last token.
-        ([B, 50, 4, 5, E], [([50], [7, 8])], [B, 7, 8, 4, E], [0, 2, 3, 4, 4]),
-        ([B, 4, 5, E, E], [([50], [7, 8])], [B, 4, 5, E, E], [0, 1, 2, 3, 4]),
-    ],
-)
-def test_words_are_replaced_and_positions_follow(ids, pairs, new, where) -> None:
-    assert replace_words(ids, pairs, E, E) == (new, where)
-
-
-@pytest.mark.parametrize(
-    ("ids", "pair", "new", "where"),
-    [
-        # Longer by as much as there was padding, and by more.
-        ([B, 4, 50, 5, E, P], ([50], [7, 8]), [B, 4, 7, 8, 5, E], [0, 1, 3, 4, 5, 5]),
-        ([B, 4, 50, 5, E, P], ([50], [6, 7, 8]), [B, 4, 6, 7, 8, E], [0, 1, 4, 5, 5, 5]),
-        ([B, 4, 50, 5, E], ([50], [7, 8]), [B, 4, 7, 8, E], [0, 1, 3, 4, 4]),
+        (E, [B, 50, 4, 5, E], [([50], [7, 8])], [B, 7, 8, 4, E], [0, 2, 3, 4, 4]),
+        (E, [B, 4, 5, E, E], [([50], [7, 8])], [B, 4, 5, E, E], [0, 1, 2, 3, 4]),
+        # With padding of its own, as in SD 2.x and the second text encoder of SDXL, which pools at the end of text.
+        # The end stays where it is. Longer by as much as there was padding, and by more.
+        (P, [B, 4, 50, 5, E, P], [([50], [7, 8])], [B, 4, 7, 8, 5, E], [0, 1, 3, 4, 5, 5]),
+        (P, [B, 4, 50, 5, E, P], [([50], [6, 7, 8])], [B, 4, 6, 7, 8, E], [0, 1, 4, 5, 5, 5]),
+        (P, [B, 4, 50, 5, E], [([50], [7, 8])], [B, 4, 7, 8, E], [0, 1, 3, 4, 4]),
         # Shorter, where there was no padding.
-        ([B, 50, 51, 5, E], ([50, 51], [7]), [B, 7, 5, E, P], [0, 1, 1, 2, 3]),
+        (P, [B, 50, 51, 5, E], [([50, 51], [7])], [B, 7, 5, E, P], [0, 1, 1, 2, 3]),
         # What pads may be a word as well.
-        ([B, 50, P, E, P, P], ([50], [7, 8]), [B, 7, 8, P, E, P], [0, 2, 3, 4, 5, 5]),
+        (P, [B, 50, P, E, P, P], [([50], [7, 8])], [B, 7, 8, P, E, P], [0, 2, 3, 4, 5, 5]),
     ],
 )
-def test_the_end_of_text_stays_where_padding_is_something_else(ids, pair, new, where) -> None:
-    """As for SD 2.x and the second text encoder of SDXL, which pools at the end of text."""
-    assert replace_words(ids, [pair], E, P) == (new, where)
+def test_words_are_replaced_and_positions_follow(pad, ids, pairs, new, where) -> None:
+    assert replace_words(ids, pairs, E, pad) == (new, where)
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 1, 10])
@@ -76,27 +67,8 @@ def test_a_prompt_with_its_superclass_reads_as_though_it_had_been_written(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
-
-
-@pytest.fixture(scope="module")
 def bear(backbone: Backbone) -> Concept:
     return untrained_concept(backbone, Word("<bear*>", "teddy bear"), 0)
-
-
-@pytest.fixture(autouse=True)
-def untouched(backbone: Backbone) -> Iterator[None]:
-    """Nothing is left in the pipeline, hooks included."""
-
-    def things() -> list[object]:
-        roots = (backbone.pipe.unet, backbone.pipe.text_encoder)
-        modules = [module for root in roots for module in root.modules()]
-        return [id(backbone.pipe.tokenizer), *map(id, modules), *(len(m._forward_hooks) for m in modules)]
-
-    before = things()
-    yield
-    assert things() == before
 
 
 def draw(backbone: Backbone, *prompts: str, **settings) -> Tensor:

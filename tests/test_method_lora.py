@@ -19,7 +19,6 @@ from perfusion.backbones.toyland import WEIGHTS
 from perfusion.concept import Concept
 from perfusion.config import BackboneConfig, ConfigError
 from perfusion.editing import EditError
-from perfusion.inspect import meta_backbone
 from perfusion.methods.base import Word, build
 from perfusion.methods.lora import LoRA
 from tests.concepts import random_concept, tiny_backbone, toyland_backbone, untrained_concept
@@ -28,24 +27,12 @@ from tests.stock import PROMPT, draw, stock
 
 WORD = Word("<bear*>", "teddy bear")
 WRITTEN = "a photo of a sks teddy bear on the beach"  # what PROMPT reads as
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 @pytest.fixture(scope="module")
 def concept(backbone: Backbone) -> Concept:
     return random_concept(backbone, WORD, 0, name="lora")
-
-
-@pytest.fixture(autouse=True)
-def untouched(backbone: Backbone) -> Any:
-    before = modules(backbone.pipe)
-    yield
-    assert modules(backbone.pipe) == before
-
-
-def modules(pipe: Any) -> dict[str, tuple[int, int]]:
-    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
-    named = {f"{part}.{name}": module for part, root in parts.items() for name, module in root.named_modules()}
-    return {name: (id(module), len(module._forward_pre_hooks)) for name, module in named.items()}
 
 
 def lora(word: Word = WORD, **options: Any) -> LoRA:
@@ -168,12 +155,6 @@ def test_only_the_targets_get_layers(backbone: Backbone) -> None:
     assert [*shapes] == [f"{site.name}.lora_{factor}.weight" for site in sites for factor in "AB"]
     with pytest.raises(ConfigError, match=r"method\.targets: found 'to_x', expected the end of the name"):
         lora(targets=["to_q", "to_x"]).attach(backbone)
-
-
-def test_the_size_on_stable_diffusion_1_5_is_the_known_one() -> None:
-    """797,184 numbers at rank 4, as diffusers' script counts them."""
-    shapes = lora().state_shapes(meta_backbone("sd15", None))
-    assert sum(rows * columns for rows, columns in shapes.values()) == 797_184  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("first", ["lora", "perfusion"])

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
-from perfusion.config import BackboneConfig, ConfigError, CovarianceConfig
+from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.data.prompts import fill, templates
 from perfusion.editing import equations
 from perfusion.editing.gate import PromptGate
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.perfusion import KeyLock, Perfusion
-from tests.concepts import untrained_concept
+from tests.concepts import things_and_hooks, untrained_concept
 from tests.pipelines import tiny_pipeline
 
 WORD = Word("<bear*>", "teddy bear")
@@ -308,33 +308,15 @@ def test_what_half_precision_in_the_file_does_to_the_similarity(d: int, conditio
 # --- what can go wrong ------------------------------------------------------------------------------------------------
 
 
-def breaking_second_moment(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
-    def fails(progress: bool = True) -> None:
-        raise ConfigError("no captions")
-
-    patch.setattr(backbone, "second_moment", fails)
-
-
-def breaking_sites(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
-    backbone.denoiser.fuse_qkv_projections()  # type: ignore[operator]
-
-
-def breaking_templates(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
-    backbone.config = dataclasses.replace(backbone.config, prompts="nowhere")
-
-
-@pytest.mark.parametrize("breaking", [breaking_second_moment, breaking_sites, breaking_templates])
-def test_an_attach_that_fails_leaves_no_trace(
-    backbone: Backbone, breaking: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, tokenizer = method(), backbone.pipe.tokenizer  # type: ignore[attr-defined]
-    breaking(backbone, monkeypatch)
-    modules = [id(module) for part in ("unet", "text_encoder") for module in getattr(backbone.pipe, part).modules()]
-    with pytest.raises(ValueError, match=r"no captions|are fused|nowhere"):
-        made.attach(backbone)
-    after = [id(module) for part in ("unet", "text_encoder") for module in getattr(backbone.pipe, part).modules()]
-    assert after == modules and backbone.pipe.tokenizer is tokenizer  # type: ignore[attr-defined]
-    assert made.gate is None and not list(made.parameters())
+def test_an_attach_that_fails_leaves_no_trace(backbone: Backbone) -> None:
+    before = things_and_hooks(backbone.pipe)  # type: ignore[attr-defined]
+    no_captions = dataclasses.replace(backbone.config.covariance, captions="nowhere", count=51)
+    for broken in ({"prompts": "nowhere"}, {"covariance": no_captions}):
+        made = method()
+        with pytest.raises(ValueError, match="nowhere"):
+            made.attach(StableDiffusionBackbone.around(backbone.pipe, dataclasses.replace(backbone.config, **broken)))  # type: ignore[attr-defined]
+        assert made.gate is None and not list(made.parameters())
+        assert things_and_hooks(backbone.pipe) == before  # type: ignore[attr-defined]
 
 
 def test_half_precision_backbones_train_in_single_precision(backbone: Backbone, cache: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from perfusion.backbones.base import Encoding
-from perfusion.config import ConfigError
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.prior import joined
 
@@ -110,19 +109,3 @@ def test_joined_encodings_hold_both_prompts() -> None:
         3,
         1,
     )
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "part"),
-    [
-        ("prior_weight", -1.0, "at least 0"),
-        ("prior_images", -1, "at least 0"),
-        ("prior_steps", 0, "at least 1"),
-        ("prompt", "a photo", "places for the concept"),
-        ("prior_prompt", "a {} {}", "places for the concept"),
-    ],
-)
-@pytest.mark.parametrize("name", ["dreambooth", "custom_diffusion"])
-def test_options_that_cannot_be(name: str, key: str, value: Any, part: str) -> None:
-    with pytest.raises(ConfigError, match=rf"method\.{key}.*{part}"):
-        build({"name": name, key: value}, WORD)

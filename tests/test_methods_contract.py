@@ -157,24 +157,23 @@ def draw(backbone: Backbone, word: str) -> np.ndarray:
     return pipe(f"a photo of a {word}", generator=generator, **more).images
 
 
-def test_attach_and_detach_leave_no_trace(method: Method, backbone: Backbone) -> None:
+def test_it_comes_trains_what_is_its_own_and_goes_without_a_trace(method: Method, backbone: Backbone) -> None:
     before, plain = Snapshot(backbone), draw(backbone, "cat")
     for _ in range(2):
         method.attach(backbone)
         assert before.differences() != []
+        attached, start = Snapshot(backbone), [parameter.detach().clone() for parameter in trained(method)]
+        with pytest.raises(ValueError, match="expected detach"):
+            method.attach(backbone)
+        assert attached.differences() == []
         train(method, backbone)
+        assert all(not torch.equal(p, s) for p, s in zip(trained(method), start, strict=True))
+        own = {parameter.data_ptr() for parameter in method.parameters()}
+        assert [name for name in attached.differences() if attached.tensors.get(name) not in own] == []
         method.detach()
         assert before.differences() == []
         method.detach()
     np.testing.assert_array_equal(draw(backbone, "cat"), plain)
-
-
-def test_an_attached_method_cannot_be_attached_again(method: Method, backbone: Backbone) -> None:
-    method.attach(backbone)
-    attached = Snapshot(backbone)
-    with pytest.raises(ValueError, match="expected detach"):
-        method.attach(backbone)
-    assert attached.differences() == []
 
 
 def test_only_what_the_groups_name_gets_gradients(method: Method, backbone: Backbone) -> None:
@@ -222,24 +221,13 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradients(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_training_changes_what_is_the_methods_own_and_nothing_else(method: Method, backbone: Backbone) -> None:
-    before = Snapshot(backbone)
-    method.attach(backbone)
-    start = [parameter.detach().clone() for parameter in trained(method)]
-    attached = Snapshot(backbone)
-    train(method, backbone)
-    assert all(not torch.equal(p, s) for p, s in zip(trained(method), start, strict=True))
-    own = {parameter.data_ptr() for parameter in method.parameters()}
-    changed = [name for name in attached.differences() if attached.tensors.get(name) not in own]
-    assert changed == []
-    method.detach()
+def test_a_state_has_shapes_that_are_known_before_and_goes_around_exactly(method: Method, backbone: Backbone) -> None:
+    before, shapes = Snapshot(backbone), method.state_shapes(backbone)
     assert before.differences() == []
-
-
-def test_a_state_goes_around_exactly(method: Method, backbone: Backbone) -> None:
     method.attach(backbone)
     train(method, backbone)
     state = method.state()
+    assert {name: tuple(value.shape) for name, value in state.items()} == shapes == method.state_shapes(backbone)
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in state.values())
     kept = {name: value.clone() for name, value in state.items()}
     train(method, backbone)  # the state is a copy
@@ -251,15 +239,6 @@ def test_a_state_goes_around_exactly(method: Method, backbone: Backbone) -> None
     again = method.state()
     assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
     assert all(parameter.requires_grad for parameter in trained(method))
-
-
-def test_shapes_are_known_before_attaching(method: Method, backbone: Backbone) -> None:
-    before = Snapshot(backbone)
-    shapes = method.state_shapes(backbone)
-    assert before.differences() == []
-    method.attach(backbone)
-    assert {name: tuple(value.shape) for name, value in method.state().items()} == shapes
-    assert method.state_shapes(backbone) == shapes
 
 
 def test_a_file_draws_what_the_method_in_memory_draws(method: Method, backbone: Backbone, tmp_path: Path) -> None:
@@ -328,6 +307,11 @@ def test_masks_count_where_the_options_say_so(method: Method, backbone: Backbone
         ("textual_inversion", {"weight_decay": -1.0}, "method.weight_decay: found -1.0, expected at least 0"),
         ("dreambooth", {"identifier": " "}, "method.identifier: found ' ', expected a rare word"),
         ("dreambooth", {"denoiser_rate": -1.0}, "method.denoiser_rate: found -1.0"),
+        ("dreambooth", {"prior_weight": -1.0}, "method.prior_weight: .*at least 0"),
+        ("dreambooth", {"prior_images": -1}, "method.prior_images: .*at least 0"),
+        ("custom_diffusion", {"prior_steps": 0}, "method.prior_steps: .*at least 1"),
+        ("dreambooth", {"prompt": "a photo"}, "method.prompt: .*places for the concept"),
+        ("custom_diffusion", {"prior_prompt": "a {} {}"}, "method.prior_prompt: .*places for the concept"),
         ("dreambooth", {"weight_decay": -1.0}, "method.weight_decay: found -1.0"),
         ("custom_diffusion", {"initializer": ""}, "method.initializer: found '', expected a rare word"),
         ("custom_diffusion", {"projection_rate": -1.0}, "method.projection_rate: found -1.0"),

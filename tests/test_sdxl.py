@@ -17,12 +17,13 @@ from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.concept import Concept
 from perfusion.editing import TokenError
 from perfusion.methods.base import Word
-from tests.concepts import things_and_hooks, tiny_sdxl_backbone, untrained_concept
+from tests.concepts import tiny_sdxl_backbone, untrained_concept
 from tests.pipelines import tiny_sdxl
 
 BEAR = "a photo of <bear*> on the beach"
 PLAIN = "a photo of teddy bear on the beach"
 BOTH = "<cat*> and a red <bear*> in the snow"
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +39,6 @@ def bear(backbone: StableDiffusionXLBackbone) -> Concept:
 @pytest.fixture(scope="module")
 def cat(backbone: StableDiffusionXLBackbone) -> Concept:
     return untrained_concept(backbone, Word("<cat*>", "cat"), 1)
-
-
-@pytest.fixture(autouse=True)
-def untouched(backbone: StableDiffusionXLBackbone) -> Iterator[None]:
-    """Nothing is left in the pipeline, hooks included."""
-    before = things_and_hooks(backbone.pipe)
-    yield
-    assert things_and_hooks(backbone.pipe) == before
 
 
 def encoded(pipe: Any, *prompts: str, **settings: Any) -> tuple[Tensor, Tensor]:
