@@ -71,9 +71,15 @@ def load_ip_adapter(pipe: Any) -> dict[str, Any]:
     return {"ip_adapter_image_embeds": [random(2, 1, PIXELS)]}
 
 
-@pytest.mark.parametrize("key_lock", ["local", "global"])
-@pytest.mark.parametrize("first", ["ip_adapter", "concept"])
-@pytest.mark.parametrize("model", ["backbone", "sdxl"])
+@pytest.mark.parametrize(
+    ("model", "first", "key_lock"),  # every two of them together
+    [
+        ("backbone", "ip_adapter", "local"),
+        ("backbone", "concept", "global"),
+        ("sdxl", "ip_adapter", "global"),
+        ("sdxl", "concept", "local"),
+    ],
+)
 def test_an_ip_adapter_is_visible_beside_the_concept(
     request: pytest.FixtureRequest, model: str, first: str, key_lock: str
 ) -> None:

@@ -221,8 +221,9 @@ def add_style(pipe: Any) -> None:
 STYLE = "a photo of a {}, <style>"
 
 
-@pytest.mark.parametrize("make", [tiny_backbone, tiny_sdxl_backbone])
-@pytest.mark.parametrize("first", ["the concept", "the textual inversion"])
+@pytest.mark.parametrize(
+    ("make", "first"), [(tiny_backbone, "the concept"), (tiny_sdxl_backbone, "the textual inversion")]
+)
 def test_a_textual_inversion_is_visible_beside_the_concept(make: Any, first: str, tmp_path: Path) -> None:
     """Loaded by stock diffusers, of two vectors, before or after the concept."""
     pipe, other = make(tmp_path).pipe, make(tmp_path).pipe

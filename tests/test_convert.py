@@ -77,8 +77,7 @@ def theirs(content: dict[str, Any], pair: int, index: int, w: Tensor, e: Tensor)
     return e @ w.T - (similarity / energy)[..., None] * (w @ i) + gate[..., None] * o
 
 
-@pytest.mark.parametrize("order", [None, original_order])
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("order", "index"), [(None, 0), (original_order, 1)])
 def test_every_projection_gives_what_it_gave_there(backbone: Backbone, order: Any, index: int, tmp_path: Path) -> None:
     content = package(backbone, order)
     made = convert(config(written(content, tmp_path), index=index))

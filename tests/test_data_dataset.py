@@ -136,15 +136,10 @@ class TestLoadExamples:
         assert one.masks is not None and both.masks is not None
         assert torch.equal(both.masks[1], one.masks[0]) and torch.equal(both.pixels[1], one.pixels[0])
 
-    def test_errors_name_the_file(self, photos):
-        with pytest.raises(ConceptImageError, match=r"mask without image: .*mask/3.png"):
-            _examples("2.png", ["mask/2.png", "mask/3.png"])
+    def test_a_mask_of_another_shape(self, photos):
         with pytest.raises(ConceptImageError, match=r"mask/2.png: the mask is 15x45, its image .*2.png is 40x40"):
             (photos / "mask" / "2.png").write_bytes((photos / "mask" / "3.png").read_bytes())
             _examples("2.png", "mask/2.png")
-        (photos / "10.jpg").write_bytes((photos / "10.jpg").read_bytes()[:-300])
-        with pytest.raises(ConceptImageError, match=r"10.jpg: unreadable, truncated or damaged JPEG file: image"):
-            _examples(".")
 
 
 def test_examples_hold_their_shapes():

@@ -94,12 +94,10 @@ def test_weights_that_were_rounded_in_two_ways_are_refused_with_a_way_out(
 
 
 @pytest.mark.parametrize(("trained_in", "drawn_in"), ALL)
-@pytest.mark.parametrize("part", ["text_encoder", "projections"])
-def test_other_weights_are_refused_in_every_dtype(
-    part: str, trained_in: str, drawn_in: str, trained: dict[str, Path]
-) -> None:
+def test_other_weights_are_refused_in_every_dtype(trained_in: str, drawn_in: str, trained: dict[str, Path]) -> None:
     """One weight that is 2 % larger than it was, which is more than any rounding here."""
     pipe = tiny_pipeline()
+    part = "text_encoder" if trained_in == "float16" else "projections"
     weight = a_value_projection(pipe) if part == "projections" else next(pipe.text_encoder.parameters())
     with torch.no_grad():
         weight[0, 0] *= 1.02

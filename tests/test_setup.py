@@ -96,36 +96,35 @@ def test_installs_once(clone: Clone):
     assert clone.calls() == []
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
-def test_installs_again_when_a_pin_or_a_requirement_changes(clone: Clone, name: str):
+@pytest.fixture
+def installed(clone: Clone) -> Clone:
     clone.add_uv()
     clone.setup()
     clone.calls()
-    with (clone.root / name).open("a") as file:
+    return clone
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_installs_again_when_a_pin_or_a_requirement_changes(installed: Clone, name: str):
+    with (installed.root / name).open("a") as file:
         file.write("\n")
-    assert clone.setup().returncode == 0
-    (install,) = clone.calls()  # into the same environment
+    assert installed.setup().returncode == 0
+    (install,) = installed.calls()  # into the same environment
     assert install.startswith("pip install ")
 
 
-def test_a_new_date_alone_does_not_install_again(clone: Clone):
-    clone.add_uv()
-    clone.setup()
-    clone.calls()
-    os.utime(clone.root / "pyproject.toml")
-    clone.setup()
-    assert clone.calls() == []
+def test_a_new_date_alone_does_not_install_again(installed: Clone):
+    os.utime(installed.root / "pyproject.toml")
+    installed.setup()
+    assert installed.calls() == []
 
 
-def test_a_broken_environment_is_made_anew(clone: Clone):
-    clone.add_uv()
-    clone.setup()
-    clone.calls()
-    python = clone.root / ".venv" / "bin" / "python"
+def test_a_broken_environment_is_made_anew(installed: Clone):
+    python = installed.root / ".venv" / "bin" / "python"
     python.unlink()
-    python.symlink_to(clone.root / "uninstalled-python")
-    assert clone.setup().returncode == 0
-    assert [call.split()[0] for call in clone.calls()] == ["venv", "pip"]
+    python.symlink_to(installed.root / "uninstalled-python")
+    assert installed.setup().returncode == 0
+    assert [call.split()[0] for call in installed.calls()] == ["venv", "pip"]
 
 
 def test_a_failed_installation_is_tried_again(clone: Clone):

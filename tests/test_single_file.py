@@ -75,14 +75,12 @@ def test_a_file_holds_the_pipeline_of_the_folder(kind: str, folder: Path, file: 
     assert torch.equal(encodings[0].context, encodings[1].context)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_file_loads_in_half_precision(dtype: str, kind: str, folder: Path, file: Path) -> None:
-    backbone: Any = backbones.backbone_class(KINDS[kind][0]).load(config_of(kind, file, folder, dtype=dtype))
+def test_a_file_loads_in_half_precision(kind: str, folder: Path, file: Path) -> None:
+    backbone: Any = backbones.backbone_class(KINDS[kind][0]).load(config_of(kind, file, folder, dtype="float16"))
     found = {
         value.dtype for state in states(backbone).values() for value in state.values() if value.is_floating_point()
     }
-    assert found == {getattr(torch, dtype)}
-    assert backbone.encode(["a cat"], "cat").context.dtype == getattr(torch, dtype)
+    assert found == {torch.float16} and backbone.encode(["a cat"], "cat").context.dtype == torch.float16
 
 
 def test_words_are_checked_without_the_weights(

@@ -31,8 +31,8 @@ def draw(backbone: Backbone, prompt: str, **more: Any) -> Any:
     return backbone.pipe(prompt, **settings, **more).images  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("vectors", [1, 3])
-def test_a_stock_call_draws_no_prompt_that_loses_the_word(backbone: Backbone, vectors: int) -> None:
+def test_a_stock_call_draws_no_prompt_that_loses_the_word(backbone: Backbone) -> None:
+    vectors = 1 if backbone.family == "toyland" else 3
     fits = f"{dogs(backbone, -vectors)} <cat*>"
     limit = tokenizers(backbone)[0].model_max_length
     before = tokenizers(backbone)
