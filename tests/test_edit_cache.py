@@ -152,8 +152,7 @@ def load_other_weights(pipe: Any) -> None:
     pipe.unet.load_state_dict({**state, **own})
 
 
-@pytest.mark.parametrize("first", ["concept", "lora"])
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize(("family", "first"), [("sd", "lora"), ("sdxl", "concept")])
 def test_nothing_stale_is_drawn_from_the_same_prompt_embeds(tmp_path: Path, family: str, first: str) -> None:
     """Of the same encodings, without guidance, so that the pipeline might give them to the denoiser as they are."""
     backbone = tiny_backbone(tmp_path) if family == "sd" else tiny_sdxl_backbone(tmp_path)

@@ -74,13 +74,13 @@ class Scripted(SelectBestStep):
 
 
 class States(Callback):
-    """The method's state after each step."""
+    """The method's state after each step, before the next one moves i*."""
 
     def __init__(self) -> None:
         self.after: dict[int, dict[str, Tensor]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        self.after[trainer.global_step] = pl_module.method.state()
+        self.after.setdefault(trainer.global_step, pl_module.method.state())
 
 
 def fit(
