@@ -81,6 +81,7 @@ def test_an_interrupted_command_goes_on(
         return run_cli(main, [*words.split(), f"out={tmp_path / folder}.safetensors"])
 
     monkeypatch.setattr(cache, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("perfusion.bars.SECONDS", 0)  # between two lines
     monkeypatch.setattr(configured, "CAPTION_BATCH", 8)
     encode, seen = StableDiffusionBackbone._encode_captions, []
 

@@ -372,5 +372,5 @@ def test_every_preset_of_a_backbone_can_be_named(monkeypatch) -> None:
         perfusion.load("sd15", "nowhere")
     monkeypatch.setattr("perfusion.backbones.PRESETS", Path("nowhere"))
     assert backbone_config("stable_diffusion").prompts == "imagenet", "by its own name, where there are no presets"
-    with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: sdxl, stable_diffusion, toyland"):
+    with pytest.raises(ConfigError, match="no backbone 'sd15'; there are: kolors, pixart, sana, sdxl, stable"):
         backbone_config("sd15")

@@ -21,5 +21,5 @@ def test_only_an_assignment_at_the_top_counts(tmp_path: Path) -> None:
 
 
 def test_what_ships() -> None:
-    assert backbones.available() == ["sdxl", "stable_diffusion", "toyland"]
+    assert backbones.available() == ["kolors", "pixart", "sana", "sdxl", "stable_diffusion", "toyland"]
     assert base.available() == ["custom_diffusion", "dreambooth", "lora", "perfusion", "textual_inversion"]

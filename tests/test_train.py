@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from perfusion import generate
 from perfusion.cli import run_cli
 from perfusion.concept import Concept
-from perfusion.config import ConfigError
+from perfusion.config import CONF, ConfigError
 from perfusion.covariance.matrix import Matrix
 from perfusion.training import loggers
 from perfusion.training.trainer import check_keywords
@@ -160,7 +160,7 @@ def test_help_says_what_there_is(here: Path, capfd: pytest.CaptureFixture[str]) 
         run("--help")
     assert stopped.value.code == 0
     shown = capfd.readouterr().out
-    groups = ("backbone: sd15, sd21, sdxl, toyland", "experiment: cat_fewshot, cat_oneshot")
+    groups = ("backbone: kolors, pixart, sana, sd15, sd21, sdxl, toyland", "experiment: cat_fewshot, cat_oneshot")
     for part in ("usage: python -m perfusion.train", *groups):
         assert part in shown
     own = [line for line in shown.splitlines() if not line.startswith("method: ")]  # Hydra lists a group in one line
@@ -177,7 +177,8 @@ def test_hydras_own_flags_do_what_they_do_in_any_program(
     assert "hydra_bash_completion()" in capfd.readouterr().out
     monkeypatch.setenv("COMP_LINE", "python train.py backbone=")
     assert run("-sc", "query=bash") == 0
-    assert capfd.readouterr().out.split() == [f"backbone={name}" for name in ("sd15", "sd21", "sdxl", "toyland")]
+    found = capfd.readouterr().out.split()
+    assert found == sorted(f"backbone={file.stem}" for file in (CONF / "backbone").glob("*.yaml"))
     assert not os.listdir(here)
 
 

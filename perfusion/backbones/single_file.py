@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from perfusion.backbones.base import BackboneError
-from perfusion.backbones.layouts import available_layouts, layout_config, meta_pipeline
+from perfusion.backbones.layouts import available_layouts, layout_config, layout_folder, meta_pipeline
 from perfusion.toyland.tokenizer import END, START, byte_alphabet
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -126,6 +126,8 @@ def layout_of(checkpoint: Path) -> str:
         )
     known: dict[int, list[str]] = {}
     for name in available_layouts():
+        if not (layout_folder(name) / "tokenizer").is_dir():
+            continue  # its vocabulary is not CLIP's, so a file alone would not be enough
         known.setdefault(int(layout_config(name, "unet")["cross_attention_dim"]), []).append(name)
     if width not in known:
         wanted = ", ".join(f"{d} ({' or '.join(names)})" for d, names in sorted(known.items()))

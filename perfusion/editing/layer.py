@@ -224,7 +224,7 @@ class _Shared:
             or shown.state is None
             or shown.state != _state(context)
         ):
-            self._shown = None
+            shown = self._shown = None  # which would keep the context of the call before alive
             self._check_thread(context)
             keys = self._inputs_of(superclass_context(self.words, context)) if self.words else None
             masks = mask, superclass_mask(self.members[0].words, context, mask)
