@@ -163,7 +163,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         source(header(xl, 2048))
     with pytest.raises(BackboneError, match=r"a StableDiffusionPipeline, expected a StableDiffusionXLPipeline"):
         source(header(xl, 768), "sdxl")
-    with pytest.raises(BackboneError, match=r"backbone.layout: no layout 'sd14'; there are: sd15, "):
+    with pytest.raises(BackboneError, match=r"backbone.layout: no layout 'sd14'; there are: kolors, "):
         source(header(xl, 768), layout="sd14")
     with pytest.raises(BackboneError, match=r"backbone.layout: found 'sd15' beside backbone.path=.*only with a"):
         source(layout_folder("sd15"), layout="sd15")
