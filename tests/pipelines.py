@@ -3,6 +3,7 @@
 import atexit
 import functools
 import io
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -40,6 +41,7 @@ from transformers import (
 )
 
 from perfusion.backbones.layouts import layout_config
+from perfusion.backbones.sana import INSTRUCTION
 from perfusion.toyland import models
 from perfusion.toyland.captions import vocabulary
 from perfusion.toyland.tokenizer import build_tokenizer
@@ -292,11 +294,12 @@ def t5_tokenizer() -> Any:
 
 
 def gemma_tokenizer() -> Any:
-    """A BPE tokenizer as Gemma has it, with bytes to fall back on: WORDS whole where a space is before them."""
+    """A BPE tokenizer as Gemma has it, with bytes to fall back on: WORDS and those of Sana's instruction are whole
+    where a space is before them."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "\n"]
     tokens += [chr(code) for code in range(33, 127)]
     merges: dict[tuple[str, str], None] = {}
-    for word in WORDS:
+    for word in dict.fromkeys((*WORDS, *re.findall(r"[A-Za-z]+", INSTRUCTION))):
         joined = "▁"
         for letter in word:
             merges[joined, letter] = None
