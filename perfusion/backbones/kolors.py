@@ -8,10 +8,10 @@ concept's place, see `perfusion.backbones.sdxl`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from diffusers import KolorsImg2ImgPipeline, KolorsPipeline
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,10 @@ from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
 from perfusion.backbones.sdxl import conditions
 from perfusion.config import BackboneConfig
 from perfusion.editing.reading import Reading
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # its ChatGLM is scripted, which torch no longer likes
+    from diffusers import KolorsImg2ImgPipeline, KolorsPipeline
 
 _LENGTH = 256  # tokens that Kolors reads of a prompt
 
