@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 from safetensors import SafetensorError, safe_open
 
-from perfusion.config import ConfigError
+from perfusion.config import ConfigError, first_line
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -51,7 +51,7 @@ def load_loras(pipe: Any, files: Sequence[str], scales: Sequence[float]) -> None
                 str(path.parent), weight_name=path.name, adapter_name=names[-1], local_files_only=True
             )
         except Exception as error:  # whatever diffusers and PEFT raise at keys or shapes that they do not expect
-            raise ConfigError(f"lora: {file} does not fit this model: {_first_line(error)}") from error
+            raise ConfigError(f"lora: {file} does not fit this model: {first_line(error)}") from error
         if names[-1] not in {name for part in pipe.get_list_adapters().values() for name in part}:
             raise ConfigError(f"lora: {file} does not fit this model: it has none of the layers that it names")
     if names:
@@ -81,7 +81,7 @@ def load_embeddings(pipe: Any, files: Sequence[str]) -> list[str]:
             try:
                 pipe.load_textual_inversion(content, token=word, text_encoder=encoder, tokenizer=tokenizer)
             except Exception as error:  # whatever diffusers raises at contents that it does not expect
-                raise ConfigError(f"embedding: {file} does not fit this model: {_first_line(error)}") from error
+                raise ConfigError(f"embedding: {file} does not fit this model: {first_line(error)}") from error
         words.append(word)
     return words
 
@@ -108,7 +108,3 @@ def _tensors(key: str, file: str) -> dict[str, Any]:
     if len(found) != 1 and {*found} != {*_XL}:
         raise ConfigError(f"{key}: {file}: found {len(found)} tensors, expected one, or {' and '.join(_XL)}")
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,13 +21,13 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image, ImageOps
 
-from perfusion.config import ConfigError
+from perfusion.config import ConfigError, first_line
 from perfusion.data.images import ConceptImageError, read_image
 from perfusion.data.masks import check_aspect, read_mask
 from perfusion.hub import offline
 
 _STRENGTH, _STRENGTH_MASKED = 0.8, 1.0  # diffusers' own
-_MULTIPLE = 8  # pixels of a side that the autoencoders of all backbones make one of
+_MULTIPLE = 8  # pixels of a side that the autoencoders of these pipelines make one of
 _LONGEST = 4  # times the shorter side that a picture's longer one may have where no size is asked for
 _DIGITS = 12  # of a file's sha256
 _KNOWN_CHANNELS = 4  # of the latents that diffusers' inpainting takes for latents
@@ -97,7 +97,7 @@ class Conditions:
         attached; `pipe` itself where there is nothing to draw from.
 
         Raises:
-            ConfigError: the ControlNet cannot be read.
+            ConfigError: the ControlNet cannot be read, or diffusers has no such pipeline for this model.
         """
         auto: Any = AutoPipelineForText2Image
         if self.image is not None:
@@ -106,7 +106,11 @@ class Conditions:
             yield pipe
             return
         more = {} if self.controlnet is None else {"controlnet": self._controlnet(pipe)}
-        made = auto.from_pipe(pipe, add_watermarker=False, **more)
+        try:
+            made = auto.from_pipe(pipe, add_watermarker=False, **more)
+        except ValueError as error:  # PixArt and Sana have some of these pipelines or none
+            key = "controlnet" if self.image is None else "image" if self.mask is None else "mask"
+            raise ConfigError(f"{key}: diffusers cannot draw so with a {type(pipe).__name__}") from error
         with nullcontext() if self.mask is None else _inpainting_of_any_width(made):
             yield made
 
@@ -239,7 +243,7 @@ def _reading(name: str) -> Iterator[None]:
             raise ConfigError("found no such folder")
         yield
     except Exception as error:  # whatever a library makes of files that are not what it expects
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ConfigError(
             f"controlnet: {name} cannot be read: {reason}. Expected the folder or hub id (owner/name) of a "
             "diffusers ControlNet, with safetensors weights"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.config import ConfigError
+from perfusion.config import ConfigError, first_line
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def read_package(path: Path, index: int = 0) -> Foreign:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no pickle of tensors fails in many ways
-        reason = shown((str(error).strip() or type(error).__name__).splitlines()[0])
+        reason = shown(first_line(error))
         raise ConversionError(
             f"{path}: found no pickle of tensors alone ({reason}{_hint(path)}), expected what {PACKAGE} saved"
         ) from error

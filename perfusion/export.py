@@ -185,9 +185,11 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
     """Write the three files into one folder; gives it, and the lines that say how far the LoRA is from the gated edit.
 
     Raises:
-        ExportError: a concept of another method, β without a strength, or a file that exists.
+        ExportError: a concept of another method, or of a model that projects its text, β without a strength, or a file that exists.
         ConceptFileError, BackboneError, HubError: what cannot be loaded, or does not fit.
     """
+    from perfusion.backbones import backbone_class
+    from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
     from perfusion.hub import named_file
 
@@ -200,6 +202,11 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
     if config.beta is not None and not math.isfinite(config.beta):
         raise ExportError(
             f"beta: found {config.beta}, expected a number: without the concept there is nothing to export"
+        )
+    if backbone_class(concept.family).inputs_of is not Backbone.inputs_of:
+        raise ExportError(
+            f"{concept.source}: found a concept of {concept.family}, expected one of Stable Diffusion: its keys and "
+            "values read a projection of the text, which other programs have no such LoRA and word for"
         )
     name = config.name or re.sub(r"[\W_]+", "-", concept.placeholder).strip("-") or "concept"
     backbone = _backbone(config, concept.family)

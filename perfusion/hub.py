@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 
+from perfusion.config import first_line
 from perfusion.files import PathLike
 
 SECONDS = 5.0  # a network that does not answer in this time would be waited for in vain, minutes for every file
@@ -78,7 +79,7 @@ def download(
             ) from error
         where = "in the hub's cache, and the hub is not asked or cannot be reached" if local else "that may be read"
         raise HubError(
-            f"{PREFIX}{repository}: found no such repository {where} ({_first_line(error)}); a private one takes a "
+            f"{PREFIX}{repository}: found no such repository {where} ({first_line(error)}); a private one takes a "
             "login (`hf auth login`)"
         ) from error
 
@@ -111,7 +112,7 @@ def upload(
         return str(api.create_commit(repository, added, commit_message=message, revision=revision).commit_url)
     except Exception as error:  # of the hub's own classes, of its HTTP library, or of the operating system
         raise HubError(
-            f"{PREFIX}{repository}: the hub did not take it ({_first_line(error)}); writing takes a login "
+            f"{PREFIX}{repository}: the hub did not take it ({first_line(error)}); writing takes a login "
             "(`hf auth login`)"
         ) from error
 
@@ -125,7 +126,3 @@ def _check_name(repository: str) -> None:
         valid = repository.count("/") == 1
     if not valid:
         raise HubError(f"{PREFIX}{repository}: found {repository!r}, expected the name of a repository, owner/name")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,7 @@
 """The backbones of every kind, small and with random weights."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +15,7 @@ from perfusion import backbones
 from perfusion.backbones.base import Backbone
 from perfusion.config import BackboneConfig
 from perfusion.editing.words import AddedWord
-from tests.pipelines import (
-    kolors_folder,
-    pixart_folder,
-    sana_folder,
-    sd21_folder,
-    sdxl_folder,
-    tiny_pipeline_folder,
-    toyland_folder,
-)
+from tests.pipelines import folder_of, sd21_folder, sdxl_folder, tiny_pipeline_folder, toyland_folder
 
 # kind -> name of its backbone, builder of a folder with a small pipeline of the kind
 KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
@@ -30,13 +23,11 @@ KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd21": ("stable_diffusion", sd21_folder),
     "sdxl": ("sdxl", sdxl_folder),
     "toyland": ("toyland", toyland_folder),
-    "pixart": ("pixart", pixart_folder),
-    "sana": ("sana", sana_folder),
-    "kolors": ("kolors", kolors_folder),
 }
 
 
 BEYOND = ("kolors", "pixart", "sana")  # whose denoiser projects the encodings before K and V read them
+KINDS |= {kind: (kind, functools.partial(folder_of, kind)) for kind in BEYOND}
 
 
 def config_of(name: str, folder: Path, cache: Path, **values: Any) -> BackboneConfig:

@@ -91,25 +91,9 @@ def sdxl_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def pixart_folder(tmp_path: Path) -> Path:
-    """The pipeline of `tiny_pixart` in `tmp_path`/pixart."""
-    folder = tmp_path / "pixart"
-    shutil.copytree(_built("pixart"), folder)
-    return folder
-
-
-def kolors_folder(tmp_path: Path) -> Path:
-    """The pipeline of `tiny_kolors` in `tmp_path`/kolors."""
-    folder = tmp_path / "kolors"
-    shutil.copytree(_built("kolors"), folder)
-    return folder
-
-
-def sana_folder(tmp_path: Path) -> Path:
-    """The pipeline of `tiny_sana` in `tmp_path`/sana."""
-    folder = tmp_path / "sana"
-    shutil.copytree(_built("sana"), folder)
-    return folder
+def folder_of(kind: str, tmp_path: Path) -> Path:
+    """The pipeline of `tiny_kolors`, `tiny_pixart` or `tiny_sana` in `tmp_path`/`kind`."""
+    return Path(shutil.copytree(_built(kind), tmp_path / kind))
 
 
 @functools.cache

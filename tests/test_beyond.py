@@ -21,13 +21,15 @@ from torch import Tensor
 from perfusion import backbones
 from perfusion.backbones import BackboneError
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
-from perfusion.concept import Concept
+from perfusion.concept import Concept, save_concept
+from perfusion.conditions import Conditions
 from perfusion.config import ConfigError
 from perfusion.covariance.captions import caption_stream
 from perfusion.drawing import sample
 from perfusion.editing import TokenError
 from perfusion.editing.layer import unedited
 from perfusion.editing.tokens import taught
+from perfusion.export import ExportConfig, ExportError, export
 from perfusion.generate import GenerateConfig, generate
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.perfusion import Perfusion
@@ -177,6 +179,18 @@ def test_compiled_denoisers_draw_the_same(backbone: LatentDiffusionBackbone) -> 
             torch.testing.assert_close(call(backbone.pipe, "a photo of a <mug*>"), plain)
         finally:
             setattr(backbone.pipe, backbone.part, part)
+
+
+def test_what_stock_diffusers_has_not_is_an_error(backbone: LatentDiffusionBackbone, tmp_path: Path) -> None:
+    file = tmp_path / "concept.safetensors"
+    save_concept(file, untrained_concept(backbone, WORDS[1], 0))
+    with pytest.raises(ExportError, match=f"found a concept of {backbone.family}, expected one of Stable Diffusion"):
+        export(ExportConfig(concept=str(file), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    picture = Image.new("RGB", (64, 64))
+    conditions = Conditions(picture, 0.5, picture.convert("L"), None, None, 1.0, {})
+    with pytest.raises(ConfigError, match="mask: diffusers cannot draw so with a"), conditions.pipeline(backbone.pipe):
+        pass
 
 
 def test_pixart_alpha_reads_120_tokens(tmp_path: Path) -> None:

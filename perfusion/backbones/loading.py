@@ -20,7 +20,7 @@ from perfusion.backbones.base import BackboneError
 from perfusion.backbones.layouts import layout_folder, pipeline_class
 from perfusion.backbones.single_file import folder_tokenizer, layout_of, read_single_file
 from perfusion.bars import without_loading_bars
-from perfusion.config import BackboneConfig
+from perfusion.config import BackboneConfig, first_line
 from perfusion.hub import offline
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -203,7 +203,7 @@ def reading(origin: Source) -> Iterator[None]:
     except BackboneError:  # says it already
         raise
     except Exception as error:  # whatever a library makes of files that are not what it expects
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if origin.local:
             raise BackboneError(f"backbone.path: cannot load {origin.name}: {reason}") from error
         gave = "cannot be reached" if offline() else f"did not give it ({reason})"

@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional
 
+from perfusion.config import first_line
 from perfusion.data.images import ConceptImageError
 from perfusion.files import atomic_write_bytes
 from perfusion.hub import offline
@@ -153,7 +154,7 @@ class ClipSeg:
         try:
             yield
         except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             where = f"cannot load {self._name}"
             if not self._local:
                 hub = "cannot be reached" if offline() else "did not give it"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perfusion import toyland
+from perfusion.config import first_line
 from perfusion.hub import offline
 
 LOCAL_DIR = "local-dir:"
@@ -88,7 +89,7 @@ class ClipScorer:
             self._model: Any = open_clip.create_model(model, pretrained, device=self.device, **settings)
             self._tokenize: Any = open_clip.get_tokenizer(model)
         except Exception as error:  # open_clip lets torch, json, hub and tokenizer errors through as they are
-            raise ScorerError(f"the scorer {self.name} cannot be loaded: {_first_line(error)}") from error
+            raise ScorerError(f"the scorer {self.name} cannot be loaded: {first_line(error)}") from error
         self._model.requires_grad_(False).eval()
         preprocess = PreprocessCfg(**self._model.visual.preprocess_cfg)
         self._preprocess: Any = image_transform_v2(preprocess, is_train=False)
@@ -194,7 +195,7 @@ def from_hub(wanted_by: str, repository: str, file: str, instead: str) -> str:
     except Exception as error:  # of the hub's own classes, requests' or the operating system's
         raise ScorerError(
             f"{wanted_by}: looked for {file} of {repository} in the hub's cache and on the hub, found neither "
-            f"({_first_line(error)}). Without network {instead}"
+            f"({first_line(error)}). Without network {instead}"
         ) from error
 
 
@@ -202,8 +203,3 @@ def _tags(model: str) -> str:
     tags = open_clip.list_pretrained_tags_by_model(model)
     more = f" and {len(tags) - _LISTED} more" if len(tags) > _LISTED else ""
     return f"its tags are: {', '.join(tags[:_LISTED])}{more}" if tags else "it has no tags"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

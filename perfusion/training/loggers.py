@@ -16,7 +16,7 @@ from typing import Any
 import hydra.utils
 from lightning.pytorch.loggers.logger import Logger
 
-from perfusion.config import ConfigError
+from perfusion.config import ConfigError, first_line
 from perfusion.files import atomic_write_text
 
 _WANDB_HOST = "api.wandb.ai"
@@ -129,4 +129,4 @@ def _reason(error: BaseException) -> str:
     """The first line of the exception below Hydra's wrapping."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)
