@@ -10,7 +10,8 @@ from typing import Any
 import diffusers
 from safetensors import SafetensorError, safe_open
 
-from perfusion.config import ConfigError, first_line
+from perfusion.config import ConfigError
+from perfusion.files import first_line
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",

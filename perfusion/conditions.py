@@ -21,9 +21,10 @@ from diffusers import (
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image, ImageOps
 
-from perfusion.config import ConfigError, first_line
+from perfusion.config import ConfigError
 from perfusion.data.images import ConceptImageError, read_image
 from perfusion.data.masks import check_aspect, read_mask
+from perfusion.files import first_line
 from perfusion.hub import offline
 
 _STRENGTH, _STRENGTH_MASKED = 0.8, 1.0  # diffusers' own

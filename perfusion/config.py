@@ -31,11 +31,6 @@ def conf_folder(package: Path) -> Path:
 CONF = conf_folder(Path(__file__).resolve().parent)
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's error says, for a sentence of one's own; the error's kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class ConfigError(ValueError):
     """A config that does not fit the schema; names the key, what was found and what was expected."""
 

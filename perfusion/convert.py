@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from perfusion.cli import parse_key_values, run_cli
-from perfusion.config import ConfigError, first_line
+from perfusion.config import ConfigError
+from perfusion.files import first_line
 
 # Torch and its friends take seconds to import: `--help` and a mistyped key do without them.
 if TYPE_CHECKING:

@@ -185,7 +185,8 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
     """Write the three files into one folder; gives it, and the lines that say how far the LoRA is from the gated edit.
 
     Raises:
-        ExportError: a concept of another method, or of a model that projects its text, β without a strength, or a file that exists.
+        ExportError: a concept of another method, or of a model that projects its text; β without a strength; or a file
+            that exists.
         ConceptFileError, BackboneError, HubError: what cannot be loaded, or does not fit.
     """
     from perfusion.backbones import backbone_class

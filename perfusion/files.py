@@ -1,7 +1,8 @@
 """Atomic writes: a reader sees the old file or the whole new one, never a part, even after a crash or a full disk.
 
 The new content is written beside its destination (so that the final rename stays on one filesystem), flushed to the
-disk, and moved over the destination in one step. A symbolic link at the destination is replaced, not followed.
+disk, and moved over the destination in one step. A symbolic link at the destination is replaced, not followed. Besides:
+what an error of a file or a library says, in one line.
 """
 
 import errno
@@ -80,3 +81,8 @@ def _flush(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for a sentence of one's own; the error's kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,8 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_downloa
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from perfusion.config import first_line
-from perfusion.files import PathLike
+from perfusion.files import PathLike, first_line
 
 SECONDS = 5.0  # a network that does not answer in this time would be waited for in vain, minutes for every file
 PREFIX = "hub:"  # of what commands take for a concept

@@ -20,7 +20,8 @@ from perfusion.backbones.base import BackboneError
 from perfusion.backbones.layouts import layout_folder, pipeline_class
 from perfusion.backbones.single_file import folder_tokenizer, layout_of, read_single_file
 from perfusion.bars import without_loading_bars
-from perfusion.config import BackboneConfig, first_line
+from perfusion.config import BackboneConfig
+from perfusion.files import first_line
 from perfusion.hub import offline
 
 P = TypeVar("P", bound=DiffusionPipeline)

@@ -23,9 +23,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional
 
-from perfusion.config import first_line
 from perfusion.data.images import ConceptImageError
-from perfusion.files import atomic_write_bytes
+from perfusion.files import atomic_write_bytes, first_line
 from perfusion.hub import offline
 
 if TYPE_CHECKING:

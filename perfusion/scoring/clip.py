@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perfusion import toyland
-from perfusion.config import first_line
+from perfusion.files import first_line
 from perfusion.hub import offline
 
 LOCAL_DIR = "local-dir:"

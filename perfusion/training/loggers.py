@@ -16,8 +16,8 @@ from typing import Any
 import hydra.utils
 from lightning.pytorch.loggers.logger import Logger
 
-from perfusion.config import ConfigError, first_line
-from perfusion.files import atomic_write_text
+from perfusion.config import ConfigError
+from perfusion.files import atomic_write_text, first_line
 
 _WANDB_HOST = "api.wandb.ai"
 
