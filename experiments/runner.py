@@ -216,8 +216,9 @@ class Runner:
         for subject in subjects:
             config = self.config(training, subject)
             if not RunFolder.of(config).finished:
-                # Pictures of the superclass are as many again as those of the concept.
-                pictures = config.method["batch_size"] * (2 if config.method.get("prior_images") else 1)
+                # Each term that preserves the prior has as many pictures again as the concept.
+                terms = sum(bool(config.method.get(key)) for key in ("prior_images", "preservation_weight"))
+                pictures = config.method["batch_size"] * (1 + terms)
                 name = task_name(self.protocol.training(training), subject)
                 size = config.method["steps"] * pictures
                 yield Task(name, train, (config, self.protocol.threads), "train", size, pace=self.pace["train"])

@@ -275,10 +275,10 @@ def test_the_registry() -> None:
     found = experiments()
     assert [one.id for one in found] == [
         "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types",
-        "covariance", "edited_layers", "removal", "kept_step",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation",
     ]  # fmt: skip
     assert [one.id for one in found if not one.of_paper] == [
-        "covariance", "edited_layers", "removal", "kept_step",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation",
     ]  # fmt: skip
     assert len({one.place for one in found}) == len(found)
     assert all(one.claim and one.source and one.test for one in found)

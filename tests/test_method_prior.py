@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor
 from perfusion.backbones.base import Encoding
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.prior import joined
+from tests.backbone_kinds import loaded
 
 WORD = Word("<cat*>", "cat")
 
@@ -86,6 +89,77 @@ def test_the_loss_is_the_denoising_error_plus_weight_times_that_of_the_prior(nam
     alone = masked.loss(backbone, dataclasses.replace(both, prior=None))
     assert list(alone) == ["denoising"]
     torch.testing.assert_close(alone["denoising"], terms["denoising"])
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "custom_diffusion", "lora"])
+def test_preservation_is_the_distance_from_the_frozen_models_answers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a model that says 0.5 times the noisy latent while it is frozen and 0.75 times while it is not, and nothing of
+    the target that noise would be."""
+    backbone: Any = Linear()
+    method: Any = build({"name": name, "preservation_weight": 0.25, "prompt": None}, WORD)
+
+    @contextmanager
+    def aside() -> Iterator[None]:
+        backbone.scale = 0.5
+        yield
+        backbone.scale = 0.75
+
+    monkeypatch.setattr(method, "aside", aside)
+    backbone.scale = 0.75
+    prior = batch(3, 1, prompts=["a", "b", "c"])
+    for with_prior in (True, False):
+        given = batch(2, 0, prior=prior if with_prior else None)
+        terms = method.loss(backbone, given)
+        assert list(terms) == ["denoising", *["prior"] * with_prior, "preservation"]
+        noisy = given.latents + given.noise * given.timesteps[:, None, None, None]
+        torch.testing.assert_close(terms["preservation"], 0.25 * (0.25 * noisy).square().mean())
+        own = (0.75 * noisy + len("my <cat*>") - given.noise).square().mean()
+        torch.testing.assert_close(terms["denoising"], own)
+    assert (["my cat"] * 2, None) in backbone.asked
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "dreambooth", "train_text_encoder": True, "denoiser_rate": 0.01, "text_encoder_rate": 0.01},
+        {"name": "custom_diffusion", "projection_rate": 0.01},
+        {"name": "lora", "adapter_rate": 0.1},
+    ],
+    ids=lambda options: str(options["name"]),
+)
+def test_what_a_method_changed_stands_aside(options: dict[str, Any], tmp_path: Path) -> None:
+    """Before a step the model has not moved, so that its distance is 0; afterwards it has, and the frozen model answers
+    from beneath to the bit."""
+    backbone = loaded("sd15", tmp_path, resolution=64)
+    draw = torch.Generator().manual_seed(0)
+    shape = (2, *backbone.latent_shape())
+    noise, times = torch.randn(shape, generator=draw), torch.tensor([400, 800])
+    given = Batch(torch.randn(shape, generator=draw), None, [f"a photo of a {WORD.placeholder}"] * 2, noise, times)
+
+    def answer() -> Tensor:
+        with torch.no_grad():
+            return backbone.predict(noise, times, backbone.encode(["a photo of a cat"] * 2, None))
+
+    frozen = answer()
+    method: Any = build({**options, "preservation_weight": 1.0}, WORD)
+    method.attach(backbone)
+    optimizer = torch.optim.AdamW(method.parameter_groups())
+    terms = method.loss(backbone, given)
+    assert terms["preservation"] < 1e-9
+    terms["denoising"].backward()
+    optimizer.step()
+    moved = method.loss(backbone, given)["preservation"]
+    assert moved > 1e-6
+    moved.backward()
+    assert any(p.grad is not None and p.grad.any() for group in method.parameter_groups() for p in group["params"])
+    changed = answer()
+    with method.aside():
+        assert torch.equal(answer(), frozen)
+    assert torch.equal(answer(), changed) and not torch.equal(changed, frozen)
+    method.detach()
+    assert torch.equal(answer(), frozen)
 
 
 def test_a_step_begins_with_its_own_prompts_also_where_it_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

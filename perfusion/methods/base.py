@@ -70,6 +70,7 @@ class Batch:
     prompts: list[str]  # with the placeholder in them
     noise: Tensor  # (B, c, h, w)
     timesteps: Tensor  # (B,) int64
+    target: Tensor | None = None  # (B, c, h, w), what the denoiser should say; None: `Backbone.target`
     prior: Batch | None = None  # pictures of the superclass, for methods that preserve it: (P, ...), without masks
     step_prompts: Sequence[str] | None = None  # of the whole step with its first part, none later; None: this is it all
 
@@ -295,7 +296,14 @@ def squared_error(backbone: Backbone, batch: Batch, encoding: Encoding) -> Tenso
     """(B, c, h, w), float32: of what the denoiser says of the batch's noisy latents, given its prompts' encodings."""
     noisy = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
     predicted = backbone.predict(noisy, batch.timesteps, encoding).float()
-    return (predicted - backbone.target(batch.latents, batch.noise, batch.timesteps).float()).square()
+    return (predicted - target_of(backbone, batch).float()).square()
+
+
+def target_of(backbone: Backbone, batch: Batch) -> Tensor:
+    """(B, c, h, w): what the denoiser should say of the batch's noisy latents."""
+    if batch.target is not None:
+        return batch.target
+    return backbone.target(batch.latents, batch.noise, batch.timesteps)
 
 
 def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:

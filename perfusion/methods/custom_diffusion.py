@@ -15,7 +15,7 @@ encoded once; compressing the difference of the weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from perfusion.methods.weights import (
     own_copy,
     owner_of,
     projection_places,
+    standing,
 )
 
 
@@ -96,6 +97,10 @@ class CustomDiffusion(PriorMethod):
         self.shared = shared
         undo.callback(shared.leave, self)
         shared.join(self)
+
+    def aside(self) -> AbstractContextManager[None]:
+        shared = self._attached()
+        return standing(shared.frozen, shared.places)
 
     def _add_modifier(self, undo: ExitStack) -> None:
         """The placeholder, with the modifier's vector and those of the superclass's tokens."""

@@ -17,7 +17,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from perfusion.backbones.saving import save_pipeline
 from perfusion.editing.places import Place, base_module
 from perfusion.methods.base import Word, check_bounds
 from perfusion.methods.prior import PriorMethod, PriorOptions
-from perfusion.methods.weights import check_unedited, parameter_places, put_copies
+from perfusion.methods.weights import check_unedited, parameter_places, put_copies, standing
 
 _DENOISER = "denoiser"  # its name in a state
 
@@ -68,6 +68,7 @@ class DreamBooth(PriorMethod):
     def clear(self) -> None:
         super().clear()
         self.weights = nn.ModuleDict()  # part of the model -> ParameterList, in the order of its places
+        self._frozen: list[nn.Parameter] = []  # the model's own, likewise
 
     @property
     def phrase(self) -> str:
@@ -86,8 +87,12 @@ class DreamBooth(PriorMethod):
         for dtype in (None, torch.bfloat16):
             backbone.fingerprint(dtype)  # of the frozen weights, which it remembers
         for part, places in self._places(backbone).items():
+            self._frozen += [place.now for place in places]
             self.weights[part] = put_copies(places, f"the concept {self.word.placeholder}", self.training, undo)
         self.add_word(undo, vectors=None, reads_as=self.phrase, trained=False)
+
+    def aside(self) -> AbstractContextManager[None]:
+        return standing(self._frozen, [place for places in self._places(self.backbone).values() for place in places])
 
     def _places(self, backbone: Backbone) -> dict[str, list[Place]]:
         """Part of the model -> the places of all its weights that are trained."""

@@ -6,14 +6,15 @@ placeholder reads as "identifier superclass", such as "sks cat", and is written 
 
 The defaults are those of diffusers' DreamBooth script for LoRA on Stable Diffusion: 500 steps of one picture at 1e-4,
 rank 4, without pictures of the class. The script has one prompt, "a photo of sks cat"; here they are the sentences of
-`backbone.prompts`.
+`backbone.prompts`. Either way of preserving the prior can be asked for (`perfusion.methods.prior`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ from perfusion.config import ConfigError
 from perfusion.editing import EditError
 from perfusion.editing.places import Place, base_module
 from perfusion.files import atomic_path
-from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_bounds
+from perfusion.methods.base import Dial, Word, check_bounds
+from perfusion.methods.prior import PriorMethod, PriorOptions
 
 ADAPTER = "concept"  # PEFT's name of it; every concept has layers of its own
 
 
 @dataclass
-class LoRAOptions(MethodOptions):
+class LoRAOptions(PriorOptions):
     """What is commonly run on Stable Diffusion."""
 
     name: str = "lora"
@@ -49,10 +51,11 @@ class LoRAOptions(MethodOptions):
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # ends of layers' names
     identifier: str = "sks"  # before the superclass, where the placeholder stands; words that the model hardly knows
     scale: float = 1.0  # s in pictures, the strength; in training it is 1
-    masked_loss: bool = False  # weigh the error by the masks, where there are some; the script has none
+    prompt: str | None = None
+    prior_images: int = 0
 
 
-class LoRA(Method):
+class LoRA(PriorMethod):
     """Low-rank updates of the denoiser's attention, trained on a rare word beside the superclass.
 
     While it is attached, `scale` can be set; it starts at 1 in training mode, else as the options say.
@@ -60,6 +63,10 @@ class LoRA(Method):
 
     Options = LoRAOptions
     dials = (Dial("scale", about="higher is more of the concept"),)
+    newer = (
+        *PriorMethod.newer,
+        *("prompt", "prior_weight", "prior_images", "prior_prompt", "prior_steps", "prior_guidance", "prior_seed"),
+    )
     options: LoRAOptions
 
     def __init__(self, options: LoRAOptions, word: Word) -> None:
@@ -107,6 +114,14 @@ class LoRA(Method):
         hook = backbone.denoiser.register_forward_pre_hook(self._before_call)
         undo.callback(hook.remove)
         self.scale = self._own_scale()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        scale, self.scale = self.scale, 0.0
+        try:
+            yield
+        finally:
+            self.scale = scale
 
     def _layer(self, projection: nn.Module) -> lora.Linear:
         config = LoraConfig(r=self.options.rank, lora_alpha=self.options.alpha)  # type: ignore[arg-type]

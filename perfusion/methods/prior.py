@@ -1,11 +1,18 @@
-"""Prior preservation (Ruiz et al. 2023, Eq. 2): a term that holds the model at pictures of the superclass."""
+"""Prior preservation: terms that hold the model at what it knew of the superclass.
+
+prior         the denoising error of pictures of the superclass (Ruiz et al. 2023, Eq. 2).
+preservation  how far the model has moved from the frozen one's answers, on the concept's own noisy pictures with the
+              superclass's name in their prompts. It needs no pictures of the superclass.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +20,7 @@ from torch import Tensor
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.config import ConfigError
 from perfusion.data.prompts import PromptError, fill
-from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds, masked_mean
+from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds, masked_mean, target_of
 
 
 @dataclass
@@ -28,18 +35,32 @@ class PriorOptions(MethodOptions):
     prior_steps: int = 50  # denoising steps
     prior_guidance: float = 7.5
     prior_seed: int = 0
+    preservation_weight: float = 0.0  # of the term; 0: none
 
     @property
     def prior(self) -> bool:
-        """Whether there is such a term."""
+        """Whether pictures of the superclass are needed."""
         return self.prior_images > 0 and self.prior_weight > 0
 
 
+class _Held(NamedTuple):
+    """A term that holds the model: its name and weight, and what the denoiser is asked for it."""
+
+    name: str
+    weight: float
+    batch: Batch
+    encoding: Encoding
+
+
 class PriorMethod(Method):
-    """A method whose loss is the denoising error of the concept's pictures plus `prior_weight` times that of pictures
-    of the superclass."""
+    """A method whose loss is the denoising error of the concept's pictures plus terms that preserve the prior."""
 
     options: PriorOptions
+    newer = (*Method.newer, "preservation_weight")
+
+    @abstractmethod
+    def aside(self) -> AbstractContextManager[None]:
+        """The frozen model for as long: what the method has changed is out of the way."""
 
     def __init__(self, options: PriorOptions, word: Word) -> None:
         super().__init__(options, word)
@@ -47,6 +68,7 @@ class PriorMethod(Method):
             "prior_weight": (options.prior_weight >= 0, "at least 0"),
             "prior_images": (options.prior_images >= 0, "at least 0"),
             "prior_steps": (options.prior_steps >= 1, "at least 1"),
+            "preservation_weight": (options.preservation_weight >= 0, "at least 0"),
         }
         check_bounds(options, bounds)
         for key in ("prompt", "prior_prompt"):
@@ -69,34 +91,44 @@ class PriorMethod(Method):
         )
 
     def terms(self, backbone: Backbone, batch: Batch, encoding: Encoding) -> dict[str, Tensor]:
-        """`denoising`, and `prior`, weighted, where the batch has pictures for it; both come from one call."""
-        if batch.prior is None:
+        """`denoising`, and, weighted, those of `prior` and `preservation` that there are; all come from one call."""
+        held = [*self._held(backbone, batch)]
+        if not held:
             return super().terms(backbone, batch, encoding)
-        prior = batch.prior
-        both = dataclasses.replace(
-            batch,
-            latents=torch.cat([batch.latents, prior.latents]),
-            noise=torch.cat([batch.noise, prior.noise]),
-            timesteps=torch.cat([batch.timesteps, prior.timesteps]),
-        )
-        error = self.error(backbone, both, joined(encoding, backbone.encode(prior.prompts, None)))
-        own, others = error.split([len(batch.latents), len(prior.latents)])
-        return {"denoising": masked_mean(own, batch.masks), "prior": self.options.prior_weight * others.mean()}
+        batches = [batch, *(one.batch for one in held)]
+        every = {key: torch.cat([getattr(part, key) for part in batches]) for key in ("latents", "noise", "timesteps")}
+        targets = torch.cat([target_of(backbone, part) for part in batches])
+        together = dataclasses.replace(batch, target=targets, **every)
+        error = self.error(backbone, together, joined(encoding, *(one.encoding for one in held)))
+        own, *others = error.split([len(part.latents) for part in batches])
+        weighted = {one.name: one.weight * part.mean() for one, part in zip(held, others, strict=True)}
+        return {"denoising": masked_mean(own, batch.masks), **weighted}
+
+    def _held(self, backbone: Backbone, batch: Batch) -> Iterator[_Held]:
+        if prior := batch.prior:
+            yield _Held("prior", self.options.prior_weight, prior, backbone.encode(prior.prompts, None))
+        if self.options.preservation_weight > 0:
+            prompts = [prompt.replace(self.word.placeholder, self.word.superclass) for prompt in batch.prompts]
+            noisy = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
+            with torch.no_grad(), self.aside():
+                answers = backbone.predict(noisy, batch.timesteps, backbone.encode(prompts, None))
+            moved = dataclasses.replace(batch, target=answers)
+            yield _Held("preservation", self.options.preservation_weight, moved, backbone.encode(prompts, None))
 
 
-def joined(first: Encoding, second: Encoding) -> Encoding:
-    """The encodings of the prompts of both, one after the other."""
+def joined(*encodings: Encoding) -> Encoding:
+    """The encodings of the prompts of all, one after the other."""
     return Encoding(
-        torch.cat([first.context, second.context]),
-        torch.cat([first.concept, second.concept]),
-        _joined(first.extra, second.extra),
-        _joined(first.projected, second.projected),
+        torch.cat([one.context for one in encodings]),
+        torch.cat([one.concept for one in encodings]),
+        _joined([one.extra for one in encodings]),
+        _joined([one.projected for one in encodings]),
     )
 
 
-def _joined(first: Any, second: Any) -> Any:
-    if first is None:
+def _joined(parts: Sequence[Any]) -> Any:
+    if parts[0] is None:
         return None
-    if isinstance(first, Mapping):
-        return {key: _joined(first[key], second[key]) for key in first}
-    return torch.cat([first, second])
+    if isinstance(parts[0], Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    return torch.cat([*parts])

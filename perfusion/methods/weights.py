@@ -5,8 +5,8 @@ The frozen ones are kept, and come back as the same objects, so detaching is exa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +60,19 @@ def put_copies(places: Iterable[Place], owner: Any, training: bool, undo: ExitSt
         place.put(parameter)
         own.append(parameter)
     return own
+
+
+@contextmanager
+def standing(parameters: Sequence[nn.Parameter], places: Sequence[Place]) -> Iterator[None]:
+    """Let these parameters stand at these places for as long."""
+    others = [place.now for place in places]
+    try:
+        for place, parameter in zip(places, parameters, strict=True):
+            place.put(parameter)
+        yield
+    finally:
+        for place, other in zip(places, others, strict=True):
+            place.put(other)
 
 
 def check_free(places: Iterable[Place]) -> None:
