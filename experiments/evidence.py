@@ -296,6 +296,21 @@ def compared(a: Settings, b: Settings, by: str) -> Callable[[Evidence], Finding]
     return judge
 
 
+def each_compared(*pairs: tuple[str, Settings, Settings]) -> Callable[[Evidence], Finding]:
+    """How a claim is judged that of each pair the first front follows prompts better than the second at the same
+    likeness; a pair begins with the name of its method."""
+
+    def judge(evidence: Evidence) -> Finding:
+        x, y = evidence.x, evidence.y
+        checks = [Check(f"{x} gained at the same {y}, {name}", evidence.same_likeness(a, b)) for name, a, b in pairs]
+        numbers = " and ".join(
+            f"{signed(check.value.mean)} ({pair[0]})" for check, pair in zip(checks, pairs, strict=True)
+        )
+        return Finding(checks, f"{x} {numbers} at the same {y}")
+
+    return judge
+
+
 def gained(evidence: Evidence, a: Settings, b: Settings, by: str, decides: bool = True) -> list[Check]:
     """What front `a` has more than `b`: of the right-hand score at the same likeness, which decides if anything does;
     of both scores at the same β; area."""

@@ -155,6 +155,9 @@ SIDES: dict[str, Callable[[Setting], bool]] = {
     "one_shot": lambda s: s.label == "perfusion",
     "covariance": lambda s: s.label == "perfusion",
     "edited_layers": lambda s: s.label == "lora",
+    "removal": lambda s: "gated" in s.label,
+    "preservation": lambda s: "answers" in s.label,
+    "word_norm": lambda s: "norm kept" in s.label,
 }
 KNOWN = {experiment.id: experiment for experiment in experiments()}
 
@@ -275,10 +278,10 @@ def test_the_registry() -> None:
     found = experiments()
     assert [one.id for one in found] == [
         "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types",
-        "covariance", "edited_layers", "removal", "kept_step", "preservation",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm",
     ]  # fmt: skip
     assert [one.id for one in found if not one.of_paper] == [
-        "covariance", "edited_layers", "removal", "kept_step", "preservation",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm",
     ]  # fmt: skip
     assert len({one.place for one in found}) == len(found)
     assert all(one.claim and one.source and one.test for one in found)

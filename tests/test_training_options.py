@@ -335,3 +335,22 @@ def test_the_command_takes_all_of_them(photos: Path, tmp_path: Path, capsys: pyt
     assert (settings["rate_schedule"], settings["warmup_steps"], settings["min_snr_gamma"]) == ("cosine", 1, 5.0)
     assert run_cli(train.main, shlex.split(" ".join([*words, "concept.captions=yes"]))) == 2
     assert "error: concept.captions: found 'yes', expected files, or null for none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["perfusion", "textual_inversion"])
+def test_a_word_learns_its_direction_alone(tmp_path: Path, backbone: Backbone, examples: Examples, name: str) -> None:
+    """Also where the training stopped in between; without the option its norm moves."""
+    options = {"name": name, "vectors": 2, "embedding_rate": 0.05}
+    free = fit(tmp_path / "free", backbone, examples, options)["embedding.text_encoder"]
+    kept = fit(tmp_path / "kept", backbone, examples, {**options, "direction_only": True})["embedding.text_encoder"]
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path / "stopped", backbone, examples, {**options, "direction_only": True}, Stop(2))
+    resumed = fit(tmp_path / "stopped", backbone, examples, {**options, "direction_only": True})
+    assert torch.equal(resumed["embedding.text_encoder"], kept)
+    pipe: Any = backbone.pipe
+    (i,) = pipe.tokenizer("cat", add_special_tokens=False).input_ids
+    start = pipe.text_encoder.get_input_embeddings().weight[i].detach()
+    torch.testing.assert_close(kept.norm(dim=-1), start.norm().expand(2))
+    cosines = torch.nn.functional.cosine_similarity(kept, start[None])
+    assert (cosines < 0.999).all()
+    assert ((free.norm(dim=-1) / start.norm() - 1).abs() > 1e-3).any()

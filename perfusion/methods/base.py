@@ -34,7 +34,7 @@ RateSchedule = Enum("RateSchedule", {"constant": "constant", "linear": "linear",
 
 @dataclass
 class MethodOptions:
-    """What every method has; presets need not name the last three."""
+    """What every method has."""
 
     name: str = "?"
     steps: int = 400  # optimizer steps
@@ -102,7 +102,7 @@ class Method(nn.Module, ABC):
     Options: ClassVar[type[MethodOptions]]
     dials: ClassVar[tuple[Dial, ...]] = ()  # no other file has to know them
     needs_covariance: ClassVar[bool] = False  # whether what it learns depends on the backbone's second moment
-    # Options that concept files name only where they are not the default.
+    # Options that presets need not name, and concept files name only where they are not the default.
     newer: ClassVar[tuple[str, ...]] = ("rate_schedule", "warmup_steps", "min_snr_gamma")
 
     def __init__(self, options: Any, word: Word) -> None:
@@ -173,6 +173,7 @@ class Method(nn.Module, ABC):
         undo.callback(added.remove)
         if trained:
             self.embeddings.update(added.embeddings())
+            self._norms = {name: _norms(vectors).clone() for name, vectors in added.embeddings().items()}
         else:
             for vector in added.embeddings().values():
                 vector.requires_grad_(False)
@@ -199,6 +200,14 @@ class Method(nn.Module, ABC):
         elif batch.step_prompts:
             with torch.no_grad():
                 self.on_step(backbone.encode(batch.step_prompts, self.word.placeholder))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Called after every optimizer step: where the options have a `direction_only` that is on, the word's vectors
+        go back to the norms that they started with."""
+        if getattr(self.options, "direction_only", False):
+            for name, vectors in self.embeddings.items():
+                vectors.mul_(self._norms[name] / _norms(vectors))
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -317,6 +326,10 @@ def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
     weight = masks.expand_as(error)
     per_sample = (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
     return per_sample.mean()
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    return vectors.detach().norm(dim=-1, keepdim=True)
 
 
 def _check(options: MethodOptions) -> None:

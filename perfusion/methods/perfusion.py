@@ -61,6 +61,7 @@ class PerfusionOptions(MethodOptions):
     key_lock: KeyLock = KeyLock.local
     removal: Removal = Removal.full
     vectors: int = 1  # of the concept's word
+    direction_only: bool = False  # these keep their norms, see `textual_inversion`
     masked_loss: bool = True  # weigh the error by the masks, where there are some; the paper's ablation is without
 
 
@@ -78,7 +79,7 @@ class Perfusion(Method):
         Dial("key_lock", number=False, words=("local", "global"), about="where the prompt's keys come from"),
     )
     needs_covariance = True
-    newer = (*Method.newer, "removal")
+    newer = (*Method.newer, "removal", "direction_only")
     options: PerfusionOptions
 
     def __init__(self, options: PerfusionOptions, word: Word) -> None:

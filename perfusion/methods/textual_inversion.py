@@ -31,6 +31,7 @@ class TextualInversionOptions(MethodOptions):
     embedding_rate: float = 2e-3
     weight_decay: float = 1e-2  # AdamW's
     vectors: int = 1  # of the concept's word
+    direction_only: bool = False  # these keep the norm of their superclass's
     masked_loss: bool = False  # weigh the error by the masks, where there are some; the paper has none
 
 
@@ -38,6 +39,7 @@ class TextualInversion(Method):
     """A new word's embedding alone, trained while the model stays as it is."""
 
     Options = TextualInversionOptions
+    newer = (*Method.newer, "direction_only")
     options: TextualInversionOptions
 
     def __init__(self, options: TextualInversionOptions, word: Word) -> None:

@@ -332,6 +332,7 @@ class PersonalizationModule(LightningModule):
                 "has not registered as its own, expected trainer.devices=1"
             )
         optimizer, options = torch.optim.AdamW(groups), self.method.options
+        optimizer.register_step_post_hook(lambda *_: self.method.after_step())
         if all(options.rate_factor(step) == 1 for step in range(options.steps)):
             return optimizer
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, options.rate_factor)
