@@ -39,7 +39,7 @@ Try every claim of the paper on Toyland, or on photos: train and draw what is mi
   python -m experiments.paper only=covariance        one that is no claim of the paper
   python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small
   python -m experiments.paper world=photos data=dreambooth/dataset backbone=sd15 path=<weights> \\
-      scorer=ViT-B-32 pretrained=openai dino=vit_small_patch16_224.dino masks=clipseg
+      scorer=ViT-B-32 dino=vit_small_patch16_224.dino masks=clipseg
 
 Budgets on two cores: 60 seconds for a training of Perfusion, 4 minutes for 12 points of one concept's front. The same
 command goes on where it stopped; nothing is trained or drawn twice. What fails is listed at the end, and the rest goes

@@ -63,8 +63,9 @@ class ClipScorer:
         model: `toyland` (ships with the project), `local-dir:<folder>` or the folder alone (open_clip's format:
             open_clip_config.json and safetensors weights, with the tokenizer's files if it has its own), or a name that
             open_clip knows, such as `ViT-L-14`.
-        pretrained: with a name, its weights: a safetensors file, or a tag such as `openai`, which is taken from the
-            hub's cache, or from the hub if it can be reached. Not with a folder: it has its own.
+        pretrained: with a name, its weights: a safetensors file, or a tag, which is taken from the hub's cache, or from
+            the hub if it can be reached; default: `openai`, of models that OpenAI has published. Not with a folder: it
+            has its own.
         device: where it computes.
 
     Raises:
@@ -74,6 +75,8 @@ class ClipScorer:
     def __init__(
         self, model: str = "toyland", pretrained: str | None = None, device: str | torch.device = "cpu"
     ) -> None:
+        if pretrained is None and "openai" in open_clip.list_pretrained_tags_by_model(model):
+            pretrained = "openai"
         self.name = model if pretrained is None else f"{model}/{pretrained}"
         if model == "toyland":
             model = f"{LOCAL_DIR}{TOYLAND_WEIGHTS}"
