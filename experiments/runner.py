@@ -275,20 +275,25 @@ def train(config: TrainConfig, threads: int = 1) -> None:
 
 
 def time_picture(world: World, config: BackboneConfig) -> float:
-    """Seconds that a picture of the base model takes here. Loads the scorers as well: what cannot be loaded is found
+    """Seconds that a picture of the base model takes here, drawn and scored. What cannot be loaded for it is found
     before anything long begins."""
     _take(world.threads)
     from perfusion.drawing import sample
 
-    world.scorers()
+    scorers = world.scorers()
     backbone = _loaded(config, world)
     count = 1 if backbone.pipe.device.type == "cpu" else world.at_once
     steps = min(world.steps, _TIMED)
     prompts, seeds = ["a photo"] * count, list(range(count))
+    started = drawn = 0.0
     for number in (1, steps):  # the first call also loads kernels
         started = time.monotonic()
-        sample(backbone.pipe, prompts, seeds, number, world.guidance, count, size=config.resolution)
-    return (time.monotonic() - started) / count / steps * world.steps
+        images = sample(backbone.pipe, prompts, seeds, number, world.guidance, count, size=config.resolution)
+        drawn = time.monotonic()
+        for scorer in (scorers.clip, scorers.dino):
+            if scorer is not None:
+                scorer.image_embeddings(images)
+    return ((drawn - started) / steps * world.steps + time.monotonic() - drawn) / count
 
 
 def draw(job: Job) -> tuple[list[Point], dict[str, Any]]:

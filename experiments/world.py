@@ -143,8 +143,15 @@ class World(abc.ABC):
 
     @property
     def pairs(self) -> tuple[tuple[Any, Any], ...]:
-        """Neighbours in the list of subjects; each is in one pair at most."""
-        return tuple(zip(self.subjects[::2], self.subjects[1::2], strict=False))
+        """Each subject beside the next one of another superclass, and in one pair at most: two of one superclass are
+        hardly told apart in a picture, and not at all in its prompt's superclasses."""
+        pairs, free = [], [*self.subjects]
+        while free:
+            one = free.pop(0)
+            if other := next((another for another in free if another.superclass != one.superclass), None):
+                free.remove(other)
+                pairs.append((one, other))
+        return tuple(pairs)
 
     def seeds_of(self, times: int) -> tuple[int, ...]:
         """The seeds of an experiment that draws so many times as many pictures as others."""

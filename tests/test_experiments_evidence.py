@@ -158,6 +158,7 @@ SIDES: dict[str, Callable[[Setting], bool]] = {
     "removal": lambda s: "gated" in s.label,
     "preservation": lambda s: "answers" in s.label,
     "word_norm": lambda s: "norm kept" in s.label,
+    "vectors": lambda s: "vectors" in s.label,
 }
 KNOWN = {experiment.id: experiment for experiment in experiments()}
 
@@ -278,10 +279,10 @@ def test_the_registry() -> None:
     found = experiments()
     assert [one.id for one in found] == [
         "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types",
-        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm", "vectors",
     ]  # fmt: skip
     assert [one.id for one in found if not one.of_paper] == [
-        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm", "vectors",
     ]  # fmt: skip
     assert len({one.place for one in found}) == len(found)
     assert all(one.claim and one.source and one.test for one in found)

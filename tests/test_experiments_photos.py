@@ -245,6 +245,13 @@ def test_dreambench_s_protocol(home: Path, tmp_path: Path) -> None:
     assert {file.stem for file in PROTOCOLS.glob("*.yaml")} == {"study", "dreambench", "customconcept101"}
 
 
+def test_two_of_one_class_are_no_pair(home: Path, tmp_path: Path) -> None:
+    for name in ("cat", "cat2", "dog", "dog2", "dog3"):
+        noise(tmp_path / name / "00.png", 0)
+    pairs = photos(home, data=str(tmp_path)).pairs
+    assert [(one.name, other.name) for one, other in pairs] == [("cat", "dog"), ("cat2", "dog2")]
+
+
 def test_trainings_that_are_the_same_on_photos_become_one(home: Path, tmp_path: Path) -> None:
     world = photos(home, masks="clipseg")
     assert world.training(FIVE_PICTURES) == world.training(PERFUSION) != world.training(ONE_PICTURE)
