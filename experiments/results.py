@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ VERSION = 1
 PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
 IMAGES = "images/results"  # beside the page
 _WIDTH = 900  # pixels of a figure on the page
+_MANY = 1000  # concepts, above which it is not said how many would decide something
 _COLOURS = 64
 Results = Sequence[Mapping[str, Any]]  # contents of files
 _SHOWN = ("identity", "prompt", "superclass", "clip_i", "clip_t", "dino", "diversity")
@@ -298,7 +300,7 @@ def _protocol(results: Results) -> list[str]:
     ]
     for one in drawn:
         if one["protocol"]["prompts"] != protocol["prompts"]:
-            groups = f"{one['protocol']['groups']} pairs of neighbours in this list, and other prompts"
+            groups = f"{one['protocol']['groups']} pairs, and other prompts"
             lines.append(f"{one['id']}: {groups}: {_prompts(one['protocol'])}.")
     return [text for line in lines for text in (line, "")]
 
@@ -324,7 +326,7 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         interval = "–" if check["low"] is None else f"{check['low']:.3f} to {check['high']:.3f}"
         mean = "–" if check["mean"] is None else f"{check['mean']:.3f}"
         lines.append(f"| {_cell(check['what'])} | {mean} | {interval} | {check['expected']} | {verdict} |")
-    lines.append("")
+    lines += ["", *_undecided(one)]
     if one["series"]:
         scores = {name for line in one["series"] for setting in line["settings"] for name in setting["scores"]}
         for end, axes in _figures(one["axes"], scores).items():
@@ -346,6 +348,24 @@ def _section(one: Mapping[str, Any]) -> list[str]:
         "",
     ]
     return lines
+
+
+def _undecided(one: Mapping[str, Any]) -> list[str]:
+    """How many concepts would decide what is not: an interval's width falls with the root of their number."""
+    groups = one["protocol"]["groups"]
+    things = "concepts" if groups == len(one["protocol"]["concepts"]) else "pairs"
+    lines = []
+    for check in one["checks"]:
+        if check["decides"] and check["verdict"] == "undecided" and check["low"] is not None:
+            half = (check["high"] - check["low"]) / 2
+            gap = abs(check["mean"] - float(check["expected"].split()[-1]))
+            times = (half / gap) ** 2 if gap else math.inf
+            count = f"about {math.ceil(groups * times):,}" if groups * times <= _MANY else f"more than {_MANY:,}"
+            lines.append(
+                f"Not decided by {groups} {things}: {check['what']}. If it is what was measured, {count} would decide "
+                f"it; these decide what is {half:.3f} or more away."
+            )
+    return [text for line in lines for text in (line, "")]
 
 
 def _table(one: Mapping[str, Any]) -> list[str]:

@@ -306,14 +306,24 @@ def test_a_page_from_results_alone() -> None:
         "caveats": "Small.", "notes": "Because.", "weights": "a1", "config_hash": "0" * 12,
         "runs": {"perfusion": ["a"]},
         "seconds": {"training": 60, "drawing": 120},
-        "provenance": {"git_commit": None, "git_dirty": None}, "protocol": {"prompts": [], "concepts": [], "seeds": []},
+        "provenance": {"git_commit": None, "git_dirty": None},
+        "protocol": {"prompts": [], "concepts": [{}] * 8, "seeds": [], "groups": 8},
     }  # fmt: skip
     text = page([made_up])
     assert "| [mask](#mask) | It helps. | **fails** | −0.1 \\| of it |" in text
     assert "| gain | -0.100 | -0.200 to -0.050 | above 0 | **fails** |" in text
-    assert "| beside | 1.000 | – | above 0 | undecided (beside) |" in text
+    assert "| beside | 1.000 | – | above 0 | undecided (beside) |" in text and "Not decided" not in text
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text and "Notes: Because." in text and "commit unknown" in text
     assert "same settings" not in text and "same settings** of perfusion" in page(
         [made_up, {**made_up, "id": "size", "runs": {"perfusion": ["b"]}}]
     )
     assert "same weights" not in text and "same weights" in page([made_up, {**made_up, "id": "size", "weights": "b2"}])
+    open_ = {"what": "gain", "mean": 0.02, "low": -0.02, "high": 0.06, "expected": "above 0", "decides": True,
+             "verdict": "undecided"}  # fmt: skip
+    for mean, said in ((0.02, "about 32 would decide it"), (0.0001, "more than 1,000 would decide it")):
+        check = {**open_, "mean": mean, "low": mean - 0.04, "high": mean + 0.04}
+        text = page([{**made_up, "checks": [check]}])
+        assert f"Not decided by 8 concepts: gain. If it is what was measured, {said}" in text
+        assert "these decide what is 0.040 or more away" in text
+    pairs = {**made_up, "checks": [open_], "protocol": {**made_up["protocol"], "groups": 4}}  # type: ignore[dict-item]
+    assert "Not decided by 4 pairs" in page([pairs]) and "about 16 would" in page([pairs])
