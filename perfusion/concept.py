@@ -168,7 +168,7 @@ class Concept:
         repo_id: str,
         *,
         license: str | None = None,
-        samples: bool = True,
+        samples: bool = False,
         private: bool = True,
         token: str | bool | None = None,
         revision: str | None = None,

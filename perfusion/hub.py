@@ -1,6 +1,6 @@
 """The Hugging Face hub: whether it can be reached, and repositories that hold one concept each.
 
-Such a repository has `concept.safetensors`, a card (`README.md`) and, if there is one, `samples.png`. Who may read or
+Such a repository has `concept.safetensors`, a card (`README.md`) and, if asked for, `samples.png`. Who may read or
 write it is for the login of huggingface_hub to say (`hf auth login`, or `HF_TOKEN`); no token is stored here.
 """
 

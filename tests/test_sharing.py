@@ -50,7 +50,7 @@ def login(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_and_back(given: Concept, hub: LocalHub, login: None, tmp_path: Path) -> None:
-    address = given.push_to_hub("me/bear", license="cc-by-4.0")
+    address = given.push_to_hub("me/bear", license="cc-by-4.0", samples=True)
     assert address.startswith(f"{hub.address}/me/bear/commit/")
     assert hub.private == {"me/bear"}, "nobody else sees it unless that is asked for"
     assert hub.commits == [("me/bear", "main", f"Concept {given.hash}")]
@@ -68,7 +68,7 @@ def test_there_and_back(given: Concept, hub: LocalHub, login: None, tmp_path: Pa
 
 
 def test_a_card_says_what_it_is_and_how_it_is_used(given: Concept, hub: LocalHub, login: None, capsys: Any) -> None:
-    given.push_to_hub("me/bear", license="cc-by-4.0")
+    given.push_to_hub("me/bear", license="cc-by-4.0", samples=True)
     card = hub.repositories["me/bear"]["README.md"].decode()
     _, header, text = card.split("---\n", 2)
     known = yaml.safe_load(header)
@@ -92,8 +92,8 @@ def test_a_card_says_what_it_is_and_how_it_is_used(given: Concept, hub: LocalHub
 
 
 def test_a_card_that_is_there_and_who_sees_it_stay_as_they_are(given: Concept, hub: LocalHub, login: None) -> None:
-    given.push_to_hub("me/bear", private=False, samples=False)
-    assert not hub.private and "samples.png" not in hub.repositories["me/bear"]
+    given.push_to_hub("me/bear", private=False)
+    assert not hub.private and hub.repositories["me/bear"].keys() == {"concept.safetensors", "README.md"}
     hub.repositories["me/bear"]["README.md"] = b"my words"
     other = dataclasses.replace(given, superclass="cat")
     other.push_to_hub("me/bear", revision="wip", commit_message="Better")
