@@ -252,6 +252,21 @@ def test_a_short_front_on_another_decides_nothing() -> None:
     assert judged(KNOWN["key_lock"], truth) is Verdict.UNDECIDED
 
 
+@pytest.mark.parametrize(("own", "verdict"), [(0.6, Verdict.HOLDS), (0.5, Verdict.UNDECIDED), (0.4, Verdict.FAILS)])
+def test_likeness_counts_where_the_text_is_followed(own: float, verdict: Verdict) -> None:
+    """Others have more where they do not, and one setting with 0.5 where they do."""
+
+    def truth(setting: Setting) -> np.ndarray:
+        if setting.label == BASE:
+            return np.array([1.0, 0.1, 0.1])
+        if setting.label == "perfusion":
+            return np.array([0.98, own, 0.1]) if dict(setting.dials)["beta"] == 0.85 else np.array([0.8, 0.7, 0.1])
+        follows = setting.share == 1 and dict(setting.dials).get("scale", 0.7) == 0.7
+        return np.array([0.98, 0.5, 0.1]) if follows else np.array([0.9, 0.9, 0.1])
+
+    assert judged(KNOWN["likeness"], truth) is verdict
+
+
 def test_a_slight_loss_is_what_one_shot_claims() -> None:
     assert judged(KNOWN["one_shot"], perfusion_front) is Verdict.HOLDS
 
@@ -279,10 +294,10 @@ def test_the_registry() -> None:
     found = experiments()
     assert [one.id for one in found] == [
         "pareto", "key_lock", "one_shot", "mask", "train_bias", "temperature", "size", "multi_concept", "lock_types",
-        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm", "vectors",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm", "vectors", "likeness",
     ]  # fmt: skip
     assert [one.id for one in found if not one.of_paper] == [
-        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm", "vectors",
+        "covariance", "edited_layers", "removal", "kept_step", "preservation", "word_norm", "vectors", "likeness",
     ]  # fmt: skip
     assert len({one.place for one in found}) == len(found)
     assert all(one.claim and one.source and one.test for one in found)
