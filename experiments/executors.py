@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -53,8 +54,9 @@ def executor_of(kind: str, gpus: int = 0, slurm: Sequence[str] = ()) -> Executor
     if kind == "ray":
         return partial(in_ray, gpus=gpus)
     if kind == "submitit":
-        words = dict(word.partition("=")[::2] for word in slurm)
-        given = {key: yaml.safe_load(value) for key, value in words.items()}
+        if wrong := [word for word in slurm if "=" not in word]:
+            raise ConfigError(f"slurm: found {wrong[0]!r}, expected key=value")
+        given = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in slurm)}
         return partial(in_slurm, parameters=_JOB | ({"gpus_per_node": gpus} if gpus else {}) | given)
     return local
 
@@ -105,14 +107,14 @@ def in_ray(size: int, logs: Path, gpus: int = 0) -> Iterator[Make]:
     from ray.exceptions import RayError
 
     try:
-        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ConfigError(f"executor=ray: {first_line(error)}") from error
     room = ray.cluster_resources()
     print(f"Ray: {room.get('CPU', 0):g} CPUs and {room.get('GPU', 0):g} GPUs", flush=True)
     if room.get("GPU", 0) < gpus:
         raise ConfigError("device: found no GPU in the Ray cluster, expected one for each worker; or device=cpu")
-    actor = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
+    actor: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
     numbers, workers, idle = itertools.count(), set[Any](), LifoQueue[Any]()
 
     def begin() -> None:

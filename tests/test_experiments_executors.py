@@ -99,6 +99,7 @@ def test_a_worker_in_ray_keeps_what_it_has_and_has_a_gpu_of_its_own(cluster: Any
         ("executor=slurm", "executor: found 'slurm', expected one of local, ray, submitit"),
         ("executor=ray", "workers: not given beside executor=ray"),
         ("executor=ray workers=2 slurm=[timeout_min=5]", "slurm: found it beside executor=ray"),
+        ("executor=submitit workers=2 slurm=[gpu]", "slurm: found 'gpu', expected key=value"),
         ("executor=submitit workers=2 slurm=[queue=x]", "slurm: Parameter 'queue'"),
     ],
 )
