@@ -17,6 +17,7 @@ from eval.aggregate import RESAMPLES, Bootstrap
 from experiments import results
 from experiments.evidence import Evidence, Experiment, experiments
 from experiments.exclusive import alone
+from experiments.executors import executor_of
 from experiments.photo_protocols import read_photos
 from experiments.photos import PhotoOptions
 from experiments.pool import Pool, Task
@@ -38,6 +39,7 @@ Try every claim of the paper on Toyland, or on photos: train and draw what is mi
   python -m experiments.paper only=mask,pareto       some experiments
   python -m experiments.paper only=covariance        one that is no claim of the paper
   python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small
+  python -m experiments.paper executor=ray workers=8           on a Ray cluster; executor=submitit: as jobs of SLURM
   python -m experiments.paper world=photos data=dreambooth/dataset backbone=sd15 path=<weights> \\
       scorer=ViT-B-32 dino=vit_small_patch16_224.dino masks=clipseg
 
@@ -67,7 +69,9 @@ class PaperConfig:
     changes: list[str] = field(default_factory=list)  # words of perfusion.train, for every training
     runs: str = "runs/paper"  # folder of trainings, pictures and the report
     out: str | None = None  # folder of results/ and docs/; null: this one, of a small trial or of photos below <runs>
-    workers: int | None = None  # processes that share the cores; null: one for each core, of photos 1
+    executor: str = "local"  # where tasks run: local, ray (a Ray cluster) or submitit (SLURM)
+    workers: int | None = None  # how many work at a time; null: here one for each core, of photos 1
+    slurm: list[str] = field(default_factory=list)  # of executor=submitit: parameters of submitit, as timeout_min=240
     resamples: int = RESAMPLES  # of the bootstrap that gives the intervals
     report: bool = True  # make the page with all pictures, which needs plotly
     world: str = "toyland"  # toyland or photos; all that follows is of photos
@@ -93,6 +97,10 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             "report: found no plotly, expected it (the extra `report` of this project); or go without it, report=false"
         )
+    gpus = int(config.world == PHOTOS and (config.device or "cuda").startswith("cuda"))
+    executor = executor_of(config.executor, gpus, config.slurm)
+    if config.workers is None and config.executor != "local":
+        raise ConfigError(f"workers: not given beside executor={config.executor}; expected how many work at a time")
     workers = config.workers or (1 if config.world == PHOTOS else os.cpu_count() or 1)
     whole = _whole(config, workers)
     for key, most in (("concepts", len(whole.subjects)), ("prompts", whole.prompts_each)):
@@ -115,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
     results.check_world(results.read_all(out / "results"), world)  # that the page will show as well: better now
     with alone(runs, "runs="):
         runner = Runner(runs, world, tuple(config.changes))
-        failures = _run(chosen, runner, config, workers, out)
+        failures = _run(chosen, runner, config, Pool(workers, runner.root / "log", executor), out)
         for line in failures:
             print(f"failed: {line}", file=sys.stderr)
         if runner.points and config.report:
@@ -156,7 +164,7 @@ def _chosen(only: str | None, world: World) -> list[Experiment]:
     return chosen
 
 
-def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, workers: int, out: Path) -> list[str]:
+def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, pool: Pool, out: Path) -> list[str]:
     """Do what is missing, and judge each experiment as soon as all of it is there; gives what failed."""
     world = runner.protocol
     wanted = {one.id: one.wanted(world) for one in chosen}
@@ -190,7 +198,7 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, work
                 traceback.print_exc()
                 failures.append(f"{one.id}: not judged, {type(error).__name__}: {error}")
 
-    with Pool(workers, runner.root / "log") as pool:
+    with pool:
         if world.measured and tasks:
             trainings, pictures, priors = runner.amount(tasks)
             prior = f" and at most {priors} pictures of superclasses for prior preservation" if priors else ""
@@ -203,7 +211,7 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, work
                 raise ConfigError(f"nothing was begun: {failed[0]}")
             tasks = planned()
         *_, priors = runner.amount(tasks)
-        minutes = (sum(task.guess for task in tasks) + priors * runner.pace["draw"]) / workers / 60
+        minutes = (sum(task.guess for task in tasks) + priors * runner.pace["draw"]) / pool.size / 60
         print(f"{len(tasks)} tasks for {', '.join(wanted)}; about {minutes:.0f} minutes", flush=True)
         settle()
         failed = runner.run(pool, tasks, settle)

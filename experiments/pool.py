@@ -1,29 +1,30 @@
-"""Tasks in worker processes, one thread each: what a worker has loaded, it keeps for its next task.
+"""Tasks in workers, one thread each: what a worker has loaded, it keeps for its next task.
 
-A task that raises, or whose worker is killed, costs that task and those that need it; the others go on. One executor of
-`size` processes, the standard library's or joblib's, is broken as a whole by one kill, so each worker is an executor of
-its own. Workers end with the process that started them, however that ends.
+A task that raises costs itself and those that need it; the others go on. One whose worker is killed is tried again, for
+the worker need not have been killed because of it. `experiments.executors` says where workers are.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+from experiments.executors import Executor, Make, local
 from perfusion.bars import Bar
+from perfusion.files import first_line
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_TRIES = 3  # of a task whose workers are killed
+_SAID = 200  # characters at most that an executor says of it
 _EVERY = 20.0  # seconds between two lines of progress where nobody watches a terminal
 
 
@@ -62,25 +63,23 @@ class Pool:
 
     size: int
     logs: Path
-    _idle: dict[int, ProcessPoolExecutor] = field(default_factory=dict)  # by their number
+    executor: Executor = local
+    _held: ExitStack = field(default_factory=ExitStack)
+    _make: Make | None = None
 
     def __enter__(self) -> Pool:
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._idle = {number: self._worker(number) for number in range(self.size)}
+        self._make = self._held.enter_context(self.executor(self.size, self.logs))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for worker in self._idle.values():
-            worker.shutdown()
-        if kind is not None:
-            for process in multiprocessing.active_children():  # nobody waits for their tasks any more
-                process.terminate()
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
 
     def run(self, tasks: Sequence[Task], done: Callable[[Outcome], None] = lambda outcome: None) -> list[str]:
         """What failed, a line for each task. Tasks begin in their order as far as what they need is there; `done` is
         called with each outcome, in this process, as soon as it is known."""
         errors: dict[str, str | None] = {}  # of tasks that are over
-        waiting, busy = list(tasks), dict[Future[Any], tuple[Task, int, ProcessPoolExecutor]]()
+        waiting, busy, kills = list(tasks), dict[Future[Any], Task](), Counter[str]()
         bar = _bar(tasks)
 
         def settle(outcome: Outcome) -> None:
@@ -97,30 +96,35 @@ class Pool:
                     if lost := [name for name in task.needs if errors.get(name) is not None]:
                         waiting.remove(task)
                         settle(Outcome(task, error=f"not tried, for {lost[0]} failed"))
-                    elif self._idle and errors.keys() >= {*task.needs}:
+                    elif len(busy) < self.size and errors.keys() >= {*task.needs}:
                         waiting.remove(task)
-                        number, worker = self._idle.popitem()
-                        try:
-                            future = worker.submit(_call, task.call, task.arguments)
-                        except BrokenProcessPool:  # killed while it had nothing to do
-                            worker = self._worker(number)
-                            future = worker.submit(_call, task.call, task.arguments)
-                        busy[future] = task, number, worker
+                        busy[self._begun(task)] = task
                 for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                    task, number, worker = busy.pop(future)
-                    error = future.exception()
-                    killed = isinstance(error, BrokenProcessPool)
-                    self._idle[number] = self._worker(number) if killed else worker
-                    if error is None:
-                        settle(Outcome(task, *future.result()))
-                    else:
-                        settle(Outcome(task, error="its worker was killed" if killed else str(error)))
+                    task, error = busy.pop(future), future.exception()
+                    if isinstance(error, BrokenExecutor):
+                        kills[task.name] += 1
+                        if kills[task.name] < _TRIES:
+                            bar.write(f"its worker was killed, so it is tried again: {task.name}")
+                            waiting.insert(0, task)
+                            continue
+                        said = shorten(str(error).strip().splitlines()[-1], _SAID)  # what a traceback ends with
+                        error = f"its worker was killed {_TRIES} times: {said}"
+                    settle(Outcome(task, *future.result()) if error is None else Outcome(task, error=str(error)))
         return [f"{name}: {error}" for name, error in errors.items() if error is not None]
 
-    def _worker(self, number: int) -> ProcessPoolExecutor:
-        """A process, which begins with its first task."""
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(self.logs / f"worker-{number}.log",))
+    def _begun(self, task: Task) -> Future[Any]:
+        """A task that a thread makes and waits for. Nothing waits for the thread, where all is left by an error."""
+        future, make = Future[Any](), self._make
+        assert make is not None
+
+        def run() -> None:
+            try:
+                future.set_result(make(_call, task.call, task.arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
 
 
 def _bar(tasks: Sequence[Task]) -> Any:
@@ -132,23 +136,6 @@ def _bar(tasks: Sequence[Task]) -> Any:
     )
 
 
-def _begin(log: Path) -> None:
-    """What a worker does first. Ctrl-C is for the process that started it, with which it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ |= dict.fromkeys(_THREADS, "1")
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _call(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str | None, float]:
     """A task's value or error, and the seconds that it took. Errors travel as text: not every exception can be sent."""
     begun, value, error = time.monotonic(), None, None
@@ -156,6 +143,6 @@ def _call(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, st
         value = call(*arguments)
     except BaseException as raised:  # a library's SystemExit included
         traceback.print_exc()
-        error = str(raised).splitlines()[0] if str(raised) else type(raised).__name__
+        error = first_line(raised)
     sys.stdout.flush()
     return value, error, time.monotonic() - begun

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 _kept: list[int] = []
@@ -31,6 +32,28 @@ def kill_once(marker: Path) -> str:
     marker.touch()
     os.kill(os.getpid(), signal.SIGKILL)
     return "never"
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(said: Path) -> None:
+    """Say which process this is, and be long."""
+    said.write_text(f"{os.getpid()}")
+    time.sleep(600)
+
+
+def wait_for(*files: Path) -> None:
+    while not all(file.exists() for file in files):
+        time.sleep(0.05)
+
+
+def gpu_of_one_of_two(mine: Path, other: Path) -> str | None:
+    """Which GPU this worker sees, while another one is at work."""
+    mine.touch()
+    wait_for(other)
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def threads() -> str | None:

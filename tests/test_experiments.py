@@ -42,7 +42,8 @@ class Inline:
 
     calls: list[Task]
 
-    def __init__(self, size: int, logs: Path) -> None:
+    def __init__(self, size: int, logs: Path, executor: Any = None) -> None:
+        self.size = size
         Inline.calls = []
 
     def __enter__(self) -> Inline:
@@ -101,6 +102,24 @@ def test_a_result_says_what_it_was_found_with(ran: Path, folder: Path) -> None:
     assert found["seconds"]["training"] > 0 and found["seconds"]["drawing"] > 0
     (decisive,) = (check for check in found["checks"] if check["decides"])
     assert found["verdict"] == decisive["verdict"]
+
+
+def test_two_workers_in_ray_find_what_one_here_found(
+    ran: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # one of its own
+    try:
+        elsewhere = ("executor=ray", "workers=2", f"runs={tmp_path}/runs")
+        assert run(folder, "only=mask", "report=false", *elsewhere) == 0
+    finally:
+        ray.shutdown()
+    here, there = (
+        json.loads((path / "runs" / "small" / "results" / "mask.json").read_text()) for path in (folder, tmp_path)
+    )
+    for document in (here, there):
+        del document["seconds"], document["provenance"]
+    assert there == here and here["series"][0]["settings"]
 
 
 def test_runs_and_pictures_can_be_used_by_hand(ran: Path) -> None:

@@ -1,0 +1,114 @@
+"""Tasks of experiments elsewhere: in a Ray cluster of two workers, and in jobs of submitit, here processes."""
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import paper
+from experiments.executors import Executor, executor_of, in_ray, in_slurm
+from experiments.pool import Outcome, Pool, Task
+from perfusion.cli import run_cli
+from perfusion.config import ConfigError
+from tests import pool_tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path() -> Iterator[None]:
+    """For processes that others start."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(ROOT))
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two CPUs; and two GPUs, as Ray believes."""
+    ray = pytest.importorskip("ray")
+    few = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 8 * 10**7}
+    ray.init("local", num_cpus=2, num_gpus=2, **few)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(params=["ray", "submitit"])
+def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Executor:
+    monkeypatch.chdir(tmp_path)
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
+        return in_ray
+    core = pytest.importorskip("submitit.core.core")
+    monkeypatch.setattr(core.Job, "_results_timeout_s", 1)  # for which it waits for the file of a job that is over
+    return partial(in_slurm, parameters={"timeout_min": 5}, cluster="local")
+
+
+def test_tasks_elsewhere_fail_and_are_tried_again_as_they_are_here(elsewhere: Executor, tmp_path: Path) -> None:
+    tasks = [
+        Task("a", pool_tasks.kill_once, (Path("marker"),), "train"),
+        Task("b", os.getcwd, (), "train", needs=("a",)),
+        Task("c", pool_tasks.fail, ("no such cat",), "train"),
+    ]
+    heard: list[Outcome] = []
+    with Pool(2, tmp_path / "log", elsewhere) as pool:
+        assert pool.run(tasks, heard.append) == ["c: no such cat"]
+    values = {one.task.name: one.value for one in heard}
+    assert values == {"a": "alive", "b": str(tmp_path), "c": None}
+
+
+def test_tasks_elsewhere_end_when_the_pool_is_left_by_an_error(elsewhere: Executor, tmp_path: Path) -> None:
+    def stop(outcome: Outcome) -> None:
+        raise KeyboardInterrupt
+
+    said = tmp_path / "said"
+    tasks = [Task("a", pool_tasks.sleep, (said,), "train"), Task("b", pool_tasks.wait_for, (said,), "train")]
+    with pytest.raises(KeyboardInterrupt), Pool(2, tmp_path / "log", elsewhere) as pool:
+        pool.run(tasks, stop)
+    deadline = time.monotonic() + 60
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(int(said.read_text()), 0)
+            assert time.monotonic() < deadline, "the task goes on"
+            time.sleep(0.05)
+
+
+def test_a_worker_in_ray_keeps_what_it_has_and_has_a_gpu_of_its_own(cluster: Any, tmp_path: Path) -> None:
+    heard: list[Outcome] = []
+    with Pool(1, tmp_path / "log", in_ray) as pool:
+        pool.run([Task(str(k), pool_tasks.remembered, (k,), "train") for k in range(3)], heard.append)
+    assert heard[-1].value == [0, 1, 2]
+    ends = [tmp_path / "x", tmp_path / "y"]
+    tasks = [Task(str(k), pool_tasks.gpu_of_one_of_two, tuple(ends[::k]), "train") for k in (1, -1)]
+    with Pool(2, tmp_path / "log", executor_of("ray", gpus=1)) as pool:
+        pool.run(tasks, heard.append)
+    assert {one.value for one in heard[-2:]} == {"0", "1"}
+    with pytest.raises(ConfigError, match="device: found no GPU in the Ray cluster"):
+        Pool(1, tmp_path, executor_of("ray", gpus=3)).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("executor=slurm", "executor: found 'slurm', expected one of local, ray, submitit"),
+        ("executor=ray", "workers: not given beside executor=ray"),
+        ("executor=ray workers=2 slurm=[timeout_min=5]", "slurm: found it beside executor=ray"),
+        ("executor=submitit workers=2 slurm=[gpu]", "slurm: found 'gpu', expected key=value"),
+        ("executor=submitit workers=2 slurm=[queue=x]", "slurm: Parameter 'queue'"),
+    ],
+)
+def test_mistakes(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(paper.main, [*words.split(), "report=false", f"runs={tmp_path}", f"out={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.rglob("*.png"))
+
+
+def test_an_executor_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="found no ray, expected it"):
+        executor_of("ray")
