@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -64,6 +65,10 @@ def test_tasks_elsewhere_fail_and_are_tried_again_as_they_are_here(elsewhere: Ex
 
 
 def test_tasks_elsewhere_end_when_the_pool_is_left_by_an_error(elsewhere: Executor, tmp_path: Path) -> None:
+    # Submitit's local processes, which stand for jobs of SLURM, are ended by SIGINT. Where the tests run in the
+    # background of a script it is ignored, and so it would be there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def stop(outcome: Outcome) -> None:
         raise KeyboardInterrupt
 

@@ -70,9 +70,9 @@ class Batch:
     prompts: list[str]  # with the placeholder in them
     noise: Tensor  # (B, c, h, w)
     timesteps: Tensor  # (B,) int64
-    target: Tensor | None = None  # (B, c, h, w), what the denoiser should say; None: `Backbone.target`
     prior: Batch | None = None  # pictures of the superclass, for methods that preserve it: (P, ...), without masks
     step_prompts: Sequence[str] | None = None  # of the whole step with its first part, none later; None: this is it all
+    target: Tensor | None = None  # (B, c, h, w), what the denoiser should say; None: `Backbone.target`
 
 
 @dataclass(frozen=True)
