@@ -162,6 +162,26 @@ def test_what_a_method_changed_stands_aside(options: dict[str, Any], tmp_path: P
     assert torch.equal(answer(), frozen)
 
 
+def test_a_step_in_half_precision_learns_beside_preservation(tmp_path: Path) -> None:
+    """Autocast remembers what it has cast, also for the frozen model's answer, which has no gradients."""
+    backbone = loaded("sd15", tmp_path, resolution=64)
+    draw = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(1, *backbone.latent_shape(), generator=draw) for _ in range(2))
+    given = Batch(latents, None, [f"a photo of a {WORD.placeholder}"], noise, torch.tensor([500]))
+
+    def learns(weight: float) -> list[bool]:
+        method: Any = build({"name": "lora", "preservation_weight": weight}, WORD)
+        method.attach(backbone)
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = method.loss(backbone, given)
+        terms["denoising"].backward()
+        found = [b.grad is not None and bool(b.grad.any()) for b in method.up]
+        method.detach()
+        return found
+
+    assert any(learns(0.0)) and learns(1.0) == learns(0.0)
+
+
 def test_a_step_begins_with_its_own_prompts_also_where_it_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone: Any = Linear()
     prior = batch(1, 1, prompts=["a cat"])

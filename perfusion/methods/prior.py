@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perfusion.backbones.base import Backbone, Encoding
 from perfusion.config import ConfigError
-from perfusion.data.prompts import PromptError, fill
+from perfusion.data.prompts import PromptError, fill, replace_placeholder
 from perfusion.methods.base import Batch, Method, MethodOptions, Word, check_bounds, masked_mean, target_of
 
 
@@ -108,7 +108,8 @@ class PriorMethod(Method):
         if prior := batch.prior:
             yield _Held("prior", self.options.prior_weight, prior, backbone.encode(prior.prompts, None))
         if self.options.preservation_weight > 0:
-            prompts = [prompt.replace(self.word.placeholder, self.word.superclass) for prompt in batch.prompts]
+            word = self.word
+            prompts = [replace_placeholder(prompt, word.placeholder, word.superclass) for prompt in batch.prompts]
             noisy = backbone.add_noise(batch.latents, batch.noise, batch.timesteps)
             with torch.no_grad(), self.aside():
                 answers = backbone.predict(noisy, batch.timesteps, backbone.encode(prompts, None))
