@@ -27,8 +27,8 @@ EXPERIMENT = Experiment(
     pairs=True,
     caveats="The paper compares with Custom Diffusion trained on both concepts together. Here its concepts are trained "
     "apart, as Perfusion's are, and merged by its closed form. There are half as many pairs as {thing}s.",
-    notes="Why the lead is not decided, with 20 pairs: two explanations were tried on these pictures. Lost toys: at β 0.85 "
-    "Perfusion shows both superclasses in 83 % of the pictures, Custom Diffusion in all. Without that: where both methods "
-    "show both, Perfusion has more identity by 0.036 ± 0.060, which is no more decided, so the number of pairs is what "
-    "limits it as well.",
+    notes="Why the lead is not decided, with 20 pairs: two explanations were tried on these pictures. Lost toys: at "
+    "β 0.85 Perfusion shows both superclasses in 83 % of the pictures, Custom Diffusion in all. Without that: "
+    "where both methods show both, Perfusion has more identity by 0.036 ± 0.060, which is no more decided, so "
+    "the number of pairs is what limits it as well.",
 )

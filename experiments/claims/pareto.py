@@ -56,10 +56,11 @@ EXPERIMENT = Experiment(
     "setting that lies furthest out decides; a method's best trade-off stands beside it. The margin is the negative of "
     "the additive ε-indicator: by how much all settings could be better in both scores and still lie within the front. "
     "It is near 0 wherever a setting follows every prompt.",
-    notes="Why the lead over Custom Diffusion is not decided, with 40 toys: two explanations were tried. Little room: the base "
-    "model that is told all looks in words has an identity of 0.988 at a prompt accuracy of 0.999, so that 0.965 and 0.949 "
-    "are both near what this model can draw. Where they differ: in pictures whose prompts name a place alone Perfusion "
-    "has 0.999 and Custom Diffusion 0.971 (a difference of 0.028 ± 0.024), where something is worn 0.990 and 0.949 (0.040 "
-    "± 0.045); on and in things they have 0.914 and 0.923, beside a second object 0.941 and 0.934. So it leads where the "
-    "toy is large and alone, and what blurs the mean are scenes that are hard for every method.",
+    notes="Why the lead over Custom Diffusion is not decided, with 40 toys: two explanations were tried. Little "
+    "room: the base model that is told all looks in words has an identity of 0.988 at a prompt accuracy of "
+    "0.999, so that 0.965 and 0.949 are both near what this model can draw. Where they differ: in pictures "
+    "whose prompts name a place alone Perfusion has 0.999 and Custom Diffusion 0.971 (a difference of 0.028 ± "
+    "0.024), where something is worn 0.990 and 0.949 (0.040 ± 0.045); on and in things they have 0.914 and "
+    "0.923, beside a second object 0.941 and 0.934. So it leads where the toy is large and alone, and what "
+    "blurs the mean are scenes that are hard for every method.",
 )

@@ -20,10 +20,10 @@ EXPERIMENT = Experiment(
     series=(Series(f"trained at β {LOWER:g}", LOW), Series("trained at β {beta}", HIGH), BASE_SERIES),
     judge=compared(HIGH, LOW, f"training at β {{beta}} over {LOWER:g}"),
     caveats="The other settings were chosen together with β {beta}.",
-    notes="Why this is not decided, with 40 toys: two explanations were tried. Where the test looks: concepts trained at "
-    "β 0.25 have a closed gate already at the three β that are compared, where prompts are followed in any case; what "
-    "differs is how much of the toy there is, which the area shows. Their own part of the front: pictures of them at "
-    "β 0.25, 0.4 and 0.55 were drawn as well (identity and prompt accuracy 0.920 and 0.920, 0.936 and 0.974, 0.935 and "
-    "0.992). Against that whole front the number of the claim is 0.006 ± 0.005 and the area 0.029 ± 0.015: by this the "
-    "claim would hold.",
+    notes="Why this is not decided, with 40 toys: two explanations were tried. Where the test looks: concepts "
+    "trained at β 0.25 have a closed gate already at the three β that are compared, where prompts are "
+    "followed in any case; what differs is how much of the toy there is, which the area shows. Their own part "
+    "of the front: pictures of them at β 0.25, 0.4 and 0.55 were drawn as well (identity and prompt accuracy "
+    "0.920 and 0.920, 0.936 and 0.974, 0.935 and 0.992). Against that whole front the number of the claim is "
+    "0.006 ± 0.005 and the area 0.029 ± 0.015: by this the claim would hold.",
 )
