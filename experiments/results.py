@@ -50,7 +50,7 @@ _CAVEATS = """
 - CLIP-I and CLIP-T are those of Toyland's own scorer, which agrees but weakly with whether a prompt was followed (model
   card). They are shown since papers show them; verdicts on likeness and prompt do not rest on them.
 - Intervals of the numbers that decide are widened for the few concepts there are (Student's t). The brackets behind
-  scores are plain percentiles of the bootstrap, which over eight concepts are about a fifth too narrow.
+  scores are plain percentiles of the bootstrap, a little too narrow: by a fifth over eight concepts.
 - All methods were trained on the same pictures of each toy, DreamBooth and Custom Diffusion also on pictures of its
   superclass which the base model drew. Settings are those of `conf/method/<method>_toyland.yaml`;
   [experiments.md](experiments.md) says where they come from.
@@ -293,7 +293,8 @@ def _protocol(results: Results) -> list[str]:
     lines = [
         "## What was drawn",
         f"{len(protocol['concepts'])} concepts, {len(protocol['prompts'])} prompts{in_all} and "
-        f"{len(protocol['seeds'])} seeds for every setting; {protocol['steps']} {protocol.get('scheduler', 'DDIM')} "
+        f"{len(protocol['seeds'])} seed{'s' if len(protocol['seeds']) > 1 else ''} for every setting; {protocol['steps']} "
+        f"{protocol.get('scheduler', 'DDIM')} "
         f"steps, guidance {protocol['guidance']:g}.",
         f"{concepts}: {', '.join(looks.format(**one) for one in protocol['concepts'])}.",
         f"Prompts: {_prompts(protocol)}{suited}",
