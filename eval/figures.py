@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from eval.aggregate import Interval
 from eval.front import Front
@@ -43,6 +44,7 @@ def draw_fronts(found: Sequence[Front], x: ScoreKind, y: ScoreKind, title: str =
         axes.grid(color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         look = looks(front.method for front in found)
+        labels: list[tuple[bool, Annotation]] = []  # whether the point is on its front
         for front in found:
             colour, mark = look[front.method].colour, look[front.method].mark
             points = front.points
@@ -56,7 +58,7 @@ def draw_fronts(found: Sequence[Front], x: ScoreKind, y: ScoreKind, title: str =
             axes.scatter(xs, ys, s=34, c=faces, edgecolors=colour, marker=mark, linewidths=1.2, zorder=3, label=name)
             for p in points if len(points) <= _LABELLED else ():
                 place = {"textcoords": "offset points", "fontsize": 7, "color": _INK}
-                axes.annotate(plain(p.label), (p.x.mean, p.y.mean), (4, 4), **place)
+                labels.append((p.on_front, axes.annotate(plain(p.label), (p.x.mean, p.y.mean), (4, 4), **place)))
         axes.set_xlabel(_axis(x))
         axes.set_ylabel(_axis(y))
         axes.set_title(plain(title), loc="left", fontsize=11)
@@ -64,7 +66,20 @@ def draw_fronts(found: Sequence[Front], x: ScoreKind, y: ScoreKind, title: str =
         legend = axes.legend(handles, names, frameon=False, fontsize=9)
         for handle, front in zip(legend.legend_handles, found, strict=True):
             handle.set_facecolor(look[front.method].colour)  # type: ignore[union-attr]
+        _hide_overlapping(figure, [label for _, label in sorted(labels, key=lambda pair: not pair[0])])
     return figure
+
+
+def _hide_overlapping(figure: Figure, labels: Sequence[Annotation]) -> None:
+    """Hide labels that would lie on others, which come before them."""
+    figure.draw_without_rendering()  # which lays it out
+    shown: list[Any] = []
+    for label in labels:
+        box = label.get_window_extent()
+        if any(box.overlaps(other) for other in shown):
+            label.set_visible(False)
+        else:
+            shown.append(box)
 
 
 def plain(text: str) -> str:

@@ -207,7 +207,7 @@ def _draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path
         save_figure(draw_fronts(fronts(summaries, x, y, (0.0, 0.0), evidence.bootstrap.level), x, y), folder / name)
         with Image.open(folder / f"{name}.png") as image:
             image.thumbnail((_WIDTH, _WIDTH), Image.Resampling.LANCZOS)
-            small = image.convert("RGB").quantize(_COLOURS)
+            small = image.convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)  # others mix those of methods
         with atomic_path(images / f"{name}.png") as file:
             small.save(file, "PNG", optimize=True)
 
@@ -293,9 +293,8 @@ def _protocol(results: Results) -> list[str]:
     lines = [
         "## What was drawn",
         f"{len(protocol['concepts'])} concepts, {len(protocol['prompts'])} prompts{in_all} and "
-        f"{len(protocol['seeds'])} seed{'s' if len(protocol['seeds']) > 1 else ''} for every setting; {protocol['steps']} "
-        f"{protocol.get('scheduler', 'DDIM')} "
-        f"steps, guidance {protocol['guidance']:g}.",
+        f"{len(protocol['seeds'])} seed{'s' if len(protocol['seeds']) > 1 else ''} for every setting; "
+        f"{protocol['steps']} {protocol.get('scheduler', 'DDIM')} steps, guidance {protocol['guidance']:g}.",
         f"{concepts}: {', '.join(looks.format(**one) for one in protocol['concepts'])}.",
         f"Prompts: {_prompts(protocol)}{suited}",
     ]
