@@ -205,11 +205,16 @@ def _draw(experiment: Experiment, evidence: Evidence, folder: Path, images: Path
         name = f"{experiment.id}{end}"
         x, y = score_kind(right, "x"), score_kind(up, "y")
         save_figure(draw_fronts(fronts(summaries, x, y, (0.0, 0.0), evidence.bootstrap.level), x, y), folder / name)
-        with Image.open(folder / f"{name}.png") as image:
-            image.thumbnail((_WIDTH, _WIDTH), Image.Resampling.LANCZOS)
-            small = image.convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)  # others mix those of methods
-        with atomic_path(images / f"{name}.png") as file:
-            small.save(file, "PNG", optimize=True)
+        shrink(folder / f"{name}.png", images / f"{name}.png")
+
+
+def shrink(figure: Path, to: Path) -> None:
+    """Write a figure as a small PNG file, in which the colours of methods stay apart."""
+    with Image.open(figure) as image:
+        image.thumbnail((_WIDTH, _WIDTH), Image.Resampling.LANCZOS)
+        small = image.convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE)  # others mix rare colours
+    with atomic_path(to) as file:
+        small.save(file, "PNG", optimize=True)
 
 
 def _figures(axes: Sequence[str], scores: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -130,6 +130,8 @@ def test_without_network_the_message_says_what_was_looked_for_and_what_helps(tmp
         r"b79K in the hub's cache and on the hub.*Without network give pretrained=<safetensors file>, or local-dir:",
     ):
         ClipScorer("ViT-B-32", "laion2b_s34b_b79k")
+    with pytest.raises(ScorerError, match="scorer ViT-B-32/openai: looked for"):
+        ClipScorer("ViT-B-32")
 
 
 @pytest.mark.parametrize(

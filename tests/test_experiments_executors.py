@@ -64,11 +64,18 @@ def test_tasks_elsewhere_fail_and_are_tried_again_as_they_are_here(elsewhere: Ex
     assert values == {"a": "alive", "b": str(tmp_path), "c": None}
 
 
-def test_tasks_elsewhere_end_when_the_pool_is_left_by_an_error(elsewhere: Executor, tmp_path: Path) -> None:
-    # Submitit's local processes, which stand for jobs of SLURM, are ended by SIGINT. Where the tests run in the
-    # background of a script it is ignored, and so it would be there.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Submitit's local processes, which stand for jobs of SLURM, are ended by SIGINT. Where the tests run in the
+    background of a script it is ignored, and so it would be there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
+
+def test_tasks_elsewhere_end_when_the_pool_is_left_by_an_error(
+    elsewhere: Executor, interruptible: None, tmp_path: Path
+) -> None:
     def stop(outcome: Outcome) -> None:
         raise KeyboardInterrupt
 

@@ -12,10 +12,13 @@ import pytest
 from PIL import Image
 
 from eval.aggregate import Bootstrap, Interval, Summary, summarize
+from eval.figures import draw_fronts, save_figure
 from eval.front import fronts, hypervolume
+from eval.looks import looks
 from eval.pareto import main
 from eval.record import read_scores
 from eval.score_kinds import BY_NAME
+from experiments.results import shrink
 from perfusion.cli import run_cli
 from tests.scored import made_up
 
@@ -85,6 +88,29 @@ def test_figures_are_drawn_and_the_same_each_time(scores: Path, tmp_path: Path):
     assert all(word in svg for word in ("Perfusion", "DreamBooth", "CLIP-I", "CLIP-T", "β 0.2"))
     for suffix in ("png", "svg"):
         assert len({(tmp_path / name / f"front.{suffix}").read_bytes() for name in "ab"}) == 1
+
+
+METHODS = ("perfusion", "textual_inversion", "dreambooth", "custom_diffusion", "lora", "base")
+
+
+def test_labels_do_not_lie_on_one_another():
+    """Of two settings at one place, the one on the front says its name."""
+    summaries = [of(m, beta, x, 0.1 * k) for k, m in enumerate(METHODS) for beta, x in ((0.2, 0.5), (0.4, 0.5 - 1e-6))]
+    figure = draw_fronts(fronts(summaries, X, Y, (0.0, 0.0), 0.95), X, Y)
+    labels = [text for text in figure.axes[0].texts if text.get_visible()]
+    assert [label.get_text() for label in labels] == ["β 0.2"] * len(METHODS)
+
+
+def test_a_small_figure_keeps_the_colours_of_methods(tmp_path: Path):
+    places = np.random.default_rng(0).random((len(METHODS), 3, 2))
+    summaries = [of(m, beta, *xy) for m, three in zip(METHODS, places, strict=True) for beta, xy in enumerate(three)]
+    save_figure(draw_fronts(fronts(summaries, X, Y, (0.0, 0.0), 0.95), X, Y), tmp_path / "figure")
+    shrink(tmp_path / "figure.png", tmp_path / "small.png")
+    with Image.open(tmp_path / "small.png") as image:
+        found = np.array([colour for _, colour in image.convert("RGB").getcolors() or ()], dtype=int)
+    for look in looks(METHODS).values():
+        wanted = [int(look.colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert np.abs(found - wanted).max(1).min() <= 30, f"{look.title} has lost its colour"
 
 
 def test_one_concept(scores: Path, tmp_path: Path):
