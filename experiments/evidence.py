@@ -121,7 +121,7 @@ class Experiment:
     caveats: str = ""  # what the experiment cannot show
     of_toys: str = ""  # nor in Toyland
     pairs: bool = False  # whether two subjects are in each picture
-    times: int = 1  # how many times as many pictures of each prompt it draws as others do
+    pictures: int = 1  # of each prompt, at least; others have one for each seed of the world
     y: str | None = None  # score of the figure that goes up; None: that of the world
     trainings: tuple[Training, ...] = ()  # what has to be trained, drawn or not
     notes: str = ""  # what people found out about a surprising verdict; not computed
@@ -144,7 +144,12 @@ class Experiment:
     def wanted(self, world: World) -> list[Wanted]:
         """All that has to be drawn."""
         groups = self.groups(world)
-        return [Wanted(world.setting(s), group, self.times) for s in self.settings for group in groups]
+        times = self.times(world)
+        return [Wanted(world.setting(s), group, times) for s in self.settings for group in groups]
+
+    def times(self, world: World) -> int:
+        """How many times as many pictures of each prompt it draws as the world has seeds."""
+        return math.ceil(self.pictures / len(world.seeds))
 
     def axes(self, world: World) -> tuple[str, str]:
         """The scores of the figure, to the right and up."""

@@ -189,9 +189,10 @@ def _run(chosen: Sequence[Experiment], runner: Runner, config: PaperConfig, pool
             if not (groups := one.groups(world)):
                 tqdm.write(f"{one.id}: left out, it needs two concepts")
                 continue
-            new = Evidence(runner, groups, one.times, Bootstrap(config.resamples))
+            times = one.times(world)
+            new = Evidence(runner, groups, times, Bootstrap(config.resamples))
             try:
-                tqdm.write(results.settle(one, evidence.setdefault((one.pairs, one.times), new), out))
+                tqdm.write(results.settle(one, evidence.setdefault((one.pairs, times), new), out))
             except results.Unfinished as error:
                 failures.append(f"{one.id}: not judged, {error}")
             except Exception as error:  # what is still to be trained and drawn does not depend on it

@@ -110,7 +110,7 @@ def document(experiment: Experiment, finding: Finding, evidence: Evidence) -> di
         "groups": len(evidence.groups),
         "concepts": [one.about() for one in evidence.subjects],
         "prompts": world.listed_prompts(experiment.pairs),
-        "seeds": list(world.seeds_of(experiment.times)),
+        "seeds": list(world.seeds_of(experiment.times(world))),
         "scheduler": world.scheduler,
         "steps": world.steps,
         "guidance": world.guidance,

@@ -27,7 +27,7 @@ from experiments.evidence import (
 )
 from experiments.protocol import Protocol
 from experiments.runner import Wanted
-from experiments.settings import BASE, FEW_BETAS, Setting
+from experiments.settings import BASE, Setting
 
 DIAGONAL = np.array([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]])
 
@@ -129,10 +129,14 @@ class MadeUp:
         return 20.0
 
 
+def evidence_of(experiment: Experiment, runner: Any, resamples: int) -> Evidence:
+    world = runner.protocol
+    return Evidence(runner, experiment.groups(world), experiment.times(world), Bootstrap(resamples))
+
+
 def judged(experiment: Experiment, truth: Callable[[Setting], Sequence[float] | np.ndarray], seed: int = 0) -> Verdict:
     runner: Any = MadeUp(experiment, truth, seed)
-    evidence = Evidence(runner, experiment.groups(runner.protocol), experiment.times, Bootstrap(80))
-    return experiment.judge(evidence).verdict
+    return experiment.judge(evidence_of(experiment, runner, 80)).verdict
 
 
 def perfusion_front(setting: Setting) -> np.ndarray:
@@ -184,8 +188,7 @@ def test_another_place_on_the_same_front_is_no_gain(name: str) -> None:
     """A gate that is further open at the same β gives other points of one front."""
 
     def truth(setting: Setting) -> np.ndarray:
-        at = dict(zip(FEW_BETAS, (0.4, 0.6, 0.8), strict=True))
-        strength = 1.0 if setting.label == BASE else at[dict(setting.dials).get("beta", 0)]
+        strength = 1.0 if setting.label == BASE else 0.8 * dict(setting.dials)["beta"]
         strength *= 1.0 if SIDES[name](setting) or setting.label == BASE else 0.8
         return np.array([0.35 + 0.6 * strength, 0.9 - 0.7 * strength, 0.1])
 
@@ -275,7 +278,7 @@ def test_one_picture_of_each_prompt_says_nothing_of_diversity() -> None:
     experiment = KNOWN["lock_types"]
     runner: Any = MadeUp(experiment, perfusion_front)
     runner.points = {wanted: replace(point, pairs=()) for wanted, point in runner.points.items()}
-    finding = experiment.judge(Evidence(runner, experiment.groups(runner.protocol), experiment.times, Bootstrap(20)))
+    finding = experiment.judge(evidence_of(experiment, runner, 20))
     assert finding.verdict is Verdict.UNDECIDED and finding.key == "diversity not comparable with global locking"
 
 
@@ -285,7 +288,7 @@ def test_one_concept_with_one_seed_decides_nothing() -> None:
     runner.protocol = replace(runner.protocol, subjects=runner.protocol.subjects[:1])
     for wanted, point in runner.points.items():
         runner.points[wanted] = replace(point, pictures=tuple(p for p in point.pictures if p.seed == 0), pairs=())
-    evidence = Evidence(runner, experiment.groups(runner.protocol), experiment.times, Bootstrap(20))
+    evidence = evidence_of(experiment, runner, 20)
     finding = experiment.judge(evidence)
     assert finding.verdict is Verdict.UNDECIDED and all(check.value.low is None for check in finding.checks)
 

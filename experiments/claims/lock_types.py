@@ -30,7 +30,7 @@ EXPERIMENT = Experiment(
     series=SERIES,
     judge=judge,
     y="diversity",
-    times=2,  # diversity is of pictures of one prompt
+    pictures=2,  # diversity is of pictures of one prompt
     caveats="Diversity is CLIP's. Pictures that miss the {thing} count as much as others; see their {y}.",
     notes="Why global locking comes out less varied, with 40 toys: two explanations were tried on these pictures. "
     "By β: the mean is ruled by β 1, where local locking loses the toy in a tenth of its pictures (superclass "
