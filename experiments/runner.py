@@ -25,7 +25,7 @@ from experiments.settings import PERFUSION, Setting, Training, config_of, snapsh
 from experiments.world import Subject, World, filled
 from perfusion.config import BackboneConfig, ConfigError, TrainConfig, checked
 from perfusion.files import atomic_write_text
-from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, read_manifest
+from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, read_manifest, slug
 from perfusion.provenance import provenance
 from perfusion.training.run_folder import RunFolder
 
@@ -322,7 +322,6 @@ def draw(job: Job) -> tuple[list[Point], dict[str, Any]]:
 
 def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> list[ImageRecord]:
     from perfusion.drawing import described, recorded
-    from perfusion.generate import slug
 
     setting, subjects = look.wanted.setting, look.wanted.subjects
     superclasses = [one.superclass for one in subjects]

@@ -18,8 +18,9 @@ from PIL import Image
 
 from perfusion.bars import Bar
 from perfusion.concept import Attached, Concept
-from perfusion.manifest import JOINED, ImageRecord, known_records, save_png, write_manifest
+from perfusion.manifest import JOINED, ImageRecord, known_records, named, save_png, slug, write_manifest
 
+Setting = Sequence[Mapping[str, Any]]  # for each attached concept, what its dials are set to; others stay
 _SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 
 
@@ -161,12 +162,12 @@ class Shot:
     Attributes:
         record: of the picture; it is drawn by its prompt, seed, steps and guidance.
         folder: that its file is written to.
-        dials: what each of the attached concepts is set to; what is not named stays as it is.
+        dials: see `Setting`.
     """
 
     record: ImageRecord
     folder: Path
-    dials: Sequence[Mapping[str, Any]] = ()
+    dials: Setting = ()
 
 
 def draw(
@@ -229,20 +230,47 @@ def draw(
     return [images[k] for k in missing]
 
 
+def planned(
+    pipe: DiffusionPipeline,
+    attached: Sequence[Attached],
+    pictures: Iterable[tuple[str, Setting, int]],
+    folder: Path,
+    names: Iterable[str],
+    **more: Any,
+) -> list[Shot]:
+    """Shots of pictures, under file names that no other picture in the folder has.
+
+    Args:
+        pictures: for each its prompt, what each of the concepts is set to, and its seed.
+        names: of the concepts, for the records.
+        more: what else all records say.
+    """
+    pictures = [*pictures]
+    said = described(pipe, [one.concept for one in attached], names) | more
+    records = [ImageRecord("", prompt, seed, dials=recorded(attached, row), **said) for prompt, row, seed in pictures]
+    rows = (row for _, row, _ in pictures)
+    return [Shot(record, folder, row) for record, row in zip(named(records, folder), rows, strict=True)]
+
+
+def name_of(file: Path, placeholder: str) -> str:
+    """What to call a concept: its file's name if that says more than that it is one, else its placeholder's letters."""
+    return slug(placeholder) if file.stem == "concept" else file.stem
+
+
 def described(pipe: DiffusionPipeline, concepts: Sequence[Concept], names: Iterable[str]) -> dict[str, Any]:
     """What records say of the concepts that are drawn together, under these names; of none, the base model draws."""
     return {
         "scheduler": type(pipe.scheduler).__name__,
-        "concept": JOINED.join(names),
+        "concept": JOINED.join(names) or None,
         "concept_hash": JOINED.join(concept.hash for concept in concepts) or None,
-        "placeholder": JOINED.join(concept.placeholder for concept in concepts),
-        "superclass": JOINED.join(concept.superclass for concept in concepts),
-        "method": JOINED.join(dict.fromkeys(concept.method for concept in concepts)),
+        "placeholder": JOINED.join(concept.placeholder for concept in concepts) or None,
+        "superclass": JOINED.join(concept.superclass for concept in concepts) or None,
+        "method": JOINED.join(dict.fromkeys(concept.method for concept in concepts)) or None,
         "backbone": next((concept.fingerprint.get("family") for concept in concepts), None),
     }
 
 
-def recorded(attached: Sequence[Attached], dials: Sequence[Mapping[str, Any]]) -> dict[str, float | str]:
+def recorded(attached: Sequence[Attached], dials: Setting) -> dict[str, float | str]:
     """What a record says of concepts' dials: each in one value if the concepts agree, else joined."""
     values = [{**one.dials, **given} for one, given in zip(attached, dials, strict=True)]
     names = dict.fromkeys(name for row in values for name in row)

@@ -6,11 +6,10 @@ import difflib
 import itertools
 import json
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,6 @@ Along a picture:  controlnet=<folder or hub id> control_image=edges.png
 GRID = "grid.png"
 _GRID_OF = "grid_of"  # key of the PNG text that says which concept a grid shows
 AUTO = "auto"
-_SLUG = 48  # characters of a prompt in the name of a file
 
 
 @dataclass
@@ -116,8 +114,8 @@ def generate(config: GenerateConfig) -> Path:
     from perfusion.backbones import backbone_class, chosen, load_backbone
     from perfusion.concept import Concept
     from perfusion.conditions import read_conditions
-    from perfusion.drawing import Shot, described, draw, recorded
-    from perfusion.manifest import ImageRecord, known_records
+    from perfusion.drawing import draw, name_of, planned
+    from perfusion.manifest import known_records, slug
 
     prompts, files = _texts("prompt", config.prompt, "text"), _texts("concept", config.concept, "file")
     dials = {name: value for name, value in config.dials.items() if value is not None}
@@ -142,9 +140,9 @@ def generate(config: GenerateConfig) -> Path:
                 f"warning: {prompt!r} does not name the concept; put its placeholder {words} where it shall be",
                 file=sys.stderr,
             )
-    names = [_name(file, concept) for file, concept in zip(files, concepts, strict=True)]
+    names = [name_of(Path(file), concept.placeholder) for file, concept in zip(files, concepts, strict=True)]
     out = Path(config.out or Path("generated") / f"{'-'.join(names)}-{slug(prompts[0])}").expanduser()
-    known = known_records(out)
+    known_records(out)  # which raises before anything is loaded
     model = chosen(config, default=concepts[0].family)
     steps = model.steps if config.steps is None else config.steps
     conditions.check_steps(steps)
@@ -166,7 +164,7 @@ def generate(config: GenerateConfig) -> Path:
             given["beta"] = [(_best(config, attached[0]),)]
         rows = _combined(given, config, attached)
         pipe = stack.enter_context(conditions.pipeline(backbone.pipe))
-        common = described(backbone.pipe, concepts, names) | {
+        said = {
             "steps": steps,
             "guidance": backbone.config.guidance if config.guidance is None else config.guidance,
             "negative_prompt": config.negative_prompt,
@@ -176,62 +174,17 @@ def generate(config: GenerateConfig) -> Path:
             "embeddings": ", ".join(words) or None,
             **conditions.recorded,
         }
-        wanted = [(prompt, row, config.seed + k) for prompt in prompts for row in rows for k in range(config.num)]
-        records = named(
-            (ImageRecord("", prompt, seed, dials=recorded(attached, row), **common) for prompt, row, seed in wanted),
-            known,
-            (path.name for path in out.glob("*")),
-        )
-        shots = [Shot(record, out, row) for record, (_, row, _) in zip(records, wanted, strict=True)]
+        seeds = range(config.seed, config.seed + config.num)
+        wanted = itertools.product(prompts, rows, seeds)
+        shots = planned(backbone.pipe, attached, wanted, out, names, **said)
         more = {"size": size, "given": conditions.arguments(size)}
         images = draw(pipe, attached, shots, config.batch, progress=True, **more)
+    records = [shot.record for shot in shots]
     grid = _grid_path(out, records[0])
     _write_grid(grid, records, images, config.num)
     print(f"pictures: {out} ({len(records)} PNG files and manifest.json)")
     print(f"all together: {grid}")
     return out
-
-
-def slug(text: str) -> str:
-    """A prompt as part of a file's name."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:_SLUG].rstrip("-") or "image"
-
-
-def named(records: Iterable[ImageRecord], known: Iterable[ImageRecord], there: Iterable[str] = ()) -> list[ImageRecord]:
-    """The records with a file name each: `<prompt>-<seed>.png`, counted on where another picture has that name.
-
-    Where they differ in a dial, it is part of the name.
-
-    Args:
-        known: records of the folder.
-        there: names of all files in it.
-    """
-    taken: dict[str, ImageRecord | None] = {**dict.fromkeys(there), **{record.file: record for record in known}}
-    records = list(records)
-    differing = _differing(records)
-    result: list[ImageRecord] = []
-    for record in records:
-        dials = "".join(f"-{name}-{_shown(record.dials[name])}" for name in differing)
-        stem = f"{slug(record.prompt)}-{record.seed:04d}{dials}"
-        choices = (replace(record, file=name) for name in _numbered(stem))
-        free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
-        taken[free.file] = free
-        result.append(free)
-    return result
-
-
-def _numbered(stem: str) -> Iterator[str]:
-    """`<stem>.png`, `<stem>-2.png`, and so on."""
-    return (f"{stem}{suffix}.png" for suffix in itertools.chain([""], (f"-{k}" for k in itertools.count(2))))
-
-
-def _differing(records: Sequence[ImageRecord]) -> list[str]:
-    """The dials in which pictures of one call differ."""
-    return [name for name in records[0].dials if len({record.dials[name] for record in records}) > 1]
-
-
-def _shown(value: float | str) -> str:
-    return value.replace(" + ", "-") if isinstance(value, str) else f"{value:g}"
 
 
 def _readable(word: str) -> str:
@@ -363,12 +316,6 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _name(file: str, concept: Concept) -> str:
-    """What to call a concept: its file's name if that says more than that it is one, else its placeholder's letters."""
-    stem = Path(file).stem
-    return slug(concept.placeholder) if stem == "concept" else stem
-
-
 def _best(config: GenerateConfig, attached: Attached) -> float:
     """The strength that the scores speak for, said aloud."""
     from perfusion.strength import choose
@@ -382,7 +329,9 @@ def _grid_path(folder: Path, record: ImageRecord) -> Path:
     """Where the grid goes: no file is there, or one that shows the same concept."""
     from PIL import Image
 
-    for path in (folder / name for name in _numbered(Path(GRID).stem)):
+    from perfusion.manifest import numbered
+
+    for path in (folder / name for name in numbered(Path(GRID).stem)):
         if not path.exists():
             return path
         with suppress(OSError):  # no picture
@@ -399,9 +348,9 @@ def _write_grid(path: Path, records: Sequence[ImageRecord], images: Sequence[Ima
 
     from perfusion.contact_sheet import captioned_sheet
     from perfusion.files import atomic_path
-    from perfusion.manifest import spelled
+    from perfusion.manifest import differing_dials, spelled
 
-    differing = _differing(records)
+    differing = differing_dials(records)
     groups = []
     for start in range(0, len(records), columns):
         first = records[start]

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
+import re
 import types
 import typing
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from perfusion.files import PathLike, atomic_path, atomic_write_text
 FILE_NAME = "manifest.json"
 JOINED = " + "  # between what is said of several concepts in one picture
 _DIALS = "dials"
+_SLUG = 48  # characters of a prompt in the name of a file
 _TYPO = 0.75  # how like a field's name a key has to be to pass for a mistake
 
 
@@ -81,6 +84,45 @@ def symbol(name: str) -> str:
     with contextlib.suppress(KeyError):
         return unicodedata.lookup(f"GREEK SMALL LETTER {name}")
     return name
+
+
+def slug(text: str) -> str:
+    """A prompt as part of a file's name."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:_SLUG].rstrip("-") or "image"
+
+
+def named(records: Sequence[ImageRecord], folder: Path) -> list[ImageRecord]:
+    """The records with a file name each: `<prompt>-<seed>.png`, counted on where another picture or any other file in
+    the folder has that name.
+
+    Where they differ in a dial, it is part of the name.
+    """
+    taken: dict[str, ImageRecord | None] = {path.name: None for path in folder.glob("*")}
+    taken |= {record.file: record for record in known_records(folder)}
+    differing = differing_dials(records)
+    result: list[ImageRecord] = []
+    for record in records:
+        dials = "".join(f"-{name}-{_shown(record.dials[name])}" for name in differing)
+        stem = f"{slug(record.prompt)}-{record.seed:04d}{dials}"
+        choices = (replace(record, file=name) for name in numbered(stem))
+        free = next(choice for choice in choices if taken.get(choice.file, choice) == choice)
+        taken[free.file] = free
+        result.append(free)
+    return result
+
+
+def numbered(stem: str, ending: str = ".png") -> Iterator[str]:
+    """`<stem>.png`, `<stem>-2.png`, and so on."""
+    return (f"{stem}{suffix}{ending}" for suffix in itertools.chain([""], (f"-{k}" for k in itertools.count(2))))
+
+
+def differing_dials(records: Sequence[ImageRecord]) -> list[str]:
+    """The dials in which pictures of one call differ."""
+    return [name for name in records[0].dials if len({record.dials[name] for record in records}) > 1]
+
+
+def _shown(value: float | str) -> str:
+    return value.replace(" + ", "-") if isinstance(value, str) else f"{value:g}"
 
 
 def save_png(folder: PathLike, image: Image.Image, record: ImageRecord, flush: bool = True) -> None:

@@ -20,8 +20,8 @@ from perfusion.backbones.base import Backbone, BackboneError
 from perfusion.cli import run_cli
 from perfusion.concept import Concept, save_concept
 from perfusion.config import ConfigError
-from perfusion.generate import GenerateConfig, generate, main, slug
-from perfusion.manifest import ImageRecord, read_manifest
+from perfusion.generate import GenerateConfig, generate, main
+from perfusion.manifest import ImageRecord, read_manifest, slug
 from perfusion.methods.base import Word, build
 from tests.concepts import random_concept, toyland_backbone, untrained_concept
 from tests.drawing import batch_sizes

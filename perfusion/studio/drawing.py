@@ -21,10 +21,9 @@ from perfusion.concept import Attached, Concept
 from perfusion.concept_file import ConceptFileError, entry, texts, words
 from perfusion.config import ConfigError, which_weights
 from perfusion.data.prompts import contains, fill, replace_placeholder
-from perfusion.drawing import Shot, described, draw, recorded
+from perfusion.drawing import Setting, draw, name_of, planned
 from perfusion.files import atomic_path
-from perfusion.generate import named, slug
-from perfusion.manifest import ImageRecord, known_records, spelled
+from perfusion.manifest import numbered, slug, spelled
 from perfusion.methods.base import Dial, method_class
 from perfusion.training.run_folder import CHECKPOINTS, RunFolder
 from perfusion.training.samples import sample_templates
@@ -40,7 +39,6 @@ MOST = 3  # concepts in one picture
 BATCH = 8
 _STEPS, _STEPS_TOYLAND = 25, 12  # of DPM-Solver++
 _SMALL = 128  # pixels: smaller pictures are shown pixel by pixel
-Setting = Sequence[Mapping[str, Any]]  # for each attached concept, what its dials are set to
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,8 @@ class Drawing:
             raise ConceptFileError(f"{upload.name}: made for another backbone than {self.backbone.family}")
         folder = self.root / FOLDER / "concepts"
         folder.mkdir(parents=True, exist_ok=True)
-        stem = slug(about.placeholder) if upload.stem == "concept" else upload.stem
-        names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
-        paths = (folder / f"{name}.safetensors" for name in names)
+        names = numbered(name_of(upload, about.placeholder), ".safetensors")
+        paths = (folder / name for name in names)
         path = next(path for path in paths if not path.exists() or path.read_bytes() == upload.read_bytes())
         with atomic_path(path) as temporary:
             shutil.copyfile(upload, temporary)
@@ -243,20 +240,12 @@ class Drawing:
         prompt, out = prompt or request.prompt, out or self._out(request)
         self.backbone.check_prompts([prompt])
         addons.set_scheduler(pipe, request.scheduler)
-        concepts = [one.concept for one in attached]
-        common: dict[str, Any] = (
-            described(pipe, concepts, self._names()) if concepts else {"scheduler": type(pipe.scheduler).__name__}
-        )
-        common |= {"steps": request.steps, "guidance": self.backbone.config.guidance, "backbone": self.backbone.family}
-        records = named(
-            (ImageRecord("", prompt, seed, dials=recorded(attached, row), **common) for row, seed in wanted),
-            known_records(out),
-            (path.name for path in out.glob("*")),
-        )
-        shots = [Shot(record, out, row) for record, (row, _) in zip(records, wanted, strict=True)]
-        size = self.backbone.config.resolution
-        draw(pipe, attached, shots, BATCH, size=size, exact=False, again=again)
-        return [out / record.file for record in records]
+        config, family = self.backbone.config, self.backbone.family
+        said = {"steps": request.steps, "guidance": config.guidance, "backbone": family}
+        pictures = [(prompt, row, seed) for row, seed in wanted]
+        shots = planned(pipe, attached, pictures, out, self._names(), **said)
+        draw(pipe, attached, shots, BATCH, size=config.resolution, exact=False, again=again)
+        return [out / shot.record.file for shot in shots]
 
     def compare(
         self, request: Request, columns: str, across: Sequence[Any], rows: str, down: Sequence[Any], scored: bool
@@ -301,10 +290,8 @@ class Drawing:
         return measure
 
     def _names(self) -> list[str]:
-        return [
-            slug(one.concept.placeholder) if Path(file).stem == "concept" else Path(file).stem
-            for one, (file, _) in zip(self.attached, self._chosen, strict=True)
-        ]
+        files = (Path(file) for file, _ in self._chosen)
+        return [name_of(file, one.concept.placeholder) for one, file in zip(self.attached, files, strict=True)]
 
     def _out(self, request: Request) -> Path:
         return self.root / FOLDER / f"{'-'.join(self._names()) or 'base-model'}-{slug(request.prompt)}"

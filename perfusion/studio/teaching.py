@@ -35,7 +35,7 @@ from perfusion.config import (
 from perfusion.data import clipseg
 from perfusion.data.images import Examples, find_images, load_examples, read_image
 from perfusion.files import atomic_path
-from perfusion.generate import slug
+from perfusion.manifest import slug
 from perfusion.methods.base import available
 from perfusion.studio.drawing import FOLDER
 from perfusion.toyland.world import SUPERCLASSES
