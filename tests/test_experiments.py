@@ -74,7 +74,7 @@ def run(folder: Path, *words: str) -> int:
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> Iterator[Path]:
     """One experiment, with a real pool."""
-    assert run(folder, "only=mask", "report=false") == 0
+    assert run(folder, "only=one_shot", "report=false") == 0
     (root,) = (path for path in (folder / "runs").iterdir() if (path / "trained").is_dir())
     yield root
 
@@ -84,9 +84,9 @@ def pictures(root: Path) -> dict[Path, int]:
 
 
 def test_a_result_says_what_it_was_found_with(ran: Path, folder: Path) -> None:
-    found = json.loads((folder / "runs" / "small" / "results" / "mask.json").read_text())
+    found = json.loads((folder / "runs" / "small" / "results" / "one_shot.json").read_text())
     assert (
-        found["id"] == "mask"
+        found["id"] == "one_shot"
         and found["verdict"] in ("holds", "fails", "undecided")
         and "2305.01644" in found["source"]
     )
@@ -111,11 +111,11 @@ def test_two_workers_in_ray_find_what_one_here_found(
     monkeypatch.setenv("RAY_ADDRESS", "local")  # one of its own
     try:
         elsewhere = ("executor=ray", "workers=2", f"runs={tmp_path}/runs")
-        assert run(folder, "only=mask", "report=false", *elsewhere) == 0
+        assert run(folder, "only=one_shot", "report=false", *elsewhere) == 0
     finally:
         ray.shutdown()
     here, there = (
-        json.loads((path / "runs" / "small" / "results" / "mask.json").read_text()) for path in (folder, tmp_path)
+        json.loads((path / "runs" / "small" / "results" / "one_shot.json").read_text()) for path in (folder, tmp_path)
     )
     for document in (here, there):
         del document["seconds"], document["provenance"]
@@ -125,12 +125,12 @@ def test_two_workers_in_ray_find_what_one_here_found(
 def test_runs_and_pictures_can_be_used_by_hand(ran: Path) -> None:
     runs = [path for path in (ran / "trained").iterdir() if path.is_dir()]
     assert len(runs) == 2 and all(RunFolder(run).finished for run in runs)
-    assert {read_config(run / "config.yaml").method["masked_loss"] for run in runs} == {True, False}
+    assert {read_config(run / "config.yaml").concept.toyland.count for run in runs} == {1, 5}
     folders = [path.parent for path in ran.rglob("pictures/**/manifest.json")]
     assert len(folders) == 7
     records = [record for path in folders for record in read_manifest(path)]
     assert len(records) == 14 and {record.dials.get("beta") for record in records} == {None, *FEW_BETAS}
-    assert {record.method for record in records} == {"base", "perfusion, 5 pictures", "perfusion, 5 pictures, no mask"}
+    assert {record.method for record in records} == {"base", "perfusion", "perfusion, 5 pictures"}
     assert {record.instance for record in records} == {TABLE_TOYS[0].instance}
 
 
@@ -139,17 +139,17 @@ def test_nothing_is_made_twice_and_what_is_missing_is(
 ) -> None:
     monkeypatch.setattr(paper, "Pool", Inline)
     before = pictures(ran)
-    assert run(folder, "only=mask") == 0 and pictures(ran) == before
+    assert run(folder, "only=one_shot") == 0 and pictures(ran) == before
     assert {task.kind for task in Inline.calls} == {"draw"}
-    assert "mask: " in capsys.readouterr().out
+    assert "one_shot: " in capsys.readouterr().out
     lost = next(iter(before))
     lost.unlink()
-    assert run(folder, "only=mask", "report=false") == 0
+    assert run(folder, "only=one_shot", "report=false") == 0
     after = pictures(ran)
     assert {file for file in after if after[file] != before[file]} == {lost}, "one picture was missing"
     with Image.open(lost) as image:
         image.save(lost)  # without its text: nobody knows what made it
-    assert run(folder, "only=mask", "report=false") == 0
+    assert run(folder, "only=one_shot", "report=false") == 0
     with Image.open(lost) as image:
         assert "prompt" in getattr(image, "text", {})
 
@@ -160,11 +160,11 @@ def test_the_report_has_all_points(ran: Path, folder: Path) -> None:
     assert "The paper&#x27;s claims on Toyland" in (ran / "report" / "index.html").read_text()[:1000]
     page = (folder / "runs" / "small" / "docs" / "results.md").read_text()
     assert (
-        "| [mask](#mask) |" in page
-        and "](images/results/mask.png)" in page
+        "| [one_shot](#one_shot) |" in page
+        and "](images/results/one_shot.png)" in page
         and "![Identity over prompt accuracy]" in page
     )
-    assert (folder / "runs" / "small" / "docs" / "images" / "results" / "mask-clip.png").is_file()
+    assert (folder / "runs" / "small" / "docs" / "images" / "results" / "one_shot-clip.png").is_file()
 
 
 def test_a_failed_training_is_listed_and_the_rest_goes_on(
@@ -183,11 +183,11 @@ def test_a_failed_training_is_listed_and_the_rest_goes_on(
             return [f"{task.name}: its worker was killed" for task in lost]
 
     monkeypatch.setattr(paper, "Pool", Broken)
-    assert run(folder, "only=mask,one_shot", "report=false") == 1
+    assert run(folder, "only=one_shot,key_lock", "report=false") == 1
     said = capsys.readouterr()
-    assert "mask: " in said.out
-    assert "failed: train perfusion, cat-101: its worker was killed" in said.err
-    assert "failed: one_shot: not judged, 3 of 7 sets of pictures are missing" in said.err
+    assert "one_shot: " in said.out
+    assert "failed: train perfusion, trained keys, cat-101: its worker was killed" in said.err
+    assert "failed: key_lock: not judged, 3 of 10 sets of pictures are missing" in said.err
 
 
 def test_an_experiment_that_cannot_be_judged_is_listed_and_the_rest_goes_on(
@@ -198,9 +198,9 @@ def test_an_experiment_that_cannot_be_judged_is_listed_and_the_rest_goes_on(
 
     monkeypatch.setattr(paper, "Pool", Inline)
     monkeypatch.setattr(paper.results, "document", broken)
-    assert run(folder, "only=mask", "report=false") == 1
+    assert run(folder, "only=one_shot", "report=false") == 1
     assert len(Inline.calls) == 3, "all tasks were done"
-    assert "failed: mask: not judged, ZeroDivisionError: no such number" in capsys.readouterr().err
+    assert "failed: one_shot: not judged, ZeroDivisionError: no such number" in capsys.readouterr().err
 
 
 def test_pairs_the_base_model_and_the_middle_of_a_training(ran: Path, folder: Path) -> None:

@@ -105,7 +105,8 @@ class MadeUp:
         self, experiment: Experiment, truth: Callable[[Setting], Sequence[float] | np.ndarray], noise: int = 0
     ) -> None:
         whole = Protocol()
-        self.protocol = replace(whole, prompts=whole.prompts[:4], pair_prompts=whole.pair_prompts[:4])
+        prompts, pair_prompts = whole.prompts[:4], whole.pair_prompts[:4]
+        self.protocol = replace(whole, subjects=whole.subjects[:12], prompts=prompts, pair_prompts=pair_prompts)
         self.points: dict[Wanted, Point] = {}
         for wanted in experiment.wanted(self.protocol):
             means = truth(wanted.setting)
