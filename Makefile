@@ -4,7 +4,7 @@
 PYTHON := .venv/bin/python
 SOURCES := perfusion eval experiments benchmarks tests
 # Small tensors: one thread per process and several processes are faster than many threads.
-PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --timeout 300
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --timeout 300
 
 # Some containers set this; without compiled bytecode every start of Python would compile PyTorch and diffusers anew,
 # 20 seconds of CPU each time.

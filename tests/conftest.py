@@ -18,6 +18,13 @@ from typing import Any
 
 import pytest
 
+# Files that take longest; they begin first, so that at the end no worker is busy with one alone.
+LONGEST = [
+    "test_experiments", "test_methods_contract", "test_studio", "test_experiments_photos", "test_resume", "test_train",
+    "test_sweep", "test_experiments_evidence", "test_toyland_report", "test_backbones_loading", "test_selection",
+    "test_experiments_executors",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -57,6 +64,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     on_gpu = [item for item in items if "gpu" in item.keywords]
     if not on_gpu:
         return

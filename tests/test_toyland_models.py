@@ -108,6 +108,7 @@ def two_steps(folder: Path) -> None:
     save_file(net.state_dict(), folder / f"net-{world_size()}-{rank()}.safetensors")
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_work_do_what_one_does(tmp_path: Path) -> None:
     run_workers(two_steps, tmp_path, processes=2)
     run_workers(two_steps, tmp_path / "alone", processes=1)

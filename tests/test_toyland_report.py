@@ -246,6 +246,7 @@ def test_told_toys_are_judged_as_scores_judge_them(untrained: Toyland, monkeypat
         assert text == wish.text.replace(kind, described(toy)) and toy.superclass == kind
 
 
+@pytest.mark.slow
 def test_processes_draw_what_one_draws(weights: Path, untrained: Toyland, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a photo of a {colour} cat" for colour in ("red", "blue", "green")] * 6  # two batches
     alone = untrained.draw(prompts, 7)
