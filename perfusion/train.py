@@ -96,6 +96,9 @@ def train(config: TrainConfig) -> RunFolder:
     examples = examples_of(config.concept, config.backbone.resolution)
     prompts = own_prompts(config.concept, config.backbone.prompts, getattr(method.options, "prompt", None))
     kind = backbone_class(config.backbone.name)
+    if kind.flows and method.options.min_snr_gamma is not None:
+        found = f"{method.options.min_snr_gamma:g} with backbone {config.backbone.name}"
+        raise ConfigError(f"method.min_snr_gamma: found {found}, which is trained by flow matching; expected null")
     kind.check_words(config.backbone, word.placeholder, word.superclass)
     if method.needs_covariance:
         kind.check_covariance(config.backbone)

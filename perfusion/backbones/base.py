@@ -64,6 +64,7 @@ class Backbone(ABC):
     """A frozen text-to-image model behind a stock diffusers pipeline."""
 
     family: ClassVar[str]
+    flows: ClassVar[bool] = False  # whether it is trained by flow matching, whose steps have no signal-to-noise weights
     config: BackboneConfig
     pipe: DiffusionPipeline
     covariance_origin: Mapping[str, object] | None = None  # of the C that was asked for last, see `Matrix.origin`

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from perfusion.backbones.latent_diffusion import LatentDiffusionBackbone
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import BackboneConfig
 from perfusion.editing.reading import Reading
 
 _LENGTH = 300  # tokens that the transformer reads of a prompt
@@ -39,6 +39,7 @@ class SanaBackbone(LatentDiffusionBackbone):
     Pipeline: ClassVar[Any] = SanaPipeline
     part: ClassVar[str] = "transformer"
     family: ClassVar[str] = "sana"
+    flows: ClassVar[bool] = True
     towers: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     reading: ClassVar[Reading] = Reading(masked=True, padding_side="right")
     masked: ClassVar[bool] = True
@@ -104,7 +105,7 @@ class SanaBackbone(LatentDiffusionBackbone):
         return noise - latents
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        raise ConfigError("method.min_snr_gamma: found it on Sana, expected null: its weights are those of diffusions")
+        raise NotImplementedError("flow matching has no such weights")
 
     @property
     def predicts_velocity(self) -> bool:
