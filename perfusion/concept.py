@@ -30,7 +30,6 @@ from perfusion.backbones.base import Backbone
 from perfusion.card import model_card
 from perfusion.concept_file import (
     FORMAT_VERSION,
-    MAX_SLANT,
     ConceptFileError,
     check_finite,
     check_number,
@@ -372,19 +371,8 @@ class Concept:
                 raise ConceptFileError(
                     f"{self.source}: tensor {name!r}: found shape {found}, expected {expected[name]} on this backbone"
                 )
-
-        if {"target_input", "direction"} <= expected.keys():
-            self._check_gate(self.tensors["target_input"].double(), self.tensors["direction"].double())
-
-    def _check_gate(self, i: Tensor, v: Tensor) -> None:
-        """Hold that similarities to i* (d,) with the direction v = C⁻¹i* (d,) are numbers: r(e) = <v, e> / <v, i*> is
-        none where i* is 0 or at a right angle to its direction."""
-        slant = float(i.norm() * v.norm() / (i * v).sum().abs())
-        if not slant <= MAX_SLANT:
-            raise ConceptFileError(
-                f"{self.source}: found a target_input and a direction at a right angle or of length 0 ({slant:.1e}), "
-                f"expected ‖i*‖‖C⁻¹i*‖ / <i*, C⁻¹i*> of {MAX_SLANT:.0e} at most"
-            )
+        if wrong := method.unusable(self.tensors):
+            raise ConceptFileError(f"{self.source}: {wrong}")
 
 
 def save_concept(path: PathLike, concept: Concept, dtype: torch.dtype = torch.float16) -> Concept:

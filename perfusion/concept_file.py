@@ -40,7 +40,6 @@ MAX_NAME = 128  # characters of a name
 MAX_NUMBER = 1e9  # of a setting
 MIN_NUMBER = 1e-30  # likewise, unless it is 0; float32 holds it
 MAX_VALUE = 65_504.0  # of a tensor, in any dtype: the largest number of float16
-MAX_SLANT = 1e6  # ‖C⁻¹i*‖‖i*‖ / <i*, C⁻¹i*>: 1 for C = 1, and about √κ/2 at most for a C of condition κ
 
 _DTYPES = {"F16", "BF16", "F32", "F64"}
 _KINDS = {

@@ -96,7 +96,8 @@ def read_package(path: Path, index: int = 0) -> Foreign:
     """
     import torch
 
-    from perfusion.concept_file import MAX_SLANT, shown
+    from perfusion.concept_file import shown
+    from perfusion.methods.perfusion import MAX_SLANT, slant
 
     _check_file(path)
     try:
@@ -140,10 +141,10 @@ def read_package(path: Path, index: int = 0) -> Foreign:
     ):
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise ConversionError(f"{path}: found NaN or infinity in {name}, expected finite values")
-    slant = float(target.norm() * (v := precision.float() @ target).norm() / (v @ target).abs())
-    if not slant <= MAX_SLANT:
+    angle = slant(target, precision.float() @ target)
+    if not angle <= MAX_SLANT:
         raise ConversionError(
-            f"{path}: found target inputs i* or C_inv of length 0, or that make a right angle ({slant:.1e}), expected "
+            f"{path}: found target inputs i* or C_inv of length 0, or that make a right angle ({angle:.1e}), expected "
             f"‖i*‖‖C⁻¹i*‖ / <i*, C⁻¹i*> of {MAX_SLANT:.0e} at most"
         )
     distance = float((inputs - target).norm(dim=1).max() / target.norm())

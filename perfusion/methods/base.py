@@ -228,6 +228,10 @@ class Method(nn.Module, ABC):
         """`embedding.<encoder>` (vectors, d_e), for `tensors`: the first `rows` of `embeddings`, or all."""
         return {f"embedding.{encoder}": vectors[:rows] for encoder, vectors in self.embeddings.items()}
 
+    def unusable(self, state: Mapping[str, Tensor]) -> str | None:
+        """Why a state of finite numbers and the right shapes cannot be drawn, in words; None: it can."""
+        return None
+
     @abstractmethod
     def state_shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:
         """Names and shapes that `state()` has on this backbone, without attaching: a file is checked against it."""

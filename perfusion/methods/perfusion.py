@@ -28,6 +28,7 @@ from perfusion.methods.base import Dial, Method, MethodOptions, Word, check_boun
 from perfusion.methods.weights import check_free, projection_places
 
 TWINS = 10  # degrees between the i* of two concepts
+MAX_SLANT = 1e6  # of what is drawn; it is 1 for C = 1, and about √κ/2 at most for a C of condition κ
 
 
 # What the K projections give at the concept.
@@ -43,6 +44,11 @@ GLOBAL = KeyLock["global"]
 #     word closes, little is left of it.
 #   gated: g r i*. Where the gate is closed an encoding stays as it is: other words, and the concept at a high β.
 Removal = Enum("Removal", {"full": "full", "gated": "gated"}, module=__name__)
+
+
+def slant(i: Tensor, direction: Tensor) -> float:
+    """‖i*‖‖v‖ / |<i*, v>| of a target input i* and its direction v = C⁻¹i*, (d,) both."""
+    return float(i.norm() * direction.norm() / (i @ direction).abs())
 
 
 @dataclass
@@ -252,6 +258,17 @@ class Perfusion(Method):
         if self.options.key_lock is KeyLock.none:
             shapes["keys"] = (size["k"],)
         return shapes
+
+    def unusable(self, state: Mapping[str, Tensor]) -> str | None:
+        """Similarities to i* (d,) with the direction v = C⁻¹i* (d,), r(e) = <v, e> / <v, i*>, are no numbers where i*
+        is 0 or at a right angle to v."""
+        found = slant(state["target_input"].double(), state["direction"].double())
+        if found <= MAX_SLANT:
+            return None
+        return (
+            f"found a target_input and a direction at a right angle or of length 0 ({found:.1e}), expected "
+            f"‖i*‖‖C⁻¹i*‖ / <i*, C⁻¹i*> of {MAX_SLANT:.0e} at most"
+        )
 
     def _attached(self) -> PromptGate:
         assert self.gate is not None, "attach() first"
