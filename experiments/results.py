@@ -295,10 +295,13 @@ def _protocol(results: Results) -> list[str]:
     else:
         looks, concepts, suited = "{name} ({superclass})", "Concepts", "."
         in_all = " in all, of which each concept has those of its class,"
+    counts = {one["id"]: len(one["protocol"]["seeds"]) for one in drawn}
+    seeds = min(counts.values())
+    more = ", ".join(f"{name} {count}" for name, count in counts.items() if count > seeds)
     lines = [
         "## What was drawn",
         f"{len(protocol['concepts'])} concepts, {len(protocol['prompts'])} prompts{in_all} and "
-        f"{len(protocol['seeds'])} seed{'s' if len(protocol['seeds']) > 1 else ''} for every setting; "
+        f"{seeds} seed{'s' if seeds > 1 else ''} for every setting{f' (of {more})' if more else ''}; "
         f"{protocol['steps']} {protocol.get('scheduler', 'DDIM')} steps, guidance {protocol['guidance']:g}.",
         f"{concepts}: {', '.join(looks.format(**one) for one in protocol['concepts'])}.",
         f"Prompts: {_prompts(protocol)}{suited}",

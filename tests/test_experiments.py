@@ -346,3 +346,8 @@ def test_a_page_from_results_alone() -> None:
         assert "these decide what is 0.040 or more away" in text
     pairs = {**made_up, "checks": [open_], "protocol": {**made_up["protocol"], "groups": 4}}  # type: ignore[dict-item]
     assert "Not decided by 4 pairs" in page([pairs]) and "about 16 would" in page([pairs])
+    drawn = {**made_up["protocol"], "concepts": [], "steps": 12, "guidance": 4, "seeds": [0]}  # type: ignore[dict-item]
+    drawn = {**made_up, "series": [{"label": "a", "settings": []}], "axes": ["prompt", "identity"], "protocol": drawn}
+    more = {**drawn, "id": "size", "protocol": {**drawn["protocol"], "seeds": [0, 1]}}  # type: ignore[dict-item]
+    assert "0 prompts and 1 seed for every setting;" in page([drawn])
+    assert "0 prompts and 1 seed for every setting (of size 2);" in page([drawn, more])
