@@ -35,7 +35,10 @@ from perfusion.training.run_folder import RunFolder
 _HALVINGS = 40
 _LEVELS = 5
 # How the test of a claim ends that `compared` judges.
-AT_SAME_Y = "at the same {y} (mean over five {ys} that both have). The claim holds if the 95 % interval lies above 0."
+AT_SAME_Y = (
+    "at the same {y} (mean over five {ys} that both have). The claim holds if the 95 % interval lies above 0; there is "
+    "no difference if it lies on both sides of 0 and within {slack}, {slack_means}."
+)
 
 Settings = Sequence[Setting]
 
@@ -43,6 +46,7 @@ Settings = Sequence[Setting]
 class Verdict(StrEnum):
     HOLDS = "holds"
     FAILS = "fails"
+    ALIKE = "no difference"
     UNDECIDED = "undecided"
 
 
@@ -55,15 +59,23 @@ class Check:
     threshold: float = 0.0  # what the claim sets it against
     above: bool = True  # whether the claim says that it is above the threshold, or below
     decides: bool = True  # whether the verdict depends on it; else it is there to be read
+    alike: float = 0.0  # how far from the threshold makes no difference
 
     @property
     def verdict(self) -> Verdict:
-        """Holds or fails where the whole interval lies on one side of the threshold."""
+        """Holds or fails where the whole interval lies on one side of the threshold; no difference where it lies on
+        both, and so near that none of it counts."""
         low, high = self.value.low, self.value.high
         if low is not None and low > self.threshold:
             return Verdict.HOLDS if self.above else Verdict.FAILS
         if high is not None and high < self.threshold:
             return Verdict.FAILS if self.above else Verdict.HOLDS
+        if (
+            low is not None
+            and high is not None
+            and self.threshold - self.alike < low <= high < self.threshold + self.alike
+        ):
+            return Verdict.ALIKE
         return Verdict.UNDECIDED
 
 
@@ -88,11 +100,11 @@ class Finding:
     def verdict(self) -> Verdict:
         """The claim fails with one of the checks that decide, and holds with all. That all intervals lie on the right
         side by chance is no likelier than that one does, so their number needs no correction (intersection–union
-        test)."""
+        test). Where all are decided and some make no difference, it makes none."""
         found = {check.verdict for check in self.checks if check.decides}
-        if Verdict.FAILS in found:
-            return Verdict.FAILS
-        return Verdict.HOLDS if found == {Verdict.HOLDS} else Verdict.UNDECIDED
+        if not found:
+            return Verdict.UNDECIDED
+        return next(one for one in (Verdict.FAILS, Verdict.UNDECIDED, Verdict.ALIKE, Verdict.HOLDS) if one in found)
 
 
 @dataclass(frozen=True)
@@ -307,7 +319,11 @@ def each_compared(*pairs: tuple[str, Settings, Settings]) -> Callable[[Evidence]
 
     def judge(evidence: Evidence) -> Finding:
         x, y = evidence.x, evidence.y
-        checks = [Check(f"{x} gained at the same {y}, {name}", evidence.same_likeness(a, b)) for name, a, b in pairs]
+        alike = evidence.world.slack
+        checks = [
+            Check(f"{x} gained at the same {y}, {name}", evidence.same_likeness(a, b), alike=alike)
+            for name, a, b in pairs
+        ]
         numbers = " and ".join(
             f"{signed(check.value.mean)} ({pair[0]})" for check, pair in zip(checks, pairs, strict=True)
         )
@@ -319,10 +335,10 @@ def each_compared(*pairs: tuple[str, Settings, Settings]) -> Callable[[Evidence]
 def gained(evidence: Evidence, a: Settings, b: Settings, by: str, decides: bool = True) -> list[Check]:
     """What front `a` has more than `b`: of the right-hand score at the same likeness, which decides if anything does;
     of both scores at the same β; area."""
-    x, y = evidence.x, evidence.y
+    x, y, alike = evidence.x, evidence.y, evidence.world.slack
     return [
-        Check(f"{x} gained by {by}, at the same {y}", evidence.same_likeness(a, b), decides=decides),
-        Check(f"{x} gained by {by}, at the same β", evidence.x_gained(a, b), decides=False),
+        Check(f"{x} gained by {by}, at the same {y}", evidence.same_likeness(a, b), decides=decides, alike=alike),
+        Check(f"{x} gained by {by}, at the same β", evidence.x_gained(a, b), decides=False, alike=alike),
         Check(f"{y} gained by {by}, at the same β", evidence.y_gained(a, b), decides=False),
         Check(f"area gained by {by}", evidence.area_gained(a, b), decides=False),
     ]

@@ -37,7 +37,8 @@ _HEAD = """# Results
 Made by `make paper` ([how](experiments.md)); do not edit. Claims are those of Tewel et al., *Key-Locked Rank One
 Editing for Text-to-Image Personalization* (SIGGRAPH 2023, arXiv 2305.01644), tried on Toyland. Brackets are 95 %
 intervals over concepts and seeds. A claim **holds** or **fails** where the interval of its number lies wholly on one
-side of what it claims, and is **undecided** otherwise; each section says which number that is.
+side of what it claims. There is **no difference** where it lies on both sides and within what counts as following
+prompts alike, and all else is **undecided**; each section says which number that is.
 """
 _CAVEATS = """
 ## What to keep in mind
@@ -60,7 +61,8 @@ _HEAD_PHOTOS = """# Results on photos
 Made by `python -m experiments.paper world=photos`, which docs/experiments.md explains; do not edit. Claims are those of
 Tewel et al., *Key-Locked Rank One Editing for Text-to-Image Personalization* (SIGGRAPH 2023, arXiv 2305.01644).
 Brackets are 95 % intervals over concepts and seeds. A claim **holds** or **fails** where the interval of its number
-lies wholly on one side of what it claims, and is **undecided** otherwise; each section says which number that is.
+lies wholly on one side of what it claims. There is **no difference** where it lies on both sides and within what counts
+as following the text alike, and all else is **undecided**; each section says which number that is.
 """
 _CAVEATS_PHOTOS = """
 ## What to keep in mind

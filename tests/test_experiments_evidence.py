@@ -84,11 +84,30 @@ def test_an_interval_on_one_side_decides(interval: Interval, above: bool, verdic
     assert Check("x", shifted, threshold=5.0, above=above).verdict is verdict
 
 
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        (Interval(0.0, -0.01, 0.01), Verdict.ALIKE),
+        (Interval(0.015, 0.005, 0.025), Verdict.HOLDS),
+        (Interval(-0.015, -0.018, -0.012), Verdict.FAILS),
+        (Interval(0.01, -0.005, 0.025), Verdict.UNDECIDED),
+        (Interval(-0.01, -0.025, 0.005), Verdict.UNDECIDED),
+        (Interval(0.0), Verdict.UNDECIDED),
+    ],
+)
+def test_an_interval_about_the_threshold_and_near_it_is_no_difference(interval: Interval, verdict: Verdict) -> None:
+    assert Check("x", interval, alike=0.02).verdict is verdict
+    shifted = Interval(*(None if v is None else v + 5 for v in (interval.mean, interval.low, interval.high)))
+    assert Check("x", shifted, threshold=5.0, alike=0.02).verdict is verdict
+
+
 def test_all_deciding_checks_are_needed() -> None:
     good, bad, open_ = (Check("x", Interval(v, v - 0.1, v + 0.1)) for v in (1.0, -1.0, 0.0))
-    beside = Check("x", bad.value, decides=False)
-    verdicts = [Finding(checks, "").verdict for checks in ([good, good, beside], [good, open_], [good, open_, bad])]
-    assert verdicts == [Verdict.HOLDS, Verdict.UNDECIDED, Verdict.FAILS]
+    beside, none = Check("x", bad.value, decides=False), Check("x", open_.value, alike=0.2)
+    found = [[good, good, beside], [good, open_], [good, open_, bad], [good, none], [none, open_], [none, bad]]
+    verdicts = [Finding(checks, "").verdict for checks in found]
+    holds, fails, alike, undecided = Verdict
+    assert verdicts == [holds, undecided, fails, alike, undecided, fails]
     assert Finding([], "").verdict is Finding([beside], "").verdict is Verdict.UNDECIDED
 
 
@@ -166,6 +185,7 @@ SIDES: dict[str, Callable[[Setting], bool]] = {
     "vectors": lambda s: "vectors" in s.label,
 }
 KNOWN = {experiment.id: experiment for experiment in experiments()}
+OPEN = (Verdict.UNDECIDED, Verdict.ALIKE)
 
 
 @pytest.mark.parametrize("name", SIDES)
@@ -178,10 +198,10 @@ def test_each_claim_holds_or_fails_by_its_numbers(name: str, better: float, verd
 
 
 @pytest.mark.parametrize("name", [name for name in SIDES if name not in ("one_shot", "pareto", "multi_concept")])
-def test_without_a_difference_a_claim_mostly_stays_undecided(name: str) -> None:
+def test_without_a_difference_a_claim_mostly_neither_holds_nor_fails(name: str) -> None:
     """One in twenty 95 % intervals misses the truth: three of sixteen do by chance in one test of 23."""
     verdicts = [judged(KNOWN[name], perfusion_front, seed) for seed in range(16)]
-    assert verdicts.count(Verdict.UNDECIDED) >= 14
+    assert sum(verdict in OPEN for verdict in verdicts) >= 14
 
 
 @pytest.mark.parametrize("name", ["temperature", "train_bias", "key_lock"])
@@ -193,7 +213,7 @@ def test_another_place_on_the_same_front_is_no_gain(name: str) -> None:
         strength *= 1.0 if SIDES[name](setting) or setting.label == BASE else 0.8
         return np.array([0.35 + 0.6 * strength, 0.9 - 0.7 * strength, 0.1])
 
-    assert [judged(KNOWN[name], truth, seed) for seed in range(8)].count(Verdict.UNDECIDED) >= 7
+    assert sum(judged(KNOWN[name], truth, seed) in OPEN for seed in range(8)) >= 7
 
 
 def test_one_setting_beyond_the_front_is_enough_for_a_method() -> None:
@@ -253,7 +273,7 @@ def test_a_short_front_on_another_decides_nothing() -> None:
             return np.array([0.95, 0.05, 0.1])
         return np.array([0.9, 0.1, 0.1]) if setting.label == "perfusion" else np.array([0.2, 0.8, 0.1])
 
-    assert judged(KNOWN["key_lock"], truth) is Verdict.UNDECIDED
+    assert judged(KNOWN["key_lock"], truth) in OPEN
 
 
 @pytest.mark.parametrize(("own", "verdict"), [(0.6, Verdict.HOLDS), (0.5, Verdict.UNDECIDED), (0.4, Verdict.FAILS)])

@@ -17,7 +17,6 @@ EXPERIMENT = Experiment(
     test="How much more {x} the front has that was trained with masks, " + AT_SAME_Y,
     series=(Series("with mask", WITH), Series("without", WITHOUT), BASE_SERIES),
     judge=compared(WITH, WITHOUT, "the mask"),
-    pictures=4,  # both fronts are near 1, where single pictures that miss their prompt are most of what varies
     of_toys="Trained on five pictures, four of them with a background that a mask can keep out; that of the one-shot "
     "trainings is plain. Masks are exact; those of photos are not. The other settings were chosen with masks and one "
     "picture.",
