@@ -116,7 +116,10 @@ class Runner:
         """The config of one run. Raises ConfigError for a setting that cannot be."""
         training = self.protocol.training(training)
         training = replace(training, changes=(*training.changes, *self.changes))
-        return config_of(training, subject, self.root, words=self.protocol.words)
+        config = config_of(training, subject, self.root, words=self.protocol.words)
+        if not training.joint:
+            return config
+        return replace(config, experiment=f"{config.experiment}-with-{self.protocol.partner(subject).name}")
 
     def run_folder(self, training: Training, subject: Subject) -> RunFolder:
         return RunFolder.of(self.config(training, subject))
@@ -155,10 +158,10 @@ class Runner:
         pictures = sum(int(task.size) for task in tasks if task.kind == "draw" and task.size > 1)
         priors = {}
         for task in trainings:
-            config: TrainConfig = task.arguments[0]
-            if (count := config.method.get("prior_images")) and config.concept.prior is None:
-                kind = json.dumps({key: value for key, value in config.method.items() if key.startswith("prior_")})
-                priors[config.concept.superclass, kind] = count
+            for config in task.arguments[0]:
+                if (count := config.method.get("prior_images")) and config.concept.prior is None:
+                    kind = json.dumps({key: value for key, value in config.method.items() if key.startswith("prior_")})
+                    priors[config.concept.superclass, kind] = count
         return len(trainings), pictures, sum(priors.values())
 
     def run(self, pool: Pool, tasks: Sequence[Task], then: Callable[[str], None] = lambda name: None) -> list[str]:
@@ -204,6 +207,7 @@ class Runner:
             name = "base-" + "+".join(one.name for one in wanted.subjects)
         else:
             name = "+".join(self.run_folder(training, one).path.name for one in wanted.subjects)
+            name += "-together" if training.joint else ""
         drawn = f"{self.protocol.steps}-steps-of-{self.protocol.sampler}-guidance-{self.protocol.guidance:g}"
         drawn += f"-{wanted.times}-times" if wanted.times > 1 else ""  # two tasks never draw into one folder
         return self.root / "pictures" / name / f"{wanted.setting.name}-{drawn}"
@@ -213,15 +217,15 @@ class Runner:
 
     def _trainings(self, training: Training, subjects: Iterable[Subject]) -> Iterator[Task]:
         """The tasks for what is not trained yet."""
-        for subject in subjects:
-            config = self.config(training, subject)
-            if not RunFolder.of(config).finished:
+        for together in [tuple(subjects)] if training.joint else [(one,) for one in subjects]:
+            configs = [self.config(training, one) for one in together]
+            if not all(RunFolder.of(config).finished for config in configs):
+                method = configs[0].method
                 # Each term that preserves the prior has as many pictures again as the concept.
-                terms = sum(bool(config.method.get(key)) for key in ("prior_images", "preservation_weight"))
-                pictures = config.method["batch_size"] * (1 + terms)
-                name = task_name(self.protocol.training(training), subject)
-                size = config.method["steps"] * pictures
-                yield Task(name, train, (config, self.protocol.threads), "train", size, pace=self.pace["train"])
+                terms = sum(bool(method.get(key)) for key in ("prior_images", "preservation_weight"))
+                size = method["steps"] * method["batch_size"] * (1 + terms) * len(configs)
+                name = task_name(self.protocol.training(training), *together)
+                yield Task(name, train, (configs, self.protocol.threads), "train", size, pace=self.pace["train"])
 
     def _drawing(self, members: Sequence[Wanted], needs: tuple[str, ...]) -> Task:
         setting, subjects, times = members[0].setting, members[0].subjects, members[0].times
@@ -255,21 +259,25 @@ class Runner:
         return ", ".join(said) or None
 
 
-def task_name(training: Training, subject: Subject) -> str:
-    """The name of the task that trains a subject."""
-    return f"train {training.label}, {subject.name}"
+def task_name(training: Training, *subjects: Subject) -> str:
+    """The name of the task that trains a subject, or several together."""
+    return f"train {training.label}, {' and '.join(one.name for one in subjects)}"
 
 
 # --- what workers do; models are loaded once in a process and kept ----------------------------------------------------
 
 
-def train(config: TrainConfig, threads: int = 1) -> None:
-    """Train a concept, unless it is there. Raises what `perfusion.train` raises."""
+def train(configs: Sequence[TrainConfig], threads: int = 1) -> None:
+    """Train a concept, unless it is there, or several together. Raises what `perfusion.train` raises."""
     _take(threads)
+    from experiments.joint import train_together
     from perfusion.train import train as run
 
     try:
-        run(config)
+        if len(configs) == 1:
+            run(configs[0])
+        else:
+            train_together(configs)
     finally:
         gc.collect()
 

@@ -34,6 +34,7 @@ class Training:
     changes: tuple[str, ...] = ()  # words of `python -m perfusion.train`
     shares: tuple[float, ...] = ()  # of its steps, after which the concept is kept beside the one at the end
     pictures: int | None = None  # ONE or SEVERAL; None: as many as its world usually has
+    joint: bool = False  # the two subjects of a pair are trained together, see `experiments.joint`
 
     def changed(self, label: str, *words: str, pictures: int | None = None) -> Training:
         """This training with further words on its command line, or with another number of pictures."""
@@ -78,6 +79,7 @@ TRAINED_KEYS = PERFUSION.changed("perfusion, trained keys", "method.key_lock=non
 TEXTUAL_INVERSION = Training("textual_inversion", "textual_inversion_toyland", shares=(1 / 3, 2 / 3))
 DREAMBOOTH = Training("dreambooth", "dreambooth_toyland", shares=(1 / 3, 2 / 3))
 CUSTOM_DIFFUSION = Training("custom_diffusion", "custom_diffusion_toyland", shares=(1 / 3, 2 / 3))
+JOINT_CUSTOM_DIFFUSION = replace(CUSTOM_DIFFUSION, label="custom_diffusion, trained together", joint=True)
 LORA = Training("lora", "lora_toyland")
 METHODS = (PERFUSION, TEXTUAL_INVERSION, DREAMBOOTH, CUSTOM_DIFFUSION, LORA)
 

@@ -27,7 +27,8 @@ class KeepSteps(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step in {step_of(share, trainer.max_steps) for share in self.shares}:
-            file = snapshot_file(Path(trainer.default_root_dir), step)
-            file.parent.mkdir(parents=True, exist_ok=True)
             module: Any = pl_module
-            save_concept(file, Concept.of(module.method, module.backbone, self.seed))
+            save_concept(
+                snapshot_file(Path(trainer.default_root_dir), step),
+                Concept.of(module.method, module.backbone, self.seed),
+            )

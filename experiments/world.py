@@ -153,6 +153,10 @@ class World(abc.ABC):
                 pairs.append((one, other))
         return tuple(pairs)
 
+    def partner(self, subject: Any) -> Any:
+        """The other one of a subject's pair."""
+        return next(other for pair in self.pairs if subject in pair for other in pair if other != subject)
+
     def seeds_of(self, times: int) -> tuple[int, ...]:
         """The seeds of an experiment that draws so many times as many pictures as others."""
         return tuple(range(self.seeds[0], self.seeds[0] + times * len(self.seeds)))

@@ -3,10 +3,11 @@
 **The word.** The paper puts a new token before the superclass, "<new1> cat". Here the placeholder stands for both: it
 is added as several vectors, the trained one of the modifier and the frozen ones of the superclass's tokens.
 
-**Several concepts** that were trained apart are drawn together by the paper's closed form (`merged_projection`): while
-more than one is attached, the model has the projections that send the words of each concept where its own projections
-send them, and change least elsewhere. What "elsewhere" means is the backbone's second moment C, the paper's C_regᵀC_reg
-over regularisation captions but for a factor that cancels. A concept joins with its `load_state`.
+**Several concepts** that were trained together (`experiments.joint`) have the same projections, which the model has.
+Others are drawn together by the paper's closed form (`merged_projection`): while more than one is attached, the model
+has the projections that send the words of each concept where its own projections send them, and change least elsewhere.
+What "elsewhere" means is the backbone's second moment C, the paper's C_regᵀC_reg over regularisation captions but for a
+factor that cancels. A concept joins with its `load_state`.
 
 Not done: the paper's augmentation, which scales pictures and says so in their prompts; mirroring, since pictures are
 encoded once; compressing the difference of the weights.
@@ -92,7 +93,7 @@ class CustomDiffusion(PriorMethod):
                 f"{self.word.placeholder}: found {shared.members[0].word.placeholder} attached, expected no other "
                 "concept beside one that is trained"
             )
-        self._add_modifier(undo)
+        self.add_modifier(undo)
         self.weights.extend(own_copy(parameter, self.training) for parameter in shared.frozen)
         self.shared = shared
         undo.callback(shared.leave, self)
@@ -102,7 +103,7 @@ class CustomDiffusion(PriorMethod):
         shared = self._attached()
         return standing(shared.frozen, shared.places)
 
-    def _add_modifier(self, undo: ExitStack) -> None:
+    def add_modifier(self, undo: ExitStack) -> None:
         """The placeholder, with the modifier's vector and those of the superclass's tokens."""
         starts = token_vectors(self.backbone, self.word.placeholder, self.options.initializer)
         named = token_vectors(self.backbone, self.word.placeholder, self.word.superclass)
@@ -209,7 +210,7 @@ class SharedProjections:
         """Put into the model what its concepts, taken together, make of the projections."""
         if not self._settled:
             shown = self.frozen
-        elif len(self._settled) == 1:
+        elif self._trained_together():
             shown = [*self._settled[0].weights]
         else:
             shown = self._merged()
@@ -218,6 +219,11 @@ class SharedProjections:
                 mark: Any = parameter
                 mark.perfusion_owner, mark.replaced = self, frozen
             place.put(parameter)
+
+    def _trained_together(self) -> bool:
+        """Whether all concepts have the same projections, as one alone has."""
+        first, *others = (member.weights for member in self._settled)
+        return all(torch.equal(one, other) for weights in others for one, other in zip(first, weights, strict=True))
 
     def _merged(self) -> list[nn.Parameter]:
         words = [member.target_words(self.backbone) for member in self._settled]
