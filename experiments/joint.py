@@ -8,6 +8,7 @@ whose concept can also be drawn alone; its config trained anew gives one that wa
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -52,7 +53,7 @@ class Beside(CustomDiffusion):
 def train_together(configs: Sequence[TrainConfig]) -> None:
     """Train a concept for each config, all by Custom Diffusion with the same options, on the model of the first.
 
-    A training that was stopped begins anew.
+    Of the trainer's options the precision and `accumulate_grad_batches` count. A training that was stopped begins anew.
 
     Raises:
         TrainingError: the loss is NaN or infinite; and what `perfusion.train` raises.
@@ -114,14 +115,17 @@ def _fit(
     own = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(own, options.rate_factor)
     optimizer: Any = fabric.setup_optimizers(own)
-    for step, batches in enumerate(zip(*(StepBatches(one, 0, 1, 1) for one in data), strict=True), start=1):
-        for method, (batch, names) in zip(methods, batches, strict=True):
+    parts = config.trainer.get("accumulate_grad_batches") or 1
+    batches = [iter(StepBatches(one, 0, 1, parts)) for one in data]
+    for step in range(1, options.steps + 1):
+        for method, of_concept in zip(methods, batches, strict=True):
             optimizer.zero_grad()
-            with fabric.autocast():
-                loss = torch.stack([*method.loss(backbone, batch).values()]).sum()
-            if not torch.isfinite(loss):
-                raise TrainingError(f"step {step}: the loss is not finite on the pictures {', '.join({*names})}")
-            fabric.backward(loss)
+            for batch, names in itertools.islice(of_concept, parts):
+                with fabric.autocast():
+                    loss = torch.stack([*method.loss(backbone, batch).values()]).sum()
+                if not torch.isfinite(loss):
+                    raise TrainingError(f"step {step}: the loss is not finite on the pictures {', '.join({*names})}")
+                fabric.backward(loss / parts)
             optimizer.step()
         schedule.step()
         if step in kept:

@@ -75,6 +75,19 @@ def test_they_have_words_of_their_own_and_the_projections_in_common(
         assert not any(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
+def test_a_batch_in_parts_makes_the_same_steps(tmp_path: Path) -> None:
+    files = []
+    for parts in (1, 2):
+        words = ("method.batch_size=2", f"trainer.accumulate_grad_batches={parts}")
+        runner = Runner(tmp_path / f"{parts}", Protocol(), (*CHANGES, *words))
+        configs = [runner.config(JOINT_CUSTOM_DIFFUSION, toy) for toy in PAIR]
+        train_together(configs)
+        files.append([Concept.load(RunFolder.of(config).concept) for config in configs])
+    for whole, in_parts in zip(*files, strict=True):
+        for name, tensor in whole.tensors.items():
+            torch.testing.assert_close(in_parts.tensors[name], tensor, rtol=0, atol=1e-3)
+
+
 def test_the_model_that_draws_both_has_these_projections(
     asked: list[str], configs: list[TrainConfig], tmp_path: Path
 ) -> None:
