@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 2  # pixels between pictures
@@ -37,9 +37,10 @@ def captioned_sheet(groups: Sequence[tuple[str, Sequence[Image.Image]]], columns
     """
     width = groups[0][1][0].width
     factor = max(1, _SHOWN // width)
-    font = ImageFont.truetype(
-        Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), width * factor / _TEXT
-    )
+    matplotlib = find_spec("matplotlib")  # whose font has Greek letters; to import it takes long
+    assert matplotlib is not None and matplotlib.origin is not None
+    font_file = Path(matplotlib.origin).with_name("mpl-data") / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(font_file, width * factor / _TEXT)
     blocks = [_block(caption, [_enlarged(p, factor) for p in pictures], columns, font) for caption, pictures in groups]
     widest = max(min(len(pictures), columns) for _, pictures in groups)
     beside = max(1, columns // widest)

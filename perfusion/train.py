@@ -242,11 +242,11 @@ def _draw_samples(
     templates = sample_templates(config.backbone.prompts)
     plain = [fill(template, config.concept.superclass) for template in templates]
     personal = [fill(template, config.concept.placeholder) for template in templates]
-    rows = [(f"base model: {config.concept.superclass}", plain, draw(plain))]
+    rows = [([f"base model: {prompt}" for prompt in plain], draw(plain))]
     with concept.attach(backbone):
-        rows.append((config.concept.placeholder, personal, draw(personal)))
+        rows.append((personal, draw(personal)))
     count = f"{len(examples)} picture" + "s" * (len(examples) > 1)
-    title = f"{config.concept.placeholder} learned from {count}, step {metrics['step_kept']} of {metrics['steps']}"
+    title = f"{config.concept.placeholder} from {count}, step {metrics['step_kept']} of {metrics['steps']}"
     save_samples(folder.samples, examples.pictures(), rows, title)
 
 

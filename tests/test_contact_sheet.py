@@ -1,10 +1,13 @@
 """Sheets of pictures: the order, the captions, the sizes."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from perfusion.contact_sheet import captioned_sheet, image_grid
+from perfusion.training.samples import save_samples
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
 
@@ -61,3 +64,19 @@ def test_a_long_caption_is_wrapped_and_its_neighbours_stay_in_line() -> None:
     columns = np.nonzero(text.min(0) < 128)[0]
     assert columns.max() < boxes(sheet, "blue")[2] + 4, "the caption runs out of its block"
     assert captioned_sheet([("short", pictures("red"))]).height < sheet.height
+
+
+def test_samples_have_a_training_picture_before_each_row_and_are_no_larger_than_to_be_looked_at(tmp_path: Path) -> None:
+    rows = [
+        (["a", "b"], pictures("blue", "blue", side=512)),
+        (["c", "d"], pictures("green", "green", side=512)),
+    ]
+    found = []
+    for count in (1, 2, 5):
+        save_samples(tmp_path / "samples.png", pictures(*["red"] * count, side=512), rows, "from some")
+        with Image.open(tmp_path / "samples.png") as sheet:
+            found.append([boxes(sheet.convert("RGB"), colour) for colour in ("red", "blue", "green")])
+    (first, base, concept), (both, *same), many = found
+    assert first[2] < base[0] and first[3] - first[1] == 256 and base[3] < concept[1] and base[0] == concept[0]
+    assert (both[0], both[1], both[3]) == (first[0], first[1], concept[3]) and same == [base, concept]
+    assert many == [both, *same]
