@@ -26,6 +26,14 @@ LONGEST = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that sets the number of threads sets that of all tests after it."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Stable Diffusion's architecture with few channels and random weights, where a file has none of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def words(home: Path, *further: str, **others: Any) -> list[str]:
         "data": home / "data",
         "path": home / "pipeline",
         "device": "cpu",
+        "workers": os.cpu_count(),  # which share the cores: each has one thread
         "scorer": home / "scorer",
         "concepts": 2,
         "prompts": 1,
@@ -153,11 +155,12 @@ def test_neighbours_are_drawn_together(home: Path, monkeypatch: pytest.MonkeyPat
     assert run(home, "method.embedding_rate=0.5", only="multi_concept", concepts=3, out=home / "pairs") == 0
     found = json.loads((home / "pairs" / "results" / "multi_concept.json").read_text())
     assert found["protocol"]["groups"] == 1, "the third has no neighbour"
-    assert [len(series["settings"]) for series in found["series"]] == [6, 3, 1] and not found["published"]
+    assert [len(series["settings"]) for series in found["series"]] == [6, 3, 3, 1] and not found["published"]
     (root,) = (home / "runs").glob("data-*")
     records = [r for file in (root / "pictures").rglob("manifest.json") for r in read_manifest(file.parent)]
     (both, *_) = (r for r in records if r.concept == "rex + old mug" and r.method == "custom_diffusion")
     assert both.prompt == "a photo of a <rex*> and a <old_mug*>" and both.superclass == "dog + mug"
+    assert [*found["runs"]] == ["perfusion", "custom_diffusion", "custom_diffusion, trained together"]
 
 
 def test_it_says_beforehand_what_it_takes_and_does_nothing_twice(

@@ -275,6 +275,7 @@ def test_speed_is_that_of_few_steps_on_two_threads(untrained: Toyland, monkeypat
     assert torch.get_num_threads() == before and type(untrained.pipe.scheduler).__name__ == "DDIMScheduler"
 
 
+@pytest.mark.slow
 def test_fine_tuning_teaches_the_pipeline_s_own_prediction(untrained: Toyland, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its error on the training picture falls where noise and velocity differ most; the pipeline itself stays."""
     tuned, given = [], []
@@ -300,6 +301,7 @@ def test_fine_tuning_teaches_the_pipeline_s_own_prediction(untrained: Toyland, m
     assert all(torch.equal(value, before[name]) for name, value in untrained.pipe.unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_keeps_the_training_record(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
