@@ -35,7 +35,7 @@ Try every claim of the paper on Toyland, or on photos: train and draw what is mi
   <runs>/<weights>/report/    a page with the pictures behind every point; <weights> is a hash of Toyland's weights
 
   python -m experiments.paper                        everything: hours of two cores; it says beforehand how many
-  python -m experiments.paper quick                  8 toys and 8 prompts: intervals about 2.6 times as wide
+  python -m experiments.paper quick                  5 toys and 8 prompts: intervals about 4 times as wide
   python -m experiments.paper only=mask,pareto       some experiments
   python -m experiments.paper only=covariance        one that is no claim of the paper
   python -m experiments.paper concepts=2 prompts=4 seeds=1     a small trial of the machinery, into <runs>/small
@@ -54,7 +54,7 @@ this device. docs/experiments.md says more.
 """
 
 
-_QUICK = ("concepts=8", "prompts=8")
+_QUICK = ("concepts=5", "prompts=8")
 
 
 @dataclass
