@@ -58,7 +58,6 @@ def train_together(configs: Sequence[TrainConfig]) -> None:
     Raises:
         TrainingError: the loss is NaN or infinite; and what `perfusion.train` raises.
     """
-    started = time.monotonic()
     first = configs[0]
     folders = [RunFolder.of(config) for config in configs]
     quieten()
@@ -75,13 +74,13 @@ def train_together(configs: Sequence[TrainConfig]) -> None:
                 method.host = methods[0]
             undo.callback(method.detach)
             method.attach(backbone)
+        started = time.monotonic()
         for one in data:
             one.setup("fit")
         _fit(first, folders, methods, data, backbone)
+        seconds = {"training": (time.monotonic() - started) / len(configs)}  # of all of it, a share for each
         for folder, method in zip(folders, methods, strict=True):
             save_concept(folder.concept, Concept.of(method, backbone, first.seed))
-    # What all of it took, a share for each.
-    seconds = {"training": (time.monotonic() - started) / len(configs)}
     for folder in folders:
         folder.finish({"steps": methods[0].options.steps, "seconds": seconds, "trained_with": [*map(str, folders)]})
 
