@@ -29,7 +29,7 @@ EXPERIMENT = Experiment(
     series=(
         Series("perfusion", BOTH),
         Series("custom_diffusion", MERGED),
-        Series("custom_diffusion, trained together", TOGETHER),
+        Series("Custom Diffusion, trained together", TOGETHER),
         BASE_SERIES,
     ),
     judge=judge,
