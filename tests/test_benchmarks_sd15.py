@@ -44,7 +44,9 @@ def test_without_cuda_a_step_is_measured_on_toyland_alone(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("model", train_sd15.PRECISIONS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.slow if name == "sd15" else ()) for name in train_sd15.PRECISIONS]
+)
 def test_both_sides_take_steps_in_their_precision(
     model: str, checkpointing: bool, small: None, recomputed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,8 +73,10 @@ def run(folder: Path, *words: str) -> int:
 
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> Iterator[Path]:
-    """One experiment, with a real pool."""
-    assert run(folder, "only=one_shot", "report=false") == 0
+    """One experiment, done in this process; `test_two_workers_in_ray_find_what_one_here_found` does it in others."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(paper, "Pool", Inline)
+        assert run(folder, "only=one_shot", "report=false") == 0
     (root,) = (path for path in (folder / "runs").iterdir() if (path / "trained").is_dir())
     yield root
 

@@ -81,6 +81,7 @@ def test_colours_in_front_of_a_pattern_are_the_pattern_s() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_learns_to_read() -> None:
     torch.manual_seed(0)
     model = Reader()

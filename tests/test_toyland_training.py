@@ -224,6 +224,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_only_the_decoder_learns_and_its_loss_falls(finished: Path) -> None:
     before = AutoencoderKL.from_pretrained(finished / "autoencoder")
     train_decoder(finished, 5.0)
