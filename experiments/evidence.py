@@ -70,11 +70,7 @@ class Check:
             return Verdict.HOLDS if self.above else Verdict.FAILS
         if high is not None and high < self.threshold:
             return Verdict.FAILS if self.above else Verdict.HOLDS
-        if (
-            low is not None
-            and high is not None
-            and self.threshold - self.alike < low <= high < self.threshold + self.alike
-        ):
+        if low is not None and high is not None and max(self.threshold - low, high - self.threshold) < self.alike:
             return Verdict.ALIKE
         return Verdict.UNDECIDED
 

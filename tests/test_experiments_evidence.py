@@ -204,6 +204,17 @@ def test_without_a_difference_a_claim_mostly_neither_holds_nor_fails(name: str) 
     assert sum(verdict in OPEN for verdict in verdicts) >= 14
 
 
+@pytest.mark.parametrize("name", ["mask", "vectors"])
+def test_variants_that_follow_prompts_alike_make_no_difference(name: str) -> None:
+    verdicts = [judged(KNOWN[name], perfusion_front, seed) for seed in range(8)]
+    assert verdicts.count(Verdict.ALIKE) >= 6
+
+
+def test_more_pictures_are_drawn_where_the_world_has_too_few() -> None:
+    assert [KNOWN["lock_types"].times(replace(Protocol(), seeds=tuple(range(n)))) for n in (1, 2, 4)] == [2, 1, 1]
+    assert KNOWN["mask"].times(Protocol()) == 1
+
+
 @pytest.mark.parametrize("name", ["temperature", "train_bias", "key_lock"])
 def test_another_place_on_the_same_front_is_no_gain(name: str) -> None:
     """A gate that is further open at the same β gives other points of one front."""

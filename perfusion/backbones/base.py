@@ -237,7 +237,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio ᾱ / (1 - ᾱ) at diffusion steps `timesteps` (B,): (B,)."""
+        """Signal-to-noise ratio ᾱ / (1 - ᾱ) at diffusion steps `timesteps` (B,): (B,). Raises NotImplementedError for a
+        model that `flows`."""
 
     @property
     @abstractmethod

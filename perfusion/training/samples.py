@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -34,8 +33,7 @@ def save_samples(
     """
     side = min(_SIDE, training[0].width)
     blank = Image.new("RGB", training[0].size, "white")
-    shown = zip_longest([title], training[: len(rows)], fillvalue=None)
-    first = [(caption or "another", picture) for caption, picture in shown]
+    first = [("another" if k else title, picture) for k, picture in enumerate(training[: len(rows)])]
     first += [("", blank)] * (len(rows) - len(first))
     cells = [
         (caption, [ImageOps.contain(picture, (side, side))])
