@@ -192,6 +192,7 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
     from perfusion.backbones import backbone_class
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
+    from perfusion.data.prompts import validation_prompts
     from perfusion.hub import named_file
 
     concept = Concept.load(named_file(config.concept))
@@ -227,7 +228,8 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
             if (out / file).exists():
                 raise ExportError(f"out: {out / file} exists, expected a new file")
         told = f"β {float(attached.beta):g}, τ {float(attached.tau):g}: strength s = {strength_of(attached):.3f}"
-        lines = [told, *aligned(differences(attached, updates, _prompts(backbone)), right=(2, 3, 4))]
+        prompts = validation_prompts(backbone.config.prompts)
+        lines = [told, *aligned(differences(attached, updates, prompts), right=(2, 3, 4))]
     _write(out, files)
     return out, [*(f"{out / file} ({(out / file).stat().st_size / 1000:.1f} kB)" for file in files), "", *lines]
 
@@ -237,12 +239,6 @@ def _backbone(config: ExportConfig, family: str) -> Backbone:
 
     chosen = backbone_config(config.backbone or family, config.path, device=config.device, layout=config.layout)
     return backbone_class(chosen.name).load(chosen)
-
-
-def _prompts(backbone: Backbone) -> tuple[str, ...]:
-    from perfusion.data.prompts import validation_prompts
-
-    return validation_prompts("toyland" if backbone.config.prompts == "toyland" else "sd")
 
 
 def _write(out: Path, files: Mapping[str, dict[str, Tensor]]) -> None:

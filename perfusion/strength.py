@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perfusion.config import ConfigError
-from perfusion.data.prompts import fill
+from perfusion.data.prompts import fill, validation_prompts
 
 # Torch and its friends take seconds to import: the command's `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ def measure(
 
     from perfusion.drawing import stream
     from perfusion.scoring.metrics import clip_scores
-    from perfusion.training.samples import sample_templates
 
     if not grid:
         raise ConfigError("grid: found no β, expected at least one, as in grid=[0.3,0.5,0.7]")
@@ -63,7 +62,7 @@ def measure(
     own = attached.beta
     clip = _scorer(attached, scorer, pretrained)
     wanted = clip.image_embeddings(reference_pictures(attached, references))
-    templates = sample_templates(config.prompts)
+    templates = validation_prompts(config.prompts)
     texts = clip.text_embeddings([fill(template, concept.superclass) for template in templates])
     prompts = [fill(template, concept.placeholder) for template in templates]
     betas = torch.tensor(grid, dtype=torch.float32).repeat_interleave(len(prompts))

@@ -223,9 +223,9 @@ def _draw_samples(
     metrics: dict[str, Any],
 ) -> None:
     """Draw the base model beside the concept, as its file holds it."""
-    from perfusion.data.prompts import fill
+    from perfusion.data.prompts import fill, validation_prompts
     from perfusion.drawing import sample
-    from perfusion.training.samples import sample_templates, save_samples
+    from perfusion.training.samples import save_samples
 
     def draw(prompts: list[str]) -> list[Image]:
         return sample(
@@ -239,7 +239,7 @@ def _draw_samples(
             exact=False,
         )
 
-    templates = sample_templates(config.backbone.prompts)
+    templates = validation_prompts(config.backbone.prompts)
     plain = [fill(template, config.concept.superclass) for template in templates]
     personal = [fill(template, config.concept.placeholder) for template in templates]
     rows = [([f"base model: {prompt}" for prompt in plain], draw(plain))]
@@ -251,9 +251,9 @@ def _draw_samples(
 
 
 def _say_where(config: TrainConfig, folder: RunFolder, exported: Sequence[Path]) -> None:
-    from perfusion.training.samples import sample_templates
+    from perfusion.data.prompts import validation_prompts
 
-    prompt = sample_templates(config.backbone.prompts)[0].replace("{}", config.concept.placeholder)
+    prompt = validation_prompts(config.backbone.prompts)[0].replace("{}", config.concept.placeholder)
     words = {"concept": folder.concept, "prompt": prompt, **which_weights(config.backbone)}
     command = " ".join(f"{key}={shlex.quote(str(value))}" for key, value in words.items())
     print(f"concept: {folder.concept} ({folder.concept.stat().st_size / 1000:.1f} kB)")

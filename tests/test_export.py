@@ -119,7 +119,7 @@ def test_how_far_it_is_from_the_gated_edit_is_measured(backbone: Backbone, folde
     assert f"β 0.6, τ 0.2: strength s = {STRENGTH:.3f}" in lines
     (told,) = [line.split() for line in lines if line.startswith("at the word ") and " V " in line]
     tensors = load_file(out / "bear-beta-0.6-diffusers.safetensors")
-    prompts = [fill(template, WORD.placeholder) for template in validation_prompts("sd")]
+    prompts = [fill(template, WORD.placeholder) for template in validation_prompts("imagenet")]
     errors, plain = [], []
     with concept.attach(backbone, beta=BETA, tau=TAU), torch.no_grad():
         encoding = backbone.encode(prompts, WORD.placeholder)

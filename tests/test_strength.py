@@ -15,7 +15,7 @@ from perfusion import strength
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept, save_concept
 from perfusion.config import BackboneConfig, ConceptConfig, ToylandConcept, TrainConfig
-from perfusion.data.prompts import fill
+from perfusion.data.prompts import fill, validation_prompts
 from perfusion.drawing import sample
 from perfusion.generate import GenerateConfig, generate
 from perfusion.manifest import read_manifest
@@ -24,7 +24,6 @@ from perfusion.scoring.clip import ClipScorer, ScorerError
 from perfusion.scoring.metrics import clip_scores
 from perfusion.strength import GRID, Strength, best, measure, reference_pictures, table
 from perfusion.training.run_folder import RunFolder
-from perfusion.training.samples import sample_templates
 from tests.concepts import tiny_backbone, toyland_backbone, untrained_concept
 from tests.pipelines import toyland_folder
 from tests.scorers import make_scorer
@@ -78,7 +77,7 @@ def test_each_strength_is_scored_as_its_own_pictures_are(attached: Attached, sco
     assert attached.beta == 0.33, "its own strength is put back"
 
     clip, config = ClipScorer(scorer), attached.backbone.config
-    templates = sample_templates("toyland")
+    templates = validation_prompts("toyland")
     attached.beta = 0.9
     prompts = [fill(template, "<cat*>") for template in templates]
     seeds = range(5, 5 + len(prompts))

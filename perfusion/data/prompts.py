@@ -2,96 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from pathlib import Path
 
-# Neutral photo captions in the manner of CLIP's ImageNet templates, as Textual Inversion (arXiv 2208.01618) uses them:
-# they say that something is seen, never where, how or with what, so only the concept's name can explain the picture.
-_IMAGENET = (
-    "a photo of a {}",
-    "a photo of the {}",
-    "a photo of my {}",
-    "a photo of one {}",
-    "the photo of a {}",
-    "a good photo of a {}",
-    "a good photo of the {}",
-    "a cropped photo of a {}",
-    "a cropped photo of the {}",
-    "a close-up photo of a {}",
-    "a close-up photo of the {}",
-    "a bright photo of a {}",
-    "a bright photo of the {}",
-    "a dark photo of the {}",
-    "a photo of a clean {}",
-    "a photo of the clean {}",
-    "a photo of a dirty {}",
-    "a photo of a cool {}",
-    "a photo of the cool {}",
-    "a photo of a nice {}",
-    "a photo of the nice {}",
-    "a photo of a small {}",
-    "a photo of the small {}",
-    "a photo of the large {}",
-    "a photo of the weird {}",
-    "a rendering of a {}",
-    "a rendition of a {}",
-    "a rendition of the {}",
-)
-# The same in Toyland's words.
-_TOYLAND = (
-    "a photo of a {}",
-    "a photo of the {}",
-    "a photo of my {}",
-    "a photo of one {}",
-    "a photo of this {}",
-    "a good photo of a {}",
-    "a good photo of the {}",
-    "a nice photo of a {}",
-    "a cropped photo of a {}",
-    "a cropped photo of the {}",
-    "a close up photo of a {}",
-    "a close up photo of the {}",
-    "a bright photo of a {}",
-    "a bright photo of the {}",
-    "a dark photo of the {}",
-    "a clean photo of a {}",
-    "a photo of a clean {}",
-    "a photo of a cool {}",
-    "a photo of a nice {}",
-    "a photo of a small {}",
-    "a photo of the large {}",
-    "a photo of the weird {}",
-    "a picture of a {}",
-    "a picture of the {}",
-    "a rendition of a {}",
-    "a rendition of the {}",
-    "a depiction of a {}",
-    "a depiction of the {}",
-)
-_TEMPLATES = {"imagenet": _IMAGENET, "toyland": _TOYLAND}
+import yaml
 
-# What a concept must still do after training: be elsewhere, wear and use things, change its style.
-_VALIDATION = {
-    "sd": (
-        "a photo of a {} on the beach",
-        "a {} wearing a santa hat in the snow",
-        "a watercolor painting of a {}",
-        "a {} riding a skateboard in the city",
-        "a mosaic of a {}",
-        "a {} sitting in a cardboard box",
-        "a photo of a {} wearing a crown",
-        "a {} in front of the Eiffel Tower at night",
-    ),
-    "toyland": (
-        "a photo of a {} on the beach",
-        "a {} wearing a hat in the snow",
-        "a sketch of a {}",
-        "a {} on a skateboard in the city",
-        "a mosaic of a {}",
-        "a {} in a box",
-        "a photo of a {} wearing a crown",
-        "a {} at night",
-    ),
-}
+_FILE = Path(__file__).with_suffix(".yaml")
 
 
 class PromptError(ValueError):
@@ -99,21 +16,15 @@ class PromptError(ValueError):
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """The training templates named `name` (`imagenet` or `toyland`), each with one `{}` for the concept.
-
-    Raises:
-        PromptError: no such set.
-    """
-    return _pick(_TEMPLATES, name, "prompt templates")
+    """The training templates of the set `name` (`imagenet` or `toyland`), each with one `{}` for the concept. Raises
+    PromptError: no such set."""
+    return _set(name)["training"]
 
 
 def validation_prompts(name: str) -> tuple[str, ...]:
-    """The 8 templates that training samples from to choose its best step: `sd` or `toyland`.
-
-    Raises:
-        PromptError: no such set.
-    """
-    return _pick(_VALIDATION, name, "validation prompts")
+    """The 8 templates of the set `name` that training samples from to choose its best step. Raises PromptError: no such
+    set."""
+    return _set(name)["validation"]
 
 
 def fill(template: str, phrase: str) -> str:
@@ -154,7 +65,14 @@ def _whole_word(placeholder: str) -> re.Pattern[str]:
     return re.compile(before + re.escape(placeholder) + after, re.IGNORECASE)
 
 
-def _pick(sets: dict[str, tuple[str, ...]], name: str, what: str) -> tuple[str, ...]:
-    if name not in sets:
-        raise PromptError(f"no {what} named {name!r}; expected one of {', '.join(sorted(sets))}.")
-    return sets[name]
+def _set(name: str) -> dict[str, tuple[str, ...]]:
+    known = _sets()
+    if name not in known:
+        raise PromptError(f"no prompt templates named {name!r}; expected one of {', '.join(sorted(known))}.")
+    return known[name]
+
+
+@functools.cache
+def _sets() -> dict[str, dict[str, tuple[str, ...]]]:
+    sets = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    return {name: {use: tuple(given) for use, given in uses.items()} for name, uses in sets.items()}

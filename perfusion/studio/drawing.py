@@ -20,13 +20,12 @@ from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept
 from perfusion.concept_file import ConceptFileError, entry, texts, words
 from perfusion.config import ConfigError, which_weights
-from perfusion.data.prompts import contains, fill, replace_placeholder
+from perfusion.data.prompts import contains, fill, replace_placeholder, validation_prompts
 from perfusion.drawing import Setting, draw, name_of, planned
 from perfusion.files import atomic_path
 from perfusion.manifest import numbered, slug, spelled
 from perfusion.methods.base import Dial, method_class
 from perfusion.training.run_folder import CHECKPOINTS, RunFolder
-from perfusion.training.samples import sample_templates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +106,7 @@ class Drawing:
         self.attached: list[Attached] = []
         self._chosen: list[tuple[str, int]] = []  # files that are attached, and when they were written
         self._scorer: ClipScorer | None = None
-        self.templates = sample_templates(backbone.config.prompts)
+        self.templates = validation_prompts(backbone.config.prompts)
         self.steps = _STEPS_TOYLAND if backbone.family == "toyland" else _STEPS
         self.classes = ["small"] if backbone.config.resolution <= _SMALL else []  # of what shows pictures
 

@@ -8,15 +8,9 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from perfusion.contact_sheet import captioned_sheet
-from perfusion.data.prompts import validation_prompts
 from perfusion.files import atomic_path
 
 _SIDE = 256  # pixels of one picture, at most
-
-
-def sample_templates(prompts: str) -> tuple[str, ...]:
-    """The validation templates that go with `backbone.prompts`: those in Toyland's words, or those for all others."""
-    return validation_prompts("toyland" if prompts == "toyland" else "sd")
 
 
 def save_samples(

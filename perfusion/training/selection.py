@@ -14,13 +14,12 @@ from perfusion.backbones.base import Backbone
 from perfusion.config import ConfigError
 from perfusion.contact_sheet import image_grid
 from perfusion.data.images import Examples
-from perfusion.data.prompts import fill
+from perfusion.data.prompts import fill, validation_prompts
 from perfusion.drawing import sample
 from perfusion.files import atomic_path
 from perfusion.scoring.clip import named_scorer
 from perfusion.scoring.metrics import clip_scores
 from perfusion.training.module import PersonalizationModule
-from perfusion.training.samples import sample_templates
 
 FOLDER = "progress"
 _STRIP_SIDE = 128  # pixels of one picture in a strip, at most
@@ -78,7 +77,7 @@ class SelectBestStep(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the scorer and look at the pictures and prompts, before the first step can be lost to a mistake."""
         method, backbone = _trained(pl_module).method, _trained(pl_module).backbone
-        templates = self.templates or sample_templates(backbone.config.prompts)
+        templates = self.templates or validation_prompts(backbone.config.prompts)
         self.prompts = [fill(template, method.word.placeholder) for template in templates]
         backbone.check_prompts(self.prompts)
         foreign = None if backbone.family == "toyland" else f"this is {backbone.family} (or callbacks=none)"
