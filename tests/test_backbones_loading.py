@@ -278,6 +278,15 @@ def test_a_size_may_be_height_and_width() -> None:
     assert backbones.resolution_of(pipe) == 64
 
 
+def test_a_pipeline_whose_denoiser_is_compiled_finds_its_backbone() -> None:
+    pipe = tiny_pipeline()
+    plain = backbones.around(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    compiled = backbones.around(pipe)
+    assert (compiled.family, compiled.config) == (plain.family, plain.config)
+    assert [site.name for site in compiled.edit_sites()] == [site.name for site in plain.edit_sites()]
+
+
 # --- the registry and the presets -----------------------------------------------------------------------------------
 
 

@@ -161,6 +161,6 @@ def _guessed(pipe: DiffusionPipeline) -> BackboneConfig:
 def resolution_of(pipe: DiffusionPipeline) -> int:
     """Side in pixels of the pictures that a pipeline is made for."""
     parts = pipe.components
-    config: Any = (parts.get("unet") or parts["transformer"]).config
+    config: Any = parts["unet" if "unet" in parts else "transformer"].config
     size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
     return int(size * pipe.vae_scale_factor)  # type: ignore[attr-defined]
