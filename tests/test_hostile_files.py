@@ -388,7 +388,7 @@ def test_whatever_fails_while_attaching_leaves_no_trace(
     for target in (
         "perfusion.editing.words.taught",
         "perfusion.editing.words.Words.place",
-        "perfusion.editing.words._spelled",
+        "perfusion.editing.words.spelled",
         "perfusion.methods.perfusion.attach_edit",
         "perfusion.methods.perfusion.Perfusion.load_state",
         "perfusion.concept.Attached",

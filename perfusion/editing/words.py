@@ -24,11 +24,8 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import tokenizers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -46,78 +43,11 @@ from perfusion.editing.reading import (
     with_ids,
     with_masks,
 )
-from perfusion.editing.tokens import check_word, last_tokens, taught, token_ids
+from perfusion.editing.tokens import Standing, WholeWords, check_word, last_tokens, spelled, taught, token_ids
 
 _LOADERS = ("load_textual_inversion", "unload_textual_inversion")
 _CLEANER = "_clean_caption"  # of pipelines that take symbols out of prompts
 KEPT = 8  # outputs of a text encoder that are remembered: of prompts, of negative prompts, and some more
-
-
-@dataclass(eq=False)
-class Standing:
-    """Of an added word, for all tokenizers that know it; their copies share it."""
-
-    word: str
-    removed: bool = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Standing:
-        return self
-
-
-class WholeWords:
-    """Refuses prompts of which the text encoder would get no word, or only a part of it.
-
-    Stock pipelines cut long prompts off, and only log it. And a tokenizer that another pipeline took while a word was
-    there still knows the word when it is gone.
-
-    This stands in the place of a tokenizer's `_convert_encoding`, or `truncate_sequences` of one in Python, which are
-    given every text that was read: of that tokenizer alone, not of its class, so that it stays one of the same type,
-    and can be copied and saved.
-
-    Args:
-        words: id -> the added word that it is a part of.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Mapping[int, Standing]) -> None:
-        self.tokenizer, self.words = tokenizer, dict(words)
-
-    def watch(self) -> None:
-        """Stand in that place."""
-        name = "_convert_encoding" if hasattr(self.tokenizer, "_convert_encoding") else "truncate_sequences"
-        vars(self.tokenizer)[name] = self
-
-    def __call__(self, encoding: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the tokenizer's own.
-
-        Raises:
-            TokenError: the text is cut off, and an added word is lost or only a part of it is left. Whoever asks for
-                the tokens that were cut off (`return_overflowing_tokens`) loses nothing. Or there is a word in it that
-                was removed.
-        """
-        own: Any = type(self.tokenizer)
-        if not isinstance(encoding, tokenizers.Encoding):
-            left, pair, overflowing = own.truncate_sequences(self.tokenizer, encoding, *args, **kwargs)
-            special: Any = self.tokenizer.num_special_tokens_to_add()
-            self._check([*left, *[-1] * special], overflowing, len(encoding) + special)
-            return left, pair, overflowing
-        lost = [] if kwargs.get("return_overflowing_tokens") else encoding.overflowing
-        length = len(encoding.ids) + sum(part.special_tokens_mask.count(0) for part in lost)
-        self._check(encoding.ids, [*chain.from_iterable(part.ids for part in lost)], length)
-        return own._convert_encoding(self.tokenizer, encoding, *args, **kwargs)
-
-    def _check(self, ids: Sequence[int], lost: Sequence[int], length: int) -> None:
-        """Of a text of `length` tokens, `ids` are read and others `lost`."""
-        found = (self.words[token] for token in ids if token in self.words)
-        if gone := next((standing.word for standing in found if standing.removed), None):
-            raise TokenError(
-                f"found {gone!r}, which was detached through another pipeline that shares this text encoder, expected "
-                "prompts without it; make this pipeline anew from the other's components"
-            )
-        if word := next((self.words[token].word for token in lost if token in self.words), None):
-            raise TokenError(
-                f"{word!r} would be cut off: found {length} tokens with beginning and end, expected {len(ids)} at "
-                "most, which is what is read of a prompt; shorten it, or put the word further to the front"
-            )
 
 
 class WordVectors(nn.Module):
@@ -462,7 +392,7 @@ def add_word(
                 if vectors is not None:
                     initial = initial.mean(0).expand(vectors, -1)
             stock = table.stock_tokenizer if isinstance(table, Words) else tokenizer
-            word = WordVectors(placeholder, ids, _spelled(stock, placeholder), initial)
+            word = WordVectors(placeholder, ids, spelled(stock, placeholder), initial)
             added._add(encoder, word)
         undo.pop_all()
     return added
@@ -551,14 +481,6 @@ def superclass_mask(words: Sequence[Words], context: Tensor, mask: Tensor | None
         return mask
     changed, _ = words[0].with_own_masks(context, mask)
     return mask if torch.equal(changed, mask) else changed
-
-
-def _spelled(stock: PreTrainedTokenizerBase, placeholder: str) -> list[int]:
-    """The ids that a tokenizer without the word makes of it; none where that is not to be told from other text: "dog1",
-    which reads as "dog 1", or what the tokenizer does not know."""
-    ids = stock(f" {placeholder}", add_special_tokens=False).input_ids
-    with_digits = placeholder.isalnum() and not placeholder.isalpha()
-    return [] if with_digits or stock.unk_token_id in ids else ids
 
 
 def _refuse_spelled(ids: Tensor, words: Iterable[WordVectors]) -> None:
