@@ -27,11 +27,14 @@ LONGEST = [
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A test that sets the number of threads sets that of all tests after it."""
+def torch_as_before() -> Iterator[None]:
+    """A test that sets the number of threads sets that of all tests after it; and torch compiles a function a few times
+    only, in all tests together."""
     yield
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
