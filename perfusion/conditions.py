@@ -4,6 +4,7 @@ from, a mask of what is drawn anew in it, and a picture that a ControlNet follow
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import (
-    AutoPipelineForImage2Image,
-    AutoPipelineForInpainting,
-    AutoPipelineForText2Image,
-    ControlNetModel,
-    DiffusionPipeline,
-)
+from diffusers import ControlNetModel, DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image, ImageOps
 
@@ -100,12 +95,15 @@ class Conditions:
         Raises:
             ConfigError: the ControlNet cannot be read, or diffusers has no such pipeline for this model.
         """
+        if self.image is None and self.controlnet is None:
+            yield pipe
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # this imports all pipelines, a scripted ChatGLM among them
+            from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
         auto: Any = AutoPipelineForText2Image
         if self.image is not None:
             auto = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
-        elif self.controlnet is None:
-            yield pipe
-            return
         more = {} if self.controlnet is None else {"controlnet": self._controlnet(pipe)}
         try:
             made = auto.from_pipe(pipe, add_watermarker=False, **more)

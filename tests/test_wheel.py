@@ -46,6 +46,7 @@ def test_it_teaches_and_draws_a_cat(installed: Path, tmp_path: Path) -> None:
             [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr, "what libraries say to developers is not for users"
         return done.stdout
 
     assert Path(run("-c", "import perfusion; print(perfusion.__file__)").strip()).is_relative_to(installed)
