@@ -24,8 +24,8 @@ alternating.
   python -m benchmarks                       all: {", ".join(BENCHMARKS)}
   python -m benchmarks projection rounds=30  some, longer
 
-Results are printed and put into out=; rows there of benchmarks that were not run stay. benchmarks/<name>.py says what
-each side does. Ratios from a busy machine are good to about their spread.
+Results are printed and put into out=; rows there of benchmarks that were not run stay. benchmarks/ says what each side
+does. Ratios from a busy machine are good to about their spread.
 """
 
 
@@ -60,16 +60,21 @@ def main(argv: Sequence[str]) -> None:
     out = Path(config.out)
     rows = report.write(out, [])  # that it can be written is known before any long work
     for name in names or BENCHMARKS:
-        if BENCHMARKS[name].cuda_only and device.type != "cuda":
-            print(f"{name} needs CUDA: left out")
-            continue
+        benchmark = BENCHMARKS[name]
+        left_out = benchmark.cuda and device.type != "cuda"
+        if left_out:
+            print(f"{name}{' of sd15' * ('toyland' in benchmark.models)} needs CUDA: left out")
         try:
-            for pair in BENCHMARKS[name].run(device):
-                if isinstance(pair, timing.Amounts):
-                    result = report.result(pair, pair.comparison(), pair.clock, where)
+            for model in benchmark.models:
+                if left_out and model != "toyland":
+                    continue
+                sides = benchmark.sides(model, device)
+                if benchmark.amount:
+                    found = timing.Found.of([sides.subject()], [sides.baseline()])
                 else:
-                    found = timing.compare(pair, config.rounds, device, timing.CLOCKS[clock], config.seconds)
-                    result = report.result(pair, found, clock, where)
+                    most = None if model == "toyland" else benchmark.rounds
+                    found = timing.compare(sides, config.rounds, device, timing.CLOCKS[clock], config.seconds, most)
+                result = report.result(name, model, found, benchmark.amount or clock, where)
                 print(report.line(result), flush=True)
                 rows = report.write(out, [result])  # one at a time: an interruption costs none of them
         except torch.OutOfMemoryError as error:

@@ -10,36 +10,32 @@ lie on the GPU. Not counted is what lies there for a moment, as on the performan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.memory import kept_bytes
+from benchmarks.training import kept_bytes
 from perfusion.backbones import around
 from perfusion.backbones.base import Encoding
 from perfusion.backbones.layouts import meta_pipeline
 
 LAYOUTS = {"sd15": 77, "sdxl": 77, "kolors": 256, "pixart": 300, "sana": 300}  # positions of the context
-GB = 1e9
 
 
-def reckoned(layout: str) -> Mapping[str, float]:
-    """Bytes, for one picture in bfloat16."""
+def reckoned(layout: str) -> tuple[int, list[int]]:
+    """The model's resolution, and bytes for one picture in bfloat16: denoiser and autoencoder, text encoders, what a
+    step keeps without and with checkpointing."""
     pipe: Any = meta_pipeline(layout).to(torch.bfloat16)
     backbone: Any = around(pipe)
-    found: dict[str, float] = {}
-    for name in ("no", "yes"):
-        config = dataclasses.replace(backbone.config, gradient_checkpointing=name == "yes", dtype="bfloat16")
+    parts = ((backbone.denoiser, pipe.vae), backbone.text_encoders().values())
+    found = [sum(weight.nbytes for part in some for weight in part.parameters()) for some in parts]
+    for checkpointing in (False, True):
+        config = dataclasses.replace(backbone.config, gradient_checkpointing=checkpointing, dtype="bfloat16")
         trained: Any = around(pipe, config)
-        trained.denoiser.requires_grad_(False).train(name == "yes")
-        found[name] = kept_bytes(lambda t=trained: step(t, LAYOUTS[layout]), [*trained.denoiser.parameters()])
-    for name, parts in (
-        ("denoiser and autoencoder", (backbone.denoiser, pipe.vae)),
-        ("text encoders", backbone.text_encoders().values()),
-    ):
-        found[name] = sum(parameter.nbytes for part in parts for parameter in part.parameters())
-    return found
+        trained.denoiser.requires_grad_(False).train(checkpointing)
+        found.append(kept_bytes(partial(step, trained, LAYOUTS[layout]), [*trained.denoiser.parameters()]))
+    return backbone.config.resolution, found
 
 
 def step(backbone: Any, positions: int) -> torch.Tensor:
@@ -62,10 +58,8 @@ def main() -> None:
     print("| model | resolution | denoiser and autoencoder | text encoders | kept by a step | with checkpointing |")
     print("|---|---:|---:|---:|---:|---:|")
     for layout in LAYOUTS:
-        found = reckoned(layout)
-        side = around(meta_pipeline(layout)).config.resolution
-        columns = ("denoiser and autoencoder", "text encoders", "no", "yes")
-        print(f"| {layout} | {side} | {' | '.join(f'{found[column] / GB:.1f} GB' for column in columns)} |", flush=True)
+        side, sizes = reckoned(layout)
+        print(f"| {layout} | {side} | {' | '.join(f'{size / 1e9:.1f} GB' for size in sizes)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.report import Result, amount
-from benchmarks.train_step import BATCH
+from benchmarks.report import Result, cells
+from benchmarks.training import BATCH
 from perfusion.backbones.layouts import meta_pipeline
 from perfusion.files import atomic_write_text
 
-HEAD = """# Performance
+PAGE = """# Performance
 
 What the project costs beside doing without it: two things measured in turn in one run, since times of different runs or
 machines say little. `ratio` is the median over the rounds of subject / baseline, `spread` the interquartile range of
@@ -26,14 +26,15 @@ spread / √rounds has neither reached nor missed it for sure.
 
 | benchmark | model | ratio | spread | goal | subject | baseline | rounds |
 |---|---|---:|---:|---|---:|---:|---:|
+{lines}
+
+{told}
+
+Measured on:
+
+{where}
 """
 
-
-# A training's memory, by the row that has what one picture keeps: what is set.
-FITTING = {
-    "train_memory": "the default",
-    "train_memory_checkpointing": "`backbone.gradient_checkpointing=true`",
-}
 MEMORY = """
 ## Memory of a training on Stable Diffusion 1.5
 
@@ -49,49 +50,51 @@ gradient checkpointing, what the block keeps that is computed a second time just
 gaps between allocations. {measured}
 Fewer pictures at once need less: `trainer.accumulate_grad_batches=4` takes the {batch} in four parts.
 """
+# The rows that have what one picture keeps, and what is set there.
+FITTING = {"train_memory": "the default", "train_memory_checkpointing": "`backbone.gradient_checkpointing=true`"}
 
 
 def write(path: Path, rows: Sequence[Result]) -> None:
     """Write the page, atomically."""
-    lines = [_line(row) for row in rows]
     names = dict.fromkeys(row["name"] for row in rows if row["name"] in BENCHMARKS)
-    told = [f"- `{name}`: {BENCHMARKS[name].text}." for name in names]
-    where = [f"- {place}" for place in dict.fromkeys(_place(row) for row in rows)]
+    text = PAGE.format(
+        lines="\n".join(_line(row) for row in rows),
+        told="\n".join(f"- `{name}`: {BENCHMARKS[name].text}." for name in names),
+        where="\n".join(dict.fromkeys(f"- {_place(row)}" for row in rows)),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, HEAD + "\n".join([*lines, "", *told, "", "Measured on:", "", *where, ""]) + _memory(rows))
+    atomic_write_text(path, text + _memory(rows))
 
 
 def _line(row: Result) -> str:
+    ratio, spread, subject, baseline = cells(row)
+    parts = (f"`{row['name']}`", row["model"], ratio, spread, _goal(row), subject, baseline, row["rounds"])
+    return f"| {' | '.join(map(str, parts))} |"
+
+
+def _goal(row: Result) -> str:
     about = BENCHMARKS.get(row["name"])
-    said = ""
     if about and about.ratio is not None:
-        said = f"{about.ratio:.2f}, " + _reached(row["ratio"], about.ratio)
-    elif about and about.seconds is not None:
-        said = f"{about.seconds:g} s, " + _reached(row["median"]["subject"], about.seconds)
-    subject, baseline = amount(row, "subject"), amount(row, "baseline")
-    return (
-        f"| `{row['name']}` | {row['model']} | {row['ratio']:.3f} | {row['spread']:.3f} | {said} | {subject} | "
-        f"{baseline} | {row['rounds']} |"
-    )
-
-
-def _reached(found: float, goal: float) -> str:
-    return "not reached" if found > goal else "reached"
+        return f"{about.ratio:.2f}, {'not ' * (row['ratio'] > about.ratio)}reached"
+    if about and about.seconds is not None:
+        return f"{about.seconds:g} s, {'not ' * (row['median']['subject'] > about.seconds)}reached"
+    return ""
 
 
 def _memory(rows: Sequence[Result]) -> str:
     """The part on the memory of a training; nothing where no row says what a picture keeps."""
     kept = {row["name"]: row["median"]["subject"] for row in rows if row["model"] == "sd15" and row["name"] in FITTING}
-    weights = _weights() if kept else 0
-    lines = [
-        f"| {FITTING[name]} | {_gigabytes(one)} | {_gigabytes(BATCH * one)} | {_gigabytes(weights)} | "
-        f"{_gigabytes(BATCH * one + weights)} |"
-        for name, one in kept.items()
-    ]
+    if not kept:
+        return ""
+    weights = _weights()
+    lines = []
+    for name, one in kept.items():
+        sizes = (one, BATCH * one, weights, BATCH * one + weights)
+        lines.append(f"| {FITTING[name]} | {' | '.join(f'{size / 1e9:.1f} GB' for size in sizes)} |")
     measured = "The peak on a GPU has not been measured yet."
     if any(row["name"].startswith("train_peak") for row in rows):
         measured = "The peak that was measured on a GPU is in the rows `train_peak`."
-    return MEMORY.format(batch=BATCH, lines="\n".join(lines), measured=measured) if lines else ""
+    return MEMORY.format(batch=BATCH, lines="\n".join(lines), measured=measured)
 
 
 def _weights() -> int:
@@ -99,10 +102,6 @@ def _weights() -> int:
     pipe: Any = meta_pipeline("sd15")
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     return sum(weight.nbytes for part in parts for weight in part.parameters())
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def _place(row: Result) -> str:

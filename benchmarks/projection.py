@@ -14,64 +14,29 @@ prompt is shared out over as many layers as in use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from benchmarks.timing import Pair
+from benchmarks.timing import Sides
 from perfusion.backbones.latent_diffusion import edit_sites_of
-from perfusion.backbones.layouts import layout_config, meta_pipeline
+from perfusion.backbones.layouts import meta_pipeline
 from perfusion.editing.gate import PromptGate
 from perfusion.editing.layer import attach_edit
-from perfusion.editing.places import EditSite
 from perfusion.toyland import models
 
 BATCH = 16  # prompts: the paper's batch
 STEPS = 20
-POSITIONS = {  # of a prompt, by the layouts that are measured
-    "toyland": models.TEXT_POSITIONS,
-    "sd15": layout_config("sd15", "text_encoder")["max_position_embeddings"],
-}
+POSITIONS = {"toyland": models.TEXT_POSITIONS, "sd15": 77}  # of a prompt
 
 
-def empty_unet(layout: str) -> UNet2DConditionModel:
-    """The UNet of a layout, without weights."""
-    if layout == "toyland":
-        with torch.device("meta"):
-            return models.unet()
-    pipe: Any = meta_pipeline(layout)
-    return pipe.unet
-
-
-class Projections(nn.Module):
-    """What a UNet does with its text: a call runs every projection that `sites` hold, on the same encodings."""
-
-    def __init__(self, sites: list[EditSite]) -> None:
-        super().__init__()
-        self.sites = sites  # no submodules: they stay where the UNet has them
-
-    def forward(self, encoder_hidden_states: Tensor) -> list[Tensor]:
-        return [site.projection(encoder_hidden_states) for site in self.sites]
-
-
-@dataclass(frozen=True)
-class Sides:
-    """One layout's projections with random weights, edited and plain; the two share their weights."""
-
-    edited: Projections
-    plain: Callable[[Tensor], list[Tensor]]
-    gate: PromptGate
-    context: Tensor  # (B, N, d)
-
-
-def sides(layout: str, batch: int, device: torch.device) -> Sides:
-    """The projections of `layout`, and encodings of `batch` prompts, on `device`."""
+def sides(layout: str, device: torch.device, sampling: bool = False) -> Sides:
+    """Both return the list of outputs (B, N, h), when `sampling` those of the last step; they share their weights."""
     torch.manual_seed(0)
-    sites = edit_sites_of(empty_unet(layout).requires_grad_(False))
+    with torch.device("meta"):
+        unet: Any = models.unet() if layout == "toyland" else meta_pipeline(layout).unet  # type: ignore[attr-defined]
+    sites = edit_sites_of(unet.requires_grad_(False))
     layers = [site.projection for site in sites]
     assert all(type(layer) is nn.Linear for layer in layers)
     for layer in layers:
@@ -83,35 +48,24 @@ def sides(layout: str, batch: int, device: torch.device) -> Sides:
         site.name: nn.Parameter(torch.randn(1, layer.out_features, device=device)) if site.kind == "v" else None  # type: ignore
         for site, layer in zip(sites, layers, strict=True)
     }
-    edited = Projections(sites)
-    attach_edit(sites, edited, gate, outputs)
-    context = torch.randn(batch, POSITIONS[layout], d, device=device)
-    return Sides(edited, lambda e: [layer(e) for layer in layers], gate, context)
+    attach_edit(sites, unet, gate, outputs)
+    # A call runs every projection, on the same encodings, and nothing else of the UNet.
+    unet.forward = lambda encoder_hidden_states: [site.projection(encoder_hidden_states) for site in sites]
+    context = torch.randn(2 if sampling else BATCH, POSITIONS[layout], d, device=device, requires_grad=not sampling)
 
-
-def pairs(device: torch.device, batch: int = BATCH) -> Iterator[Pair]:
-    """One pair for each layout; both sides return the list of outputs (B, N, h)."""
-    return (_pair(layout, sides(layout, batch, device)) for layout in POSITIONS)
-
-
-def _pair(name: str, both: Sides) -> Pair:
-    context = both.context.requires_grad_()
-    return Pair("projection", name, lambda: both.edited(context), lambda: both.plain(context))
-
-
-def sampling_pairs(device: torch.device) -> Iterator[Pair]:
-    """One pair for each layout; both sides return the last step's list of outputs (B, N, h)."""
-    return (_sampling_pair(layout, sides(layout, 2, device)) for layout in POSITIONS)
-
-
-def _sampling_pair(name: str, both: Sides) -> Pair:
-    @torch.no_grad()
     def edited() -> list[Tensor]:
-        both.gate.forget()  # a new prompt
-        return [both.edited(both.context) for _ in range(STEPS)][-1]
+        return unet(encoder_hidden_states=context)
+
+    def plain() -> list[Tensor]:
+        return [layer(context) for layer in layers]
 
     @torch.no_grad()
-    def plain() -> list[Tensor]:
-        return [both.plain(both.context) for _ in range(STEPS)][-1]
+    def edited_steps() -> list[Tensor]:
+        gate.forget()  # a new prompt
+        return [edited() for _ in range(STEPS)][-1]
 
-    return Pair("projection_sampling", name, edited, plain)
+    @torch.no_grad()
+    def plain_steps() -> list[Tensor]:
+        return [plain() for _ in range(STEPS)][-1]
+
+    return Sides(edited_steps, plain_steps) if sampling else Sides(edited, plain)

@@ -5,30 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
-from benchmarks.timing import Amounts, Clock, Comparison, Pair
+from benchmarks.timing import Clock, Found
 from perfusion.config import ConfigError
 from perfusion.files import atomic_write_text
 from perfusion.provenance import provenance
-
-
-class Median(TypedDict):
-    """Seconds of one call; bytes where the clock says so."""
-
-    subject: float
-    baseline: float
-
-
-class Machine(TypedDict):
-    """Where a result was measured."""
-
-    cpu: str  # model and number of logical cores
-    threads: int  # of them, used by torch
-    torch: str  # version
-    device: str  # "cpu", or the accelerator and its name
 
 
 class Result(TypedDict):
@@ -36,33 +20,25 @@ class Result(TypedDict):
 
     name: str
     model: str
-    ratio: float  # median over the rounds of subject / baseline
-    median: Median
-    spread: float  # interquartile range of the rounds' ratios
+    ratio: float  # these as in `Found`
+    median: dict[str, float]
+    spread: float
     rounds: int
     clock: Clock
-    machine: Machine
+    machine: dict[str, Any]
 
 
-def machine(device: torch.device) -> Machine:
-    """This machine, as torch uses it now."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """This machine, as torch uses it now: its `cpu`, the `threads` of it, the version of `torch`, the `device`."""
     described = provenance()
     name = device.type if device.type == "cpu" else f"{device.type} ({described['gpu']})"
-    return Machine(cpu=described["cpu"], threads=torch.get_num_threads(), torch=torch.__version__, device=name)
+    return {"cpu": described["cpu"], "threads": torch.get_num_threads(), "torch": torch.__version__, "device": name}
 
 
-def result(pair: Pair | Amounts, found: Comparison, clock: Clock, where: Machine) -> Result:
+def result(name: str, model: str, found: Found, clock: Clock, where: dict[str, Any]) -> Result:
     """The row of what was measured."""
-    return Result(
-        name=pair.name,
-        model=pair.model,
-        ratio=found.ratio,
-        median=Median(subject=found.subject, baseline=found.baseline),
-        spread=found.spread,
-        rounds=found.rounds,
-        clock=clock,
-        machine=where,
-    )
+    row: Any = {"name": name, "model": model, **found._asdict(), "clock": clock, "machine": where}
+    return row
 
 
 def write(path: Path, results: Sequence[Result]) -> list[Result]:
@@ -83,29 +59,27 @@ def _read(path: Path) -> list[Result]:
         return []
     try:
         rows: list[Result] = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(rows, list) and all(
-            isinstance(row["name"], str) and isinstance(row["model"], str) for row in rows
-        )
+        assert isinstance(rows, list) and all(isinstance(row["name"] + row["model"], str) for row in rows)
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise ConfigError(f"out: {path} does not hold results of benchmarks; delete it or name another file") from error
     return rows
 
 
-def amount(row: Result, side: Literal["subject", "baseline"]) -> str:
-    """The median of a side, with its unit."""
-    value = row["median"][side]
-    if row["clock"] == "bytes":
-        return f"{value / 1e6:.1f} MB"
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.2f} ms"
+def cells(row: Result) -> list[str]:
+    """What tables show of a row: ratio, spread, and the medians of subject and baseline with their unit."""
+
+    def amount(value: float) -> str:
+        if row["clock"] == "bytes":
+            return f"{value / 1e6:.1f} MB"
+        return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.2f} ms"
+
+    return [f"{row['ratio']:.3f}", f"{row['spread']:.3f}", *(amount(row["median"][s]) for s in ("subject", "baseline"))]
 
 
-HEADER = f"{'benchmark':<26} {'model':<9} {'ratio':>7} {'spread':>7} {'subject':>10} {'baseline':>10} {'rounds':>7}"
+_LINE = "{:<26} {:<9} {:>7} {:>7} {:>10} {:>10} {:>7}"
+HEADER = _LINE.format("benchmark", "model", "ratio", "spread", "subject", "baseline", "rounds")
 
 
 def line(row: Result) -> str:
     """`row` under `HEADER`."""
-    subject, baseline = (amount(row, side) for side in ("subject", "baseline"))
-    return (
-        f"{row['name']:<26} {row['model']:<9} {row['ratio']:>7.3f} {row['spread']:>7.3f} {subject:>10} {baseline:>10} "
-        f"{row['rounds']:>7}"
-    )
+    return _LINE.format(row["name"], row["model"], *cells(row), row["rounds"])

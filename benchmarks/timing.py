@@ -4,55 +4,43 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 WINDOW = 0.05  # seconds that one measurement lasts at least: above that, timers and schedulers do not count
 WARM_UPS = 2  # calls of each side before the first that counts: allocators, lazily made kernels, caches
 
-
 Clock = Literal["process", "wall", "bytes"]  # bytes: counted, not timed
 CLOCKS = {"process": time.process_time, "wall": time.perf_counter}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What is compared: `subject` is the project's work, `baseline` what nothing could do without."""
+class Sides(NamedTuple):
+    """What is compared: `subject` is the project's work, `baseline` what nothing could do without.
 
-    name: str  # of the benchmark
-    model: str  # whose sizes it has
-    subject: Callable[[], object]
-    baseline: Callable[[], object]
-    rounds: int | None = None  # at most so many, of what takes seconds
+    A call does that work, to be timed; or it measures by itself, and gives bytes or seconds.
+    """
 
-
-@dataclass(frozen=True)
-class Amounts:
-    """What is found once instead of in rounds: bytes of either side, or seconds."""
-
-    name: str
-    model: str
-    subject: float
-    baseline: float
-    clock: Clock = "bytes"
-
-    def comparison(self) -> Comparison:
-        """As a result of one round."""
-        return Comparison(self.subject / self.baseline, 0.0, self.subject, self.baseline, 1)
+    subject: Callable[[], Any]
+    baseline: Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """`ratio` is the median of the rounds' ratios subject / baseline, `spread` their interquartile range."""
+class Found(NamedTuple):
+    """What was measured of either side, in seconds of one call or in bytes."""
 
-    ratio: float
-    spread: float
-    subject: float  # median seconds of one call, or bytes
-    baseline: float
+    ratio: float  # median over the rounds of subject / baseline
+    median: dict[str, float]  # of each side
+    spread: float  # interquartile range of the rounds' ratios
     rounds: int
+
+    @classmethod
+    def of(cls, subject: Sequence[float], baseline: Sequence[float]) -> Found:
+        """From each round's values."""
+        ratios = [a / b for a, b in zip(subject, baseline, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (0.0, 0.0, 0.0)
+        medians = {"subject": statistics.median(subject), "baseline": statistics.median(baseline)}
+        return cls(statistics.median(ratios), medians, high - low, len(ratios))
 
 
 def clock_for(device: torch.device, threads: int) -> Clock:
@@ -62,33 +50,29 @@ def clock_for(device: torch.device, threads: int) -> Clock:
 
 
 def compare(
-    pair: Pair, rounds: int, device: torch.device, clock: Callable[[], float], least: float = 0.0
-) -> Comparison:
-    """Time both sides of `pair` by `clock`, one after the other, `rounds` >= 2 times, and on until `least` seconds.
+    sides: Sides,
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float],
+    least: float = 0.0,
+    most: int | None = None,
+) -> Found:
+    """Time both sides by `clock`, one after the other, `rounds` times, and on until `least` seconds; or only `most`
+    times, if that is given.
 
     Each measurement repeats its side until it lasts about `WINDOW`, and ends when `device` has done all of it.
     """
-    assert rounds >= 2, "a spread needs two rounds"
     calls = []
-    for side in (pair.subject, pair.baseline):
+    for side in sides:
         seconds_each(side, WARM_UPS, device, clock)
         calls.append(max(1, round(WINDOW / max(seconds_each(side, 1, device, clock), 1e-9))))
-    subject: list[float] = []
-    baseline: list[float] = []
-    rounds = rounds if pair.rounds is None else min(rounds, pair.rounds)
+    times: list[list[float]] = []
     begin = clock()
-    while len(subject) < rounds or (pair.rounds is None and clock() - begin < least):
-        subject.append(seconds_each(pair.subject, calls[0], device, clock))
-        baseline.append(seconds_each(pair.baseline, calls[1], device, clock))
-    ratios = [a / b for a, b in zip(subject, baseline, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Comparison(
-        ratio=statistics.median(ratios),
-        spread=high - low,
-        subject=statistics.median(subject),
-        baseline=statistics.median(baseline),
-        rounds=len(ratios),
-    )
+    while len(times) < rounds or clock() - begin < least:
+        if len(times) == most:
+            break
+        times.append([seconds_each(side, count, device, clock) for side, count in zip(sides, calls, strict=True)])
+    return Found.of(*zip(*times, strict=True))
 
 
 def seconds_each(side: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float]) -> float:

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from benchmarks.memory import kept_bytes
+from benchmarks.training import kept_bytes
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Concept, save_concept
 from perfusion.config import ConfigError
