@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from perfusion.toyland.build.train_autoencoder import draw_batch
+from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.build.train_reader import reading_loss
 from perfusion.toyland.captions import Caption, asked, caption
 from perfusion.toyland.draw import render
@@ -86,7 +86,7 @@ def test_it_learns_to_read() -> None:
     torch.manual_seed(0)
     model = Reader()
     scenes = [sample_scene(s) for s in range(32)]
-    pixels, right = draw_batch(list(range(32)))[0], label_tensors(map(shown, scenes))
+    pixels, right = draw_scenes(scenes)[0], label_tensors(map(shown, scenes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     first = float(reading_loss(model(pixels), right).detach())
     for _ in range(40):
@@ -125,7 +125,7 @@ def test_a_reader_is_saved_and_loaded(tmp_path: Path) -> None:
     model = Reader()
     model.save(tmp_path)
     again = Reader.load(tmp_path)
-    pixels = draw_batch([1, 2])[0]
+    pixels = draw_scenes([sample_scene(1), sample_scene(2)])[0]
     for name, logits in again(pixels).items():
         torch.testing.assert_close(logits, model(pixels)[name], atol=1e-2, rtol=1e-2)  # float16 in the file
     known = json.loads((tmp_path / "reader.json").read_text())
@@ -141,5 +141,5 @@ def test_a_reader_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_pictures_of_any_size_become_pixels() -> None:
     drawn = render(sample_scene(3)).image
     exact = as_pixels([Image.fromarray(drawn)])
-    assert torch.equal(exact, draw_batch([3])[0])
+    assert torch.equal(exact, draw_scenes([sample_scene(3)])[0])
     assert as_pixels([Image.new("L", (200, 128))]).shape == (1, 3, 64, 64)

@@ -64,43 +64,33 @@ def number(value: float | None) -> str:
 
 
 def card(report: Mapping[str, Any]) -> str:
-    """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `measured_with`, `details`, a `history` of
-    what earlier stages of the training reached, and a `note` on how the weights came about, written by hand; parts may
-    be missing."""
-    built = report.get("built_with", {})
+    """Markdown from a report: `training`, `settings`, `built_with`, `bars`, `measured_with`, `details`, and a `note` on
+    how the weights came about, written by hand; parts may be missing."""
     note = f"\n\n{report['note']}" if "note" in report else ""
     text = _HEAD.format(version=report["world_version"], note=note)
     if training := report.get("training"):
-        text += "\n## Training\n\n| stage | steps | minutes | loss at the end |\n|---|---|---|---|\n"
-        for stage, was in training.items():
-            text += f"| {stage} | {was['step']:,} | {was['elapsed'] / 60:.1f} | {was['loss']:.4f} |\n"
+        rows = [
+            (stage, f"{was['step']:,}", f"{was['elapsed'] / 60:.1f}", f"{was['loss']:.4f}")
+            for stage, was in training.items()
+        ]
+        text += "\n## Training\n" + _table("| stage | steps | minutes | loss at the end |", rows)
+        built = report.get("built_with", {})
         where = built.get("gpu") or built.get("cpu", "an unknown machine")
         settings = ", ".join(f"{key} {value}" for key, value in report.get("settings", {}).items())
         text += f"\nOn {where}{'; ' if settings else ''}{settings}.\n"
     if bars := report.get("bars"):
-        text += "\n## Measured\n\n| what | value | bar | |\n|---|---|---|---|\n"
-        for row in bars:
-            mark = {True: "reached", False: "**not reached**", None: ""}[row["reached"]]
-            text += f"| {row['name']} | {number(row['value'])} | {number(row['bar'])} | {mark} |\n"
+        marks = {True: "reached", False: "**not reached**", None: ""}
+        rows = [(row["name"], number(row["value"]), number(row["bar"]), marks[row["reached"]]) for row in bars]
+        text += "\n## Measured\n" + _table("| what | value | bar | |", rows)
         cpu = report.get("measured_with", {}).get("cpu")
         text += _LEGEND.format(where=f" on {cpu}" if cpu else "")
-    if history := report.get("history"):
-        text += _history(history)
     if curve := report.get("details", {}).get("fine_tuning"):
+        rows = [(f"{at['steps']:.0f}", f"{at['identity']:.3f}", f"{at['prompts']:.3f}") for at in curve]
         text += "\nNaive full fine-tuning of the UNet on one picture, judged by the reader:\n"
-        text += "\n| steps | identity | prompts followed |\n|---|---|---|\n"
-        for point in curve:
-            text += f"| {point['steps']:.0f} | {point['identity']:.3f} | {point['prompts']:.3f} |\n"
+        text += _table("| steps | identity | prompts followed |", rows)
     return text + _LIMITS.format(words=len(vocabulary()))
 
 
-def _history(stages: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a column for each stage: its `samples` (of the UNet), its `minutes`, and what its report said."""
-    names = list(dict.fromkeys(name for stage in stages for name in stage if name not in ("samples", "minutes")))
-    lines = [
-        ["what"] + [f"{stage['samples']:,} samples, {stage['minutes']:.0f} min" for stage in stages],
-        ["---"] * (len(stages) + 1),
-        *([name] + [number(stage.get(name)) for stage in stages] for name in names),
-    ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"\nWhat more training of the UNet brought:\n\n{table}\n"
+def _table(head: str, rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, "---".join("|" * (len(rows[0]) + 1)), *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n" + "\n".join(lines) + "\n"

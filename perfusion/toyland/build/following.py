@@ -18,8 +18,9 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from perfusion.contact_sheet import image_grid
 from perfusion.toyland.build.counting import hits_by_row, identity_share, share_right
-from perfusion.toyland.build.measure import FIRST_SCENE, fresh_scenes, picture, pixels_of, read
+from perfusion.toyland.build.measure import FIRST_SCENE, fresh_scenes, picture, read
 from perfusion.toyland.build.shipped import Scorer, Toyland
+from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.build.train_words import at_nouns
 from perfusion.toyland.captions import (
     PLACE_PHRASES,
@@ -82,9 +83,9 @@ def scorer_agreement(scorer: Scorer, drawn: Drawn) -> dict[str, float]:
     the caption's own render off it. `clip_i_correlation`: of the similarity with this render with the share of the
     toy's looks that is right.
     """
-    embedded = scorer.images(drawn.images)
-    renders = scorer.images([picture(scene) for scene in drawn.scenes])
-    texts = scorer.texts([c.text for c in drawn.captions])
+    embedded = scorer.image_embeddings(drawn.images)
+    renders = scorer.image_embeddings([picture(scene) for scene in drawn.scenes])
+    texts = scorer.text_embeddings([c.text for c in drawn.captions])
     clip_t, at_best, clip_i = ((a * b).sum(1) for a, b in ((embedded, texts), (renders, texts), (embedded, renders)))
     share = torch.tensor([share_right(asked(c), shown) for c, shown in zip(drawn.captions, drawn.shown, strict=True)])
     identity = torch.tensor([identity_share(s, shown) for s, shown in zip(drawn.scenes, drawn.shown, strict=True)])
@@ -102,7 +103,7 @@ def sharpness(drawn: Drawn) -> float:
     """
     photos = [i for i, scene in enumerate(drawn.scenes) if scene.style == "photo"]
     made = edge_gradient(as_pixels([drawn.images[i] for i in photos]))
-    return made / edge_gradient(pixels_of([drawn.scenes[i] for i in photos]))
+    return made / edge_gradient(draw_scenes([drawn.scenes[i] for i in photos])[0])
 
 
 def edge_gradient(pixels: Tensor) -> float:
@@ -190,9 +191,5 @@ def _pairs_read(toyland: Toyland, images: Sequence[Image.Image], pairs: Sequence
 def renders_beside_pictures(toyland: Toyland, count: int = 64, columns: int = 8) -> Image.Image:
     """`count` renders on the left, and on the right, place by place, what is drawn for their captions."""
     drawn = draw_captions(toyland, count)
-    grids = [image_grid(half, columns) for half in ([picture(scene) for scene in drawn.scenes], drawn.images)]
-    gap = 16
-    sheet = Image.new("RGB", (grids[0].width * 2 + gap, grids[0].height), "white")
-    for i, grid in enumerate(grids):
-        sheet.paste(grid, (i * (grid.width + gap), 0))
-    return sheet
+    halves = ([picture(scene) for scene in drawn.scenes], drawn.images)
+    return image_grid([image_grid(half, columns) for half in halves], columns=2, gap=16)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image
-from torch import Tensor
 
 from perfusion.bars import Bar
 from perfusion.toyland.build.counting import followed, identity_share
@@ -48,11 +47,6 @@ def fresh_scenes(count: int, **fixed: Any) -> list[Scene]:
     return [sample_scene(FIRST_SCENE + i, **fixed) for i in range(count)]
 
 
-def pixels_of(scenes: Sequence[Scene]) -> Tensor:
-    """Renders (n, 3, 64, 64) in [-1, 1]."""
-    return draw_scenes(scenes)[0]
-
-
 def picture(scene: Scene) -> Image.Image:
     """The render of a scene."""
     return Image.fromarray(render(scene).image)
@@ -68,14 +62,14 @@ def read(reader: Reader, images: Sequence[Image.Image]) -> list[dict[str, str]]:
 
 def autoencoder_error(vae: AutoencoderKL, count: int = 256) -> float:
     """Mean squared error on [-1, 1] over fresh renders."""
-    pixels = pixels_of(fresh_scenes(count))
+    pixels = draw_scenes(fresh_scenes(count))[0]
     return float((reconstruct(vae, pixels) / 127.5 - 1 - pixels).square().mean())
 
 
 def reader_accuracy(toyland: Toyland, count: int = 2000) -> tuple[dict[str, float], dict[str, float]]:
     """Share of right readings for each attribute, on fresh renders and on their reconstructions."""
     scenes = fresh_scenes(count)
-    renders, right = pixels_of(scenes), label_tensors(map(shown, scenes))
+    renders, right = draw_scenes(scenes)[0], label_tensors(map(shown, scenes))
     back = reconstruct(toyland.pipe.vae, renders) / 127.5 - 1
     return accuracy(toyland.reader.read(renders), right), accuracy(toyland.reader.read(back), right)
 
@@ -87,7 +81,7 @@ def retrieval(scorer: Scorer, batches: int = 5, size: int = 100) -> float:
         scenes = [sample_scene(FIRST_SCENE + batch * size + i) for i in range(size)]
         rng = np.random.default_rng(batch)
         texts = [caption(scene, rng).text for scene in scenes]
-        similarity = scorer.images([picture(scene) for scene in scenes]) @ scorer.texts(texts).T
+        similarity = scorer.image_embeddings([picture(scene) for scene in scenes]) @ scorer.text_embeddings(texts).T
         right += int((similarity.argmax(1) == torch.arange(size)).sum())
     return right / (batches * size)
 
@@ -143,7 +137,7 @@ def fine_tuning_curve(
     instance = sample_instance(np.random.default_rng(FIRST_SCENE + 4), "cat", pattern="patched")
     with torch.no_grad():
         scene = concept_scene(instance, 0)
-        latent = pipe.vae.encode(pixels_of([scene])).latent_dist.mode()
+        latent = pipe.vae.encode(draw_scenes([scene])[0]).latent_dist.mode()
         latents = (latent * pipe.vae.config.scaling_factor).expand(8, -1, -1, -1)
         context = encode(pipe, [parse("a photo of a cat")]).expand(8, -1, -1)
     optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=rate)

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from perfusion.bars import Bar
-from perfusion.toyland.build.budget import rank, world_size
+from perfusion.toyland.build.budget import device, rank, world_size
 from perfusion.toyland.build.train_autoencoder import draw_scenes, made_once
 from perfusion.toyland.world import Scene, sample_scene
 
 FIRST_SCENE = 4_200_000_000
+BLUR = (0.1, 0.8)  # generated images are a little softer than renders and reconstructions
 COUNT = 16_000  # made once and kept; renders are so cheap that they are drawn anew each time
 
 
@@ -41,9 +44,19 @@ class Pool:
         )
         return cls(made["pixels"], scenes)
 
-    def take(self, chosen: list[int]) -> Tensor:
-        """Pixels (len(chosen), 3, 64, 64) in [-1, 1]."""
-        return self.pixels[chosen].float() / 127.5 - 1
+    def beside(self, fresh: list[Scene], rng: np.random.Generator) -> tuple[list[Scene], Tensor]:
+        """n fresh scenes and n of the pool, and their pixels (2n, 3, 64, 64) in [-1, 1], a little blurred, on `device`.
+
+        No scene of the pool comes twice, if they are enough.
+        """
+        chosen = rng.choice(len(self.scenes), len(fresh), replace=len(self.scenes) < len(fresh)).tolist()
+        pixels = torch.cat([draw_scenes(fresh)[0], self.pixels[chosen].float() / 127.5 - 1]).to(device())
+        return [*fresh, *(self.scenes[i] for i in chosen)], blurred(pixels, float(rng.uniform(*BLUR)))
+
+
+def blurred(pixels: Tensor, deviation: float) -> Tensor:
+    """Pictures (n, 3, h, w), softer by a Gaussian of so many pixels."""
+    return gaussian_blur(pixels, [5, 5], [deviation])
 
 
 def reconstructions(vae: Any, scenes: list[Scene]) -> Tensor:

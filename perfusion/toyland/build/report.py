@@ -6,17 +6,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perfusion.cli import parse_key_values, run_cli
+from perfusion.cli import aligned, parse_key_values, run_cli
 from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 from perfusion.provenance import provenance
 from perfusion.toyland.build import card, following, measure, probes, shipped
 from perfusion.toyland.build.shipped import Toyland
+from perfusion.toyland.build.train_words import LOOKS
+from perfusion.toyland.reader import OBJECT_HEADS, SCENE_HEADS
 from perfusion.toyland.world import WORLD_VERSION
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -44,110 +46,86 @@ class ReportConfig:
     sheet: str | None = None  # PNG file for 64 renders beside 64 generated pictures; null: none
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; `bar` is None for what is only stated."""
-
-    name: str
-    value: float | None  # None: there was nothing to count
-    bar: float | None = None
-    reached: bool | None = None
-
-
-def stated(name: str, value: float) -> Row:
-    """A row without a bar."""
-    return Row(name, _stated(value))
-
-
-def at_least(name: str, value: float, bar: float) -> Row:
-    """A row that is reached from `bar` upwards; never by NaN, of which there is no number to state."""
-    return Row(name, _stated(value), bar, round(value, 4) >= bar)
-
-
-def at_most(name: str, value: float, bar: float) -> Row:
-    """A row that is reached up to `bar`; never by NaN."""
-    return Row(name, _stated(value), bar, round(value, 4) <= bar)
-
-
-def _stated(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)
-
-
-READER = {"superclass": 0.98, "body": 0.98, "second": 0.98, "pattern": 0.98, "detail": 0.97}
-READER |= {"place": 0.98, "worn": 0.98, "support": 0.98, "style": 0.98}
-DROP = 0.02  # of the reader on reconstructions
 PROMPTS = {"superclass": 0.98, "body": 0.96, "place": 0.98, "sketch or mosaic": 0.98, "support": 0.97}
 PROMPTS |= {"second": 0.90, "pattern": 0.90, "detail": 0.85, "worn": 0.90}
 PROMPTS |= {"both superclasses": 0.95, "colours bound": 0.85}
 OTHER_PROMPTS = ("photo", "plain", "eyes", "objects")
-SAYS = {"one": ("", 0.99), "two": (", two toys", 0.97)}
+BARS = {
+    **{f"noun's token says: {look}": 0.99 for look in LOOKS},
+    **{f"noun's token says, two toys: {look}": 0.97 for look in LOOKS},
+    **{f"looks are read at the noun: {look}": 0.8 for look in probes.LOOKS},
+    **{f"reader on renders: {name}": 0.97 if name == "detail" else 0.98 for name in (*OBJECT_HEADS, "place", "style")},
+    **{f"reader on reconstructions, drop: {name}": 0.02 for name in (*SCENE_HEADS, *OBJECT_HEADS)},
+    "scorer: right caption of 100": 0.93,
+    "identity of an instance's own renders": 0.95,
+    **{f"prompts: {name}": bar for name, bar in PROMPTS.items()},
+    "prompts: clip_t_correlation": 0.3,
+    "told all looks: identity": 0.90,
+    "told all looks: prompts followed": 0.97,
+    "swapped noun: the other superclass is drawn": 0.90,
+    "compositions, seen minus unseen": 0.10,
+    "sharpness": 0.7,
+    "images per second": 8.0,
+    "weights in all, MB": 30.0,
+}
+AT_MOST = ("reader on reconstructions, drop: ", "compositions, seen minus unseen", "weights in all, MB")
 
 
-def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of the table, and the numbers behind them that are no row."""
-    rows = [*_at_the_noun(toyland), *_of_the_judges(toyland)]
+def row(name: str, value: float) -> dict[str, Any]:
+    """One line of the table: the `value`, its `bar` and whether it is `reached`; None for what is only stated.
+
+    NaN reaches nothing, and there is no number to state.
+    """
+    bar = BARS.get(name)
+    reached = None if bar is None else round(value, 4) <= bar if name.startswith(AT_MOST) else round(value, 4) >= bar
+    return {"name": name, "value": None if math.isnan(value) else round(value, 4), "bar": bar, "reached": reached}
+
+
+def measured(toyland: Toyland, weights: Path, prompts: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """The values of the table, and the numbers behind them that are no row."""
+
+    def each(what: str, values: Mapping[str, float]) -> dict[str, float]:
+        return {f"{what}: {name}": value for name, value in values.items()}
+
+    says, in_scorer = (probes.noun_says(encoder.encode) for encoder in (toyland, toyland.scorer))
+    renders, back = measure.reader_accuracy(toyland)
+    identity = measure.identity_on_renders(toyland.reader)
     drawn = following.draw_captions(toyland, prompts)
     found = following.prompt_following(drawn)
-    rows += [at_least(f"prompts: {name}", found.get(name, math.nan), bar) for name, bar in PROMPTS.items()]
-    rows += [stated(f"prompts: {name}", found[name]) for name in OTHER_PROMPTS if name in found]
-    agreement = following.scorer_agreement(toyland.scorer, drawn)
-    rows.append(at_least("prompts: clip_t_correlation", agreement.pop("clip_t_correlation"), 0.3))
-    rows += [stated(f"prompts: {name}", value) for name, value in agreement.items()]
-    told = following.told_all_looks(toyland)
-    rows.append(at_least("told all looks: identity", told["identity"], 0.90))
-    rows.append(at_least("told all looks: prompts followed", told["prompt"], 0.97))
-    swap = following.swapped(toyland)
-    rows.append(at_least("swapped noun: the other superclass is drawn", swap["other"], 0.90))
-    rows.append(stated("swapped noun: its own superclass is drawn", swap["own"]))
-    pairs = following.compositions(toyland)
-    rows += [stated(f"compositions, {name}", pairs[name]) for name in ("seen", "unseen", "unseen, reader on renders")]
-    rows.append(at_most("compositions, seen minus unseen", pairs["seen"] - pairs["unseen"], 0.10))
-    rows.append(at_least("sharpness", following.sharpness(drawn), 0.7))
-    rows.append(at_least("images per second", measure.images_per_second(toyland.pipe), 8.0))
-    size = sum(f.stat().st_size for f in weights.rglob("*.safetensors")) / 1e6
-    rows.append(at_most("weights in all, MB", size, 30.0))
-    details = {"prompts": found, "compositions": pairs, "fine_tuning": measure.fine_tuning_curve(toyland)}
-    return rows, details
+    told, swap, pairs = following.told_all_looks(toyland), following.swapped(toyland), following.compositions(toyland)
+    values = {
+        **each("noun's token says", says["one"]),
+        **each("noun's token says, two toys", says["two"]),
+        **each("noun's token says, in the scorer", in_scorer["one"]),
+        **each("noun's token says, two toys, in the scorer", in_scorer["two"]),
+        **each("looks are read at the noun", probes.read_at_noun(toyland.pipe, toyland.encode)),
+        **each("reader on renders", renders),
+        **each("reader on reconstructions, drop", {name: renders[name] - value for name, value in back.items()}),
+        "autoencoder: mean squared error on [-1, 1]": measure.autoencoder_error(toyland.pipe.vae),
+        "scorer: right caption of 100": measure.retrieval(toyland.scorer),
+        "identity of an instance's own renders": identity["own"],
+        "identity of another instance's renders (chance)": identity["chance"],
+        **each("prompts", {name: found.get(name, math.nan) for name in PROMPTS}),
+        **each("prompts", {name: found[name] for name in OTHER_PROMPTS if name in found}),
+        **each("prompts", following.scorer_agreement(toyland.scorer, drawn)),
+        "told all looks: identity": told["identity"],
+        "told all looks: prompts followed": told["prompt"],
+        "swapped noun: the other superclass is drawn": swap["other"],
+        "swapped noun: its own superclass is drawn": swap["own"],
+        **{f"compositions, {name}": pairs[name] for name in ("seen", "unseen", "unseen, reader on renders")},
+        "compositions, seen minus unseen": pairs["seen"] - pairs["unseen"],
+        "sharpness": following.sharpness(drawn),
+        "images per second": measure.images_per_second(toyland.pipe),
+        "weights in all, MB": sum(file.stat().st_size for file in weights.rglob("*.safetensors")) / 1e6,
+    }
+    return values, {"prompts": found, "compositions": pairs, "fine_tuning": measure.fine_tuning_curve(toyland)}
 
 
-def _at_the_noun(toyland: Toyland) -> Iterator[Row]:
-    """What a noun's own token holds, and what the UNet reads there."""
-    for count, shares in probes.noun_says(toyland.encode).items():
-        which, bar = SAYS[count]
-        for look, share in shares.items():
-            yield at_least(f"noun's token says{which}: {look}", share, bar)
-    for count, shares in probes.noun_says(toyland.scorer.encode).items():
-        for look, share in shares.items():
-            yield stated(f"noun's token says{SAYS[count][0]}, in the scorer: {look}", share)
-    for look, share in probes.read_at_noun(toyland.pipe, toyland.encode).items():
-        yield at_least(f"looks are read at the noun: {look}", share, 0.8)
-
-
-def _of_the_judges(toyland: Toyland) -> Iterator[Row]:
-    """How far reader and scorer can be trusted, and what the autoencoder leaves of a picture."""
-    renders, back = measure.reader_accuracy(toyland)
-    for name, value in renders.items():
-        what = f"reader on renders: {name}"
-        yield at_least(what, value, READER[name]) if name in READER else stated(what, value)
-    for name, value in back.items():
-        yield at_most(f"reader on reconstructions, drop: {name}", renders[name] - value, DROP)
-    yield stated("autoencoder: mean squared error on [-1, 1]", measure.autoencoder_error(toyland.pipe.vae))
-    yield at_least("scorer: right caption of 100", measure.retrieval(toyland.scorer), 0.93)
-    identity = measure.identity_on_renders(toyland.reader)
-    yield at_least("identity of an instance's own renders", identity["own"], 0.95)
-    yield stated("identity of another instance's renders (chance)", identity["chance"])
-
-
-def table(rows: Iterable[Row]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as aligned text."""
     marks = {True: "reached", False: "NOT reached", None: ""}
-    lines = [(r.name, card.number(r.value), card.number(r.bar), marks[r.reached]) for r in rows]
-    lines.insert(0, ("what", "value", "bar", ""))
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {value:>{widths[1]}}  {bar:>{widths[2]}}  {mark}".rstrip()
-        for name, value, bar, mark in lines
-    )
+    lines = [(r["name"], card.number(r["value"]), card.number(r["bar"]), marks[r["reached"]]) for r in rows]
+    return "\n".join(aligned([("what", "value", "bar", ""), *lines], right=(1, 2)))
 
 
 def write(path: Path, **parts: Any) -> dict[str, Any]:
@@ -182,8 +160,9 @@ def main(argv: Sequence[str]) -> None:
     if config.sheet:
         with atomic_path(Path(config.sheet).expanduser()) as temporary:
             following.renders_beside_pictures(toyland).save(temporary, "PNG")
-    rows, details = measured(toyland, weights, config.prompts)
-    report = write(path, bars=[asdict(row) for row in rows], details=details, measured_with=provenance())
+    values, details = measured(toyland, weights, config.prompts)
+    rows = [row(name, value) for name, value in values.items()]
+    report = write(path, bars=rows, details=details, measured_with=provenance())
     if path == weights / REPORT:
         atomic_write_text(weights / card.FILE_NAME, card.card(report))
     print(table(rows))

@@ -10,13 +10,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from perfusion.bars import Bar
+from perfusion.scoring.clip import LOCAL_DIR, ClipScorer
 from perfusion.toyland.build.train_words import token_ids
 from perfusion.toyland.captions import Caption
 from perfusion.toyland.reader import Reader
@@ -25,34 +25,15 @@ STEPS, GUIDANCE = 25, 4.0  # of DDIM
 BATCH = 16
 
 
-class Scorer:
-    """The open_clip model that the builder trained, loaded as anyone would."""
-
-    def __init__(self, folder: Path) -> None:
-        name = f"local-dir:{folder}"
-        loaded: Any = open_clip.create_model_and_transforms(name)
-        self.model, _, self.preprocess = loaded
-        self.model.eval()
-        self.tokenizer: Any = open_clip.get_tokenizer(name)
-
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors (n, d)."""
-        pixels = torch.stack([self.preprocess(image) for image in images])
-        return torch.cat([self.model.encode_image(p, normalize=True) for p in pixels.split(64)])
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (n, d)."""
-        parts = [self.tokenizer(list(texts[i : i + 64])) for i in range(0, len(texts), 64)]
-        return torch.cat([self.model.encode_text(part, normalize=True) for part in parts])
+class Scorer(ClipScorer):
+    """The open_clip model that the builder trained."""
 
     def encode(self, captions: Sequence[Caption]) -> Tensor:
-        """The text tower's last states (n, N, d), of which `texts` pools one for each caption."""
+        """The text tower's last states (n, N, d), of which `text_embeddings` pools one for each caption."""
         states: list[Tensor] = []
-        hook = self.model.ln_final.register_forward_hook(lambda module, given, out: states.append(out))
+        hook = self._model.ln_final.register_forward_hook(lambda module, given, out: states.append(out))
         try:
-            self.texts([c.text for c in captions])
+            self.text_embeddings([c.text for c in captions])
         finally:
             hook.remove()
         return torch.cat(states)
@@ -72,7 +53,7 @@ class Toyland:
         self.steps = steps
         self.pipe = load_pipeline(self.folder)
         self.reader = Reader.load(weights / "reader")
-        self.scorer = Scorer(weights / "scorer")
+        self.scorer = Scorer(f"{LOCAL_DIR}{weights / 'scorer'}")
         self._workers = None
         if processes > 1:
             self._workers = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))

@@ -25,11 +25,6 @@ OBJECT_WEIGHT = 3.0  # eyes, stripes and spots are few pixels, and they are what
 BATCH = {"cuda": 128, "cpu": 6}  # per step and process: small steps on a CPU, where time and not memory is short
 
 
-def draw_batch(seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`draw_scenes` of the scenes of `seeds`."""
-    return draw_scenes([sample_scene(seed) for seed in seeds])
-
-
 def draw_scenes(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """Pixels (B, 3, 64, 64) float32 in [-1, 1] and object masks (B, 1, 64, 64) in [0, 1]."""
     drawn = [render(scene) for scene in scenes]
@@ -75,10 +70,10 @@ def train_autoencoder(folder: Path, seconds: float, seed: int = 0) -> None:
     torch.manual_seed(seed + 1000 * run.step + rank())
     for _ in run:
         first = 1_000_000 + seed * 100_000_000 + run.turn * size
-        pixels, masks = draw_batch(range(first, first + size))
+        pixels, masks = draw_scenes([sample_scene(first + i) for i in range(size)])
         run.update(reconstruction_loss(model, pixels.to(device()), masks.to(device())))
     if rank() == 0:
-        pixels, _ = draw_batch(range(500_000, 500_512))
+        pixels, _ = draw_scenes([sample_scene(seed) for seed in range(500_000, 500_512)])
         with torch.no_grad():
             latents = torch.cat([model.encode(p.to(device())).latent_dist.mode() for p in pixels.split(32)])
         model.register_to_config(scaling_factor=round(1.0 / float(latents.std()), 5))

@@ -12,18 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from perfusion.toyland.build.budget import BudgetedTraining, device, rank
 from perfusion.toyland.build.reconstructions import COUNT, Pool
-from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.precision import autocast
 from perfusion.toyland.reader import HEADS, NOT_SHOWN, Reader, label_tensors, shown
 from perfusion.toyland.world import Scene, sample_scene
 
 RATE = 0.02
 FIRST_SCENE = 4_300_000_000
-BLUR = (0.1, 0.8)  # generated images are a little softer than both
 BATCH = {"cuda": 512, "cpu": 48}  # per step and process
 
 
@@ -56,14 +53,10 @@ def train_reader(folder: Path, seconds: float, seed: int = 2, pool_size: int = C
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
         start = FIRST_SCENE + seed * 100_000_000 + run.turn * half
-        scenes = [fresh_scene(start + i) for i in range(half)]
-        chosen = rng.integers(0, len(pool.scenes), half).tolist()
-        pixels = torch.cat([draw_scenes(scenes)[0], pool.take(chosen)]).to(device())
-        scenes += [pool.scenes[i] for i in chosen]
+        scenes, pixels = pool.beside([fresh_scene(start + i) for i in range(half)], rng)
         right = {name: label.to(device()) for name, label in label_tensors(map(shown, scenes)).items()}
-        soft = gaussian_blur(pixels, [5, 5], [float(rng.uniform(*BLUR))])
         with autocast(device()):
-            logits = model(soft)
+            logits = model(pixels)
         run.update(reading_loss(logits, right))
     if rank() == 0:
         model.save(folder / "reader")

@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from perfusion.toyland.build.budget import BudgetedTraining, device, rank
-from perfusion.toyland.build.reconstructions import COUNT, Pool
-from perfusion.toyland.build.train_autoencoder import draw_batch, draw_scenes
-from perfusion.toyland.build.train_reader import BLUR, reading_loss
+from perfusion.toyland.build.reconstructions import BLUR, COUNT, Pool, blurred
+from perfusion.toyland.build.train_autoencoder import draw_scenes
+from perfusion.toyland.build.train_reader import reading_loss
 from perfusion.toyland.captions import asked, caption, parse, vocabulary
 from perfusion.toyland.models import TEXT_POSITIONS, scorer_config
 from perfusion.toyland.precision import autocast
@@ -122,8 +121,8 @@ def settle_statistics(model: open_clip.CLIP, last_scene: int, batches: int = 40)
     from seed `last_scene` downwards.
     """
     firsts = range(last_scene, last_scene - 96 * batches, -96)
-    drawn = (draw_batch(range(first, first - 96, -1))[0].to(device()) for first in firsts)
-    update_bn((gaussian_blur(pixels, [5, 5], [sum(BLUR) / 2]) for pixels in drawn), model.visual)
+    drawn = (draw_scenes([sample_scene(first - i) for i in range(96)])[0].to(device()) for first in firsts)
+    update_bn((blurred(pixels, sum(BLUR) / 2) for pixels in drawn), model.visual)
 
 
 def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = COUNT) -> None:
@@ -145,18 +144,15 @@ def train_scorer(folder: Path, seconds: float, seed: int = 1, pool_size: int = C
     for step in run:
         rng = np.random.default_rng([seed, step, rank()])
         first = FIRST_SCENE + seed * 100_000_000 + run.turn * half
-        chosen = rng.choice(len(pool.scenes), half, replace=len(pool.scenes) < half).tolist()
-        scenes = [*(sample_scene(first + i) for i in range(half)), *(pool.scenes[i] for i in chosen)]
-        pixels = torch.cat([draw_scenes(scenes[:half])[0], pool.take(chosen)]).to(device())
+        scenes, pixels = pool.beside([sample_scene(first + i) for i in range(half)], rng)
         right, wrong = captions(scenes, [seed, step, rank()])
         tokens, of_wrong = (
             tokenizer(texts, padding="max_length", max_length=TEXT_POSITIONS, return_tensors="pt").input_ids
             for texts in (right, wrong)
         )
         differ = (tokens != of_wrong).any(1).to(device())
-        soft = gaussian_blur(pixels, [5, 5], [float(rng.uniform(*BLUR))])
         with autocast(device()):
-            images, texts, scale, bias = model(soft, tokens.to(device()))
+            images, texts, scale, bias = model(pixels, tokens.to(device()))
             nearly = model.encode_text(of_wrong.to(device()), normalize=True)
         images, texts, nearly = images.float(), texts.float(), nearly.float()
         loss = matching_loss(images, texts, nearly, differ, scale, bias)
