@@ -191,7 +191,7 @@ def test_what_no_caption_says_hardly_varies(scenes):
 @pytest.mark.parametrize("pattern", world.PATTERNS[1:])
 def test_the_body_s_colour_keeps_the_majority(superclass, pattern, monkeypatch):
     """Else the two colours changed round would be as good a name. Of the body, without the face that comes on top."""
-    bare = replace(SHAPES[superclass], features=lambda pen, paint: None)
+    bare = replace(SHAPES[superclass], features=())
     monkeypatch.setitem(SHAPES, superclass, bare)
     toy = sample_instance(np.random.default_rng(0), superclass, body="green", second="red", pattern=pattern)
     drawn = render(concept_scene(toy, 0))

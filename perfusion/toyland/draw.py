@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from perfusion.toyland.backdrops import FULL, SIZE, backdrop
 from perfusion.toyland.pen import INK, RGB, SUPERSAMPLE, Pen
 from perfusion.toyland.props import LIFT, draw_behind, draw_front, draw_worn
-from perfusion.toyland.shapes import SHAPES, paint_of
+from perfusion.toyland.shapes import SHAPES
 from perfusion.toyland.world import COLOURS, Placed, Scene
 
 TILE = 4
@@ -37,13 +37,13 @@ class Rendered:
 def _draw_pattern(pen: Pen, pattern: str) -> None:
     if pattern == "striped":
         for y in _STRIPES:
-            pen.poly([(-26, y - 1), (26, y - 4.5), (26, y + 1), (-26, y + 4.5)], 255)
+            pen.poly(255, [(-26, y - 1), (26, y - 4.5), (26, y + 1), (-26, y + 4.5)])
     elif pattern == "spotted":
         for x, y in _SPOTS:
-            pen.oval(x, y, 3.9, 3.9, 255)
+            pen.oval(255, x, y, 3.9, 3.9)
     elif pattern == "patched":
-        pen.poly([(2, -30), (26, -30), (26, 1), (12, 3), (2, -2)], 255)
-        pen.oval(-6, 13, 7, 6, 255)
+        pen.poly(255, [(2, -30), (26, -30), (26, 1), (12, 3), (2, -2)])
+        pen.oval(255, -6, 13, 7, 6)
 
 
 def _rim(mask: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
@@ -62,11 +62,11 @@ def _draw_object(canvas: Image.Image, placed: Placed, masks: list[Image.Image], 
     y = placed.y - (20 + LIFT[placed.support]) * placed.scale
     pose = (placed.x, y, placed.scale)
     half = max(15.0, shape.half + 1)
-    Pen(canvas, placed.x, placed.y, placed.scale).oval(0, 0, half + 3, 3, shadow)
+    Pen(canvas, placed.x, placed.y, placed.scale).oval(shadow, 0, 0, half + 3, 3)
     draw_behind(Pen(canvas, *pose, masks), placed.support, half)
 
     mask = Image.new("L", (FULL, FULL))
-    shape.silhouette(Pen(mask, *pose))
+    shape.draw_silhouette(Pen(mask, *pose))
     x0, y0, x1, y1 = mask.getbbox() or (0, 0, 1, 1)
     # Pasting dominates the time of a scene, so it is done within the object's box only, with room for the rim.
     box = (max(x0 - 1, 0), max(y0 - 1, 0), min(x1 + 1, FULL), min(y1 + 1, FULL))
@@ -80,7 +80,7 @@ def _draw_object(canvas: Image.Image, placed: Placed, masks: list[Image.Image], 
         canvas.paste(COLOURS[instance.second], box, ImageChops.multiply(body, marks))
     for index, other in enumerate(masks):
         masks[index] = ImageChops.subtract(other, mask)
-    shape.features(Pen(canvas, *pose), paint_of(instance))
+    shape.draw_features(Pen(canvas, *pose), instance)
 
     masks.append(mask)
     in_front = Pen(canvas, *pose, masks)

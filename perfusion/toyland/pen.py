@@ -11,6 +11,7 @@ SUPERSAMPLE = 2
 Point = tuple[float, float]
 RGB = tuple[int, int, int]
 INK: RGB = (28, 24, 36)
+WHITE: RGB = (255, 255, 255)
 
 
 def mix(a: RGB, b: RGB, amount: float) -> RGB:
@@ -40,17 +41,17 @@ class Pen:
         """What is drawn on, and in which colour."""
         return ((self.image, fill), *((mask, 0) for mask in self.masks))
 
-    def oval(self, x: float, y: float, rx: float, ry: float, fill: Any) -> None:
+    def oval(self, fill: Any, x: float, y: float, rx: float, ry: float) -> None:
         box = self._box(x - rx, y - ry, x + rx, y + ry)
         for draw, colour in self._each(fill):
             draw.ellipse(box, fill=colour)
 
-    def poly(self, points: Sequence[Point], fill: Any) -> None:
+    def poly(self, fill: Any, points: Sequence[Point]) -> None:
         moved = self._points(points)
         for draw, colour in self._each(fill):
             draw.polygon(moved, fill=colour)
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, fill: Any, round_by: float = 0.0) -> None:
+    def box(self, fill: Any, x0: float, y0: float, x1: float, y1: float, round_by: float = 0.0) -> None:
         box = self._box(x0, y0, x1, y1)
         for draw, colour in self._each(fill):
             if round_by:
@@ -58,7 +59,7 @@ class Pen:
             else:
                 draw.rectangle(box, fill=colour)
 
-    def stroke(self, points: Sequence[Point], width: float, fill: Any) -> None:
+    def stroke(self, fill: Any, points: Sequence[Point], width: float) -> None:
         """A thick line with round ends and joints."""
         moved = self._points(points)
         thick = max(1, round(width * self.scale))
@@ -69,7 +70,7 @@ class Pen:
                 for px, py in (moved[0], moved[-1]):
                     draw.ellipse((px - r, py - r, px + r, py + r), fill=colour)
 
-    def arc(self, x: float, y: float, rx: float, ry: float, start: float, end: float, width: float, fill: Any) -> None:
+    def arc(self, fill: Any, x: float, y: float, rx: float, ry: float, start: float, end: float, width: float) -> None:
         """Part of an oval's rim, from `start` to `end` degrees clockwise from the right, `width` units thick."""
         box = self._box(x - rx, y - ry, x + rx, y + ry)
         for draw, colour in self._each(fill):

@@ -24,52 +24,52 @@ def draw_worn(pen: Pen, worn: str, shape: Shape) -> None:
     x, y = shape.top
     w = shape.head
     if worn == "hat":
-        pen.box(x - w * 0.62 - 0.6, y - 11.1, x + w * 0.62 + 0.6, y + 1, (236, 236, 240))
-        pen.box(x - w * 1.05 - 0.6, y - 1.6, x + w * 1.05 + 0.6, y + 2.6, (236, 236, 240), 1)
-        pen.box(x - w * 0.62, y - 10.5, x + w * 0.62, y + 1, INK)
-        pen.box(x - w * 0.62, y - 4.2, x + w * 0.62, y - 1.9, (255, 255, 255))
-        pen.box(x - w * 1.05, y - 1.2, x + w * 1.05, y + 2, INK, 0.8)
+        pen.box((236, 236, 240), x - w * 0.62 - 0.6, y - 11.1, x + w * 0.62 + 0.6, y + 1)
+        pen.box((236, 236, 240), x - w * 1.05 - 0.6, y - 1.6, x + w * 1.05 + 0.6, y + 2.6, 1)
+        pen.box(INK, x - w * 0.62, y - 10.5, x + w * 0.62, y + 1)
+        pen.box((255, 255, 255), x - w * 0.62, y - 4.2, x + w * 0.62, y - 1.9)
+        pen.box(INK, x - w * 1.05, y - 1.2, x + w * 1.05, y + 2, 0.8)
     elif worn == "crown":
         for grow, colour in ((0.8, GOLD_DARK), (0.0, GOLD)):
             a, b, low = x - w * 0.85 - grow, x + w * 0.85 + grow, y + 2 + grow
             high, mid = y - 9 - grow, y - 2.5 - grow
             third = (b - a) / 4
             teeth = [(a, high + 1), (a + third, mid), (x, high), (b - third, mid), (b, high + 1)]
-            pen.poly([(a, low), *teeth, (b, low)], colour)
+            pen.poly(colour, [(a, low), *teeth, (b, low)])
         for dx in (-0.5, 0, 0.5):
-            pen.oval(x + dx * w, y - 0.4, 1.3, 1.3, (220, 30, 60))
+            pen.oval((220, 30, 60), x + dx * w, y - 0.4, 1.3, 1.3)
     elif worn == "scarf":
         (ax, ay), (bx, by) = shape.neck
         hang_x, hang_y = ax + (bx - ax) * 0.72, ay + (by - ay) * 0.72
         sag = 1.2 if by - ay < 8 else 0.0
         band = [(ax, ay), ((ax + bx) / 2, (ay + by) / 2 + sag), (bx, by)]
-        pen.stroke(band, 5.2, SCARF_DARK)
-        pen.stroke(band, 4.2, SCARF)
-        pen.box(hang_x - 2.6, hang_y, hang_x + 2.6, hang_y + 10.5, SCARF_DARK)
-        pen.box(hang_x - 2.1, hang_y - 0.5, hang_x + 2.1, hang_y + 7.4, SCARF)
+        pen.stroke(SCARF_DARK, band, 5.2)
+        pen.stroke(SCARF, band, 4.2)
+        pen.box(SCARF_DARK, hang_x - 2.6, hang_y, hang_x + 2.6, hang_y + 10.5)
+        pen.box(SCARF, hang_x - 2.1, hang_y - 0.5, hang_x + 2.1, hang_y + 7.4)
     elif worn == "sunglasses":
         eyes = shape.eyes
         left, right = eyes[0], eyes[-1]
         r = 4.7 if len(eyes) > 1 else 5.6
         # A pale rim keeps the black lenses apart from dark bodies and from black eyes.
         for ex, ey in eyes:
-            pen.box(ex - r - 0.7, ey - r * 0.8 - 0.7, ex + r + 0.7, ey + r * 0.8 + 0.7, (240, 240, 244), 2.4)
+            pen.box((240, 240, 244), ex - r - 0.7, ey - r * 0.8 - 0.7, ex + r + 0.7, ey + r * 0.8 + 0.7, 2.4)
         ends = (left, right) if len(eyes) > 1 else (left, (left[0] + 11, left[1] - 1))
-        pen.stroke([(ends[0][0], ends[0][1] - 1.8), (ends[1][0], ends[1][1] - 1.8)], 1.9, INK)
+        pen.stroke(INK, [(ends[0][0], ends[0][1] - 1.8), (ends[1][0], ends[1][1] - 1.8)], 1.9)
         for ex, ey in eyes:
-            pen.box(ex - r, ey - r * 0.8, ex + r, ey + r * 0.8, INK, 2.2)
-            pen.stroke([(ex - 2.4, ey + 0.8), (ex - 0.4, ey - 1.8)], 1, (150, 160, 190))
+            pen.box(INK, ex - r, ey - r * 0.8, ex + r, ey + r * 0.8, 2.2)
+            pen.stroke((150, 160, 190), [(ex - 2.4, ey + 0.8), (ex - 0.4, ey - 1.8)], 1)
 
 
 def draw_behind(pen: Pen, support: str, half: float) -> None:
     """Paint the part of a support that lies behind its object."""
     if support == "box":
-        pen.box(-half, 5, half, 12, CARD_DARK)
+        pen.box(CARD_DARK, -half, 5, half, 12)
         for s in (-1, 1):
-            pen.poly([(s * half, 8), (s * half, 5), (s * (half + 4), 1), (s * (half + 6), 4)], CARD)
+            pen.poly(CARD, [(s * half, 8), (s * half, 5), (s * (half + 4), 1), (s * (half + 6), 4)])
     elif support == "boat":
-        pen.box(half - 1.4, -14, half + 0.4, 12, HULL_DARK)
-        pen.poly([(half + 0.6, -14), (half + 9, -10.5), (half + 0.6, -7)], SCARF)
+        pen.box(HULL_DARK, half - 1.4, -14, half + 0.4, 12)
+        pen.poly(SCARF, [(half + 0.6, -14), (half + 9, -10.5), (half + 0.6, -7)])
 
 
 def draw_front(pen: Pen, support: str, half: float) -> None:
@@ -77,17 +77,17 @@ def draw_front(pen: Pen, support: str, half: float) -> None:
     if support == "skateboard":
         w = max(16.0, half)
         for x in (-w * 0.62, w * 0.62):
-            pen.oval(x, 24, 3, 3, INK)
-            pen.oval(x, 24, 1.1, 1.1, (230, 230, 230))
-        pen.stroke([(-w - 3, 18.4), (-w + 1, 20.4), (w - 1, 20.4), (w + 3, 18.4)], 3, TEAL)
+            pen.oval(INK, x, 24, 3, 3)
+            pen.oval((230, 230, 230), x, 24, 1.1, 1.1)
+        pen.stroke(TEAL, [(-w - 3, 18.4), (-w + 1, 20.4), (w - 1, 20.4), (w + 3, 18.4)], 3)
     elif support == "boat":
-        pen.poly([(-half - 5, 9), (half + 5, 9), (half - 3, 23), (-half + 3, 23)], HULL)
-        pen.poly([(-half - 5, 9), (half + 5, 9), (half + 3.6, 12.4), (-half - 3.6, 12.4)], (250, 240, 220))
-        pen.poly([(-half + 1, 19.5), (half - 1, 19.5), (half - 3, 23), (-half + 3, 23)], HULL_DARK)
+        pen.poly(HULL, [(-half - 5, 9), (half + 5, 9), (half - 3, 23), (-half + 3, 23)])
+        pen.poly((250, 240, 220), [(-half - 5, 9), (half + 5, 9), (half + 3.6, 12.4), (-half - 3.6, 12.4)])
+        pen.poly(HULL_DARK, [(-half + 1, 19.5), (half - 1, 19.5), (half - 3, 23), (-half + 3, 23)])
         for x in (-1.0, -0.5, 0.0, 0.5, 1.0):
-            pen.oval(x * half, 23.4, half * 0.32, 1.9, (120, 196, 250))
+            pen.oval((120, 196, 250), x * half, 23.4, half * 0.32, 1.9)
     elif support == "box":
-        pen.box(-half, 9, half, 22.5, CARD)
-        pen.box(-half, 9, half, 10.6, CARD_DARK)
-        pen.box(-2.4, 9, 2.4, 22.5, (236, 204, 150))
-        pen.box(-half, 21.3, half, 22.5, CARD_DARK)
+        pen.box(CARD, -half, 9, half, 22.5)
+        pen.box(CARD_DARK, -half, 9, half, 10.6)
+        pen.box((236, 204, 150), -2.4, 9, 2.4, 22.5)
+        pen.box(CARD_DARK, -half, 21.3, half, 22.5)
