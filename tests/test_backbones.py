@@ -143,18 +143,18 @@ def test_the_second_moment_is_over_all_positions_and_cached(
     )
     C = e.T @ e / len(e)
     expected = C + settings.ridge * C.diagonal().mean() * torch.eye(len(C))
-    result = backbone.second_moment(progress=False)
-    torch.testing.assert_close(result.factor @ result.factor.T, expected, rtol=1e-6, atol=1e-6)
-    assert result.count == len(e)
+    factor = backbone.second_moment(progress=False)
+    torch.testing.assert_close(factor @ factor.T, expected, rtol=1e-6, atol=1e-6)
+    assert backbone.moment(progress=False).count == len(e)
 
     def no_encoding(*_: Any) -> None:
         raise AssertionError("the captions were encoded again")
 
     monkeypatch.setattr(backbone, "_encode_captions", no_encoding)
     with added(backbone):  # changes no caption: the cache holds
-        assert torch.equal(backbone.second_moment(progress=False).factor, result.factor)
+        assert torch.equal(backbone.second_moment(progress=False), factor)
     monkeypatch.setattr(settings, "ridge", 0.5)  # applied after the cache
-    assert not torch.equal(backbone.second_moment(progress=False).factor, result.factor)
+    assert not torch.equal(backbone.second_moment(progress=False), factor)
     monkeypatch.setattr(settings, "count", 41)
     with pytest.raises(AssertionError, match="encoded again"):
         backbone.second_moment(progress=False)

@@ -63,7 +63,7 @@ def test_the_equations_hold_behind_the_projection_and_before_the_bias(
 ) -> None:
     """Eq. 3 and 4 with explicit inverses in float64; where the denoiser does not look, encodings stay as they are."""
     options = {"key_lock": key_lock, "removal": removal}
-    factor = backbone.second_moment(progress=False).factor
+    factor = backbone.second_moment(progress=False)
     P = torch.linalg.inv(factor @ factor.T)
     made = [
         with_own_direction(untrained_concept(backbone, word, k, **options), P) for k, word in enumerate(WORDS[:count])

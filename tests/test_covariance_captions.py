@@ -12,32 +12,12 @@ from perfusion.config import ConfigError
 from perfusion.covariance.captions import caption_stream, captions_digest, everyday_phrases
 
 
-@pytest.fixture(scope="module")
-def everyday() -> list[str]:
-    return list(caption_stream("everyday", 10_000))
-
-
-def test_everyday_captions_are_the_same_in_every_run(everyday: list[str]) -> None:
+def test_everyday_captions_are_the_same_in_every_run() -> None:
+    everyday = list(caption_stream("everyday", 10_000))
     assert everyday[0] == "a gold map made of cardboard"
     digest = "e13bb901564edfa443d022b81f10e3a46b9e1cb548f872c0582e173b17c5d106"
     assert captions_digest(everyday) == digest, "every C in use, and every concept trained with one, stands on these"
-    assert list(caption_stream("everyday", 50)) == everyday[:50]  # whatever the count
-
-
-def test_everyday_captions_are_varied(everyday: list[str]) -> None:
-    assert len(everyday) == 10_000
-    assert len(set(everyday)) > 9_500
-    words = {word for caption in everyday for word in caption.replace(",", "").split()}
-    assert len(words) > 900
-    lengths = [len(caption.split()) for caption in everyday]
-    assert min(lengths) >= 2 and max(lengths) <= 30  # 30 words are well below CLIP's 77 tokens
-
-
-def test_everyday_captions_are_whole_sentences(everyday: list[str]) -> None:
-    text = "\n".join(everyday)
-    assert not re.search(r"[{}_]|  ", text)
-    assert not re.search(r"\b[Aa] [aeiou]", text) and not re.search(r"\b[Aa]n [^aeiou]", text)
-    assert re.search(r"\ban orange\b", text)
+    assert list(islice(caption_stream("everyday", 10**12), 50)) == everyday[:50]  # whatever the count
 
 
 def test_every_symbol_of_the_grammar_is_defined_and_used() -> None:
@@ -72,10 +52,6 @@ def test_a_long_file_is_not_held_in_memory(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1e6
-
-
-def test_the_stream_is_lazy() -> None:
-    assert len(list(islice(caption_stream("everyday", 10**12), 3))) == 3
 
 
 def test_what_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_similarity_and_gate_of_each_token(file: Path, pipeline: Path, backbone:
     with concept.attach(backbone), torch.no_grad():
         e = backbone.encode([prompt], "<toy*>").context[0].double()
     # From i* and the second moment itself, not from the file's direction.
-    factor, i = backbone.second_moment(progress=False).factor.double(), concept.tensors["target_input"].double()
+    factor, i = backbone.second_moment(progress=False).double(), concept.tensors["target_input"].double()
     r = inner_product(factor, i, e) / inner_product(factor, i, i)
     g = torch.sigmoid((r - 0.5) / 0.25)
     for k, (position, _, values) in enumerate(rows[:-1]):

@@ -208,7 +208,7 @@ def test_near_twins_are_warned_of_and_others_are_not(
 ) -> None:
     """The angle is that of the C⁻¹ metric."""
     bear, _ = pair
-    factor, turn = backbone.second_moment().factor, math.radians(degrees)
+    factor, turn = backbone.second_moment(), math.radians(degrees)
     one = bear.tensors["target_input"].double()
     other = torch.randn(len(one), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direction = precision_times(factor, one)

@@ -10,7 +10,6 @@ from torch import Tensor
 from perfusion.backbones.base import Backbone
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
 from perfusion.concept import Concept, save_concept
-from perfusion.covariance.factor import Factorised
 from perfusion.editing import EditError
 from perfusion.generate import main as generate
 from perfusion.methods.base import Batch, Word, build
@@ -128,7 +127,7 @@ def test_two_files_are_generated_together(
     bear: Concept, hat: Concept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    moment = Factorised(torch.eye(32, dtype=torch.float64), 1.0, 0.0)  # that of the preset takes 10,000 captions
+    moment = torch.eye(32, dtype=torch.float64)  # that of the preset takes 10,000 captions
     monkeypatch.setattr(StableDiffusionBackbone, "second_moment", lambda self: moment)
     save_concept("bear.safetensors", bear)
     save_concept("hat.safetensors", hat)

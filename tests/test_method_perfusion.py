@@ -98,7 +98,7 @@ def test_it_starts_at_the_superclass(backbone: Backbone, attached: Perfusion) ->
 def test_the_direction_is_the_inverse_second_moment_times_the_target_input(
     backbone: Backbone, attached: Perfusion
 ) -> None:
-    factor = backbone.second_moment().factor
+    factor = backbone.second_moment()
     state = attached.state()
     expected = torch.linalg.inv(factor @ factor.T) @ state["target_input"].double()
     torch.testing.assert_close(state["direction"].double(), expected / expected.abs().max(), rtol=1e-6, atol=1e-6)
@@ -199,7 +199,7 @@ def test_some_steps_on_one_batch_lower_its_loss(backbone: Backbone, attached: Pe
 def test_the_target_input_follows_the_word_by_a_moving_average(backbone: Backbone, attached: Perfusion) -> None:
     draw = torch.Generator().manual_seed(1)
     expected = attached.state()["target_input"]
-    factor = backbone.second_moment().factor
+    factor = backbone.second_moment()
     for _ in range(3):
         context = torch.randn(2, 6, D, generator=draw, requires_grad=True)
         marked = torch.zeros(2, 6, dtype=torch.bool)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from perfusion.config import BackboneConfig
 from perfusion.covariance.configured import described
-from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
 from perfusion.editing import TokenError as TokenError  # for those who catch it: a part of this seam
 from perfusion.editing.places import EditSite
@@ -201,8 +200,8 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def second_moment(self, progress: bool = True) -> Factorised:
-        """`C + ridge`, factorised.
+    def second_moment(self, progress: bool = True) -> Tensor:
+        """`C + ridge`, as its lower Cholesky factor (d, d) in float64 on the CPU.
 
         Raises:
             CovarianceError: `C` cannot be had, see `moment`, or cannot be factorised with the configured ridge.

@@ -25,7 +25,6 @@ from perfusion.backbones.gradient_checkpointing import gradient_checkpointing
 from perfusion.config import BackboneConfig, CovarianceConfig
 from perfusion.covariance import configured
 from perfusion.covariance.captions import Captions, caption_stream, captions_digest
-from perfusion.covariance.factor import Factorised
 from perfusion.covariance.matrix import Matrix
 from perfusion.editing import TokenError
 from perfusion.editing.places import EditSite, base_module
@@ -298,7 +297,7 @@ class LatentDiffusionBackbone(Backbone):
         self.covariance_origin = matrix.origin
         return matrix
 
-    def second_moment(self, progress: bool = True) -> Factorised:
+    def second_moment(self, progress: bool = True) -> Tensor:
         projection: Any = base_module(self.edit_sites()[0].projection)
         return configured.factorised(self.config.covariance, self.moment(progress), projection.in_features)
 

@@ -77,6 +77,7 @@ def measure(command: CovarianceCommand) -> list[str]:
     """
     from perfusion.backbones import backbone_class, backbone_config
     from perfusion.covariance.configured import factorised, spelled_out
+    from perfusion.covariance.factor import extreme_eigenvalues
     from perfusion.covariance.matrix import save_matrix
 
     config = backbone_config(command.backbone, command.path, command.dtype, command.device, command.layout)
@@ -91,11 +92,17 @@ def measure(command: CovarianceCommand) -> list[str]:
     if out is not None:
         save_matrix(out, matrix)
     settings, width = config.covariance, len(matrix.C)
-    result = factorised(settings, matrix, width)
+    factor = factorised(settings, matrix, width)
+
+    def condition(C: Tensor) -> str:
+        smallest, largest = extreme_eigenvalues(C)
+        return f"{largest / smallest:.1e}" if smallest > 0 else "infinite"
+
     lines = [
         f"C of {spelled_out(backbone.covariance)}: {matrix.count:,} vectors of width {width}, "
         f"positions {settings.positions}",
-        f"condition number: {result.condition:.1e} with ridge {settings.ridge:g}, {_condition(matrix.C)} without",
+        f"condition number: {condition(factor @ factor.T)} with ridge {settings.ridge:g}, "
+        f"{condition(matrix.C)} without",
         f"cache: {Path(settings.cache).expanduser()}",
     ]
     if out is not None:
@@ -138,14 +145,6 @@ def _checked(out: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"out: cannot make the folder {out.parent}: {error.strerror}") from error
     return out
-
-
-def _condition(C: Tensor) -> str:
-    import torch
-
-    eigenvalues = torch.linalg.eigvalsh(C)  # ascending
-    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-    return f"{largest / smallest:.1e}" if smallest > 0 else "infinite"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from perfusion.config import ConfigError, CovarianceConfig
 from perfusion.covariance.cache import PartialSum, cached_second_moment
 from perfusion.covariance.captions import Captions
-from perfusion.covariance.factor import Factorised, factorise
+from perfusion.covariance.factor import factorise
 from perfusion.covariance.matrix import Matrix, load_matrix
 from perfusion.covariance.moment import CovarianceError
 from perfusion.covariance.stream import accumulate
@@ -128,14 +128,14 @@ def check_not_inverse(settings: CovarianceConfig, matrix: Matrix, encodings: Ten
         )
 
 
-def factorised(settings: CovarianceConfig, matrix: Matrix, dimension: int | None) -> Factorised:
-    """`matrix` with the ridge of `settings`, factorised.
+def factorised(settings: CovarianceConfig, matrix: Matrix, dimension: int | None) -> Tensor:
+    """`matrix` with the ridge of `settings`, as its lower Cholesky factor.
 
     Raises:
         CovarianceError: see `factorise`; of a matrix from a file, the message names the file.
     """
     try:
-        return factorise(matrix.C, settings.ridge, dimension=dimension, count=matrix.count)
+        return factorise(matrix.C, settings.ridge, dimension)
     except CovarianceError as error:
         if settings.matrix is None:
             raise

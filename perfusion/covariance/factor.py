@@ -1,7 +1,5 @@
 """C with a ridge: checked, and factorised for the metric <a, b> = aᵀ C⁻¹ b."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,29 +9,11 @@ CONDITION_LIMIT = 1e8
 SYMMETRY_TOLERANCE = 1e-6  # of the largest entry: what a float32 product may leave
 
 
-@dataclass(frozen=True)
-class Factorised:
-    """C + ridge · mean(diag C) · I, ready for `rank_one`.
-
-    `factor` (d, d) float64 on the CPU, lower, with factor · factorᵀ equal to that matrix; `condition` its condition
-    number (largest over smallest eigenvalue); `ridge` as given; `count` the positions behind C, None where not told.
-    """
-
-    factor: Tensor
-    condition: float
-    ridge: float
-    count: int | None = None
-
-    @property
-    def dimension(self) -> int:
-        return self.factor.shape[0]
-
-
-def factorise(C: Tensor, ridge: float, *, dimension: int | None = None, count: int | None = None) -> Factorised:
-    """Check C and take the Cholesky factor of C + ridge · mean(diag C) · I.
+def factorise(C: Tensor, ridge: float, dimension: int | None = None) -> Tensor:
+    """The lower Cholesky factor (d, d), float64 on the CPU, of C + ridge · mean(diag C) · I.
 
     `C` (d, d), any float dtype; `ridge` ≥ 0 in units of the mean diagonal, so that it means the same for every text
-    encoder; `dimension` is the width that the edited projections read, where known; `count` is only passed on.
+    encoder; `dimension` is the width that the edited projections read, where known.
     Raises CovarianceError for a wrong shape, NaN or infinity, asymmetry, a matrix that is not positive definite with
     this ridge, or a condition number above CONDITION_LIMIT: beyond it, similarities in float32 lose their digits.
     """
@@ -51,8 +31,7 @@ def factorise(C: Tensor, ridge: float, *, dimension: int | None = None, count: i
         )
     C = (C + C.T) / 2
     regular = C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
-    eigenvalues = torch.linalg.eigvalsh(regular)  # ascending
-    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    smallest, largest = extreme_eigenvalues(regular)
     factor, failed = torch.linalg.cholesky_ex(regular)
     if smallest <= 0 or failed:
         raise CovarianceError(
@@ -65,4 +44,10 @@ def factorise(C: Tensor, ridge: float, *, dimension: int | None = None, count: i
             f"second moment: found condition number {condition:.1e} with ridge {ridge:g}, expected at most "
             f"{CONDITION_LIMIT:.1e}; use more captions or a larger ridge"
         )
-    return Factorised(factor, condition, ridge, count)
+    return factor
+
+
+def extreme_eigenvalues(C: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of a symmetric matrix; their ratio is its condition number."""
+    eigenvalues = torch.linalg.eigvalsh(C)  # ascending
+    return float(eigenvalues[0]), float(eigenvalues[-1])

@@ -227,7 +227,7 @@ class SharedProjections:
 
     def _merged(self) -> list[nn.Parameter]:
         words = [member.target_words(self.backbone) for member in self._settled]
-        factor = self.backbone.second_moment().factor
+        factor = self.backbone.second_moment()
         own = zip(*[[*member.weights] for member in self._settled], strict=True)  # site by site
         merged: list[nn.Parameter] = []
         for frozen, weights in zip(self.frozen, own, strict=True):

@@ -289,7 +289,7 @@ class _Directions:
     def __call__(self, target_inputs: Tensor) -> Tensor:
         if self._factor is None:
             where = "cpu" if target_inputs.device.type == "mps" else target_inputs.device  # MPS has no float64
-            self._factor = self._backbone.second_moment().factor.to(where)
+            self._factor = self._backbone.second_moment().to(where)
         directions = precision_times(self._factor, target_inputs.to(self._factor.device))
         scaled = directions / directions.abs().amax(-1, keepdim=True)
         return scaled.to(target_inputs.dtype).to(target_inputs.device)
