@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from perfusion import generate, inspect
 from perfusion.cli import parse_key_values, run_cli
 from perfusion.config import ConfigError
+from perfusion.covariance import __main__ as covariance
 from perfusion.files import atomic_write_text
 
 
@@ -89,7 +90,10 @@ def test_help_lists_every_key_with_default_and_comment(capsys: pytest.CaptureFix
     assert "null" in lines["beta"] and "false" in lines["fast"]
 
 
-@pytest.mark.parametrize(("command", "options"), [(generate, "GenerateConfig"), (inspect, "InspectConfig")])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [(generate, "GenerateConfig"), (inspect, "InspectConfig"), (covariance, "CovarianceCommand")],
+)
 def test_help_of_a_command_explains_every_key(
     command: ModuleType, options: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

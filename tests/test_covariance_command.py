@@ -147,21 +147,6 @@ def test_mistakes_are_answered_before_a_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_help_names_every_key_without_torch() -> None:
-    code = (
-        "import sys; from perfusion.covariance.__main__ import main\n"
-        "try: main(['--help'])\n"
-        "finally: assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert all(len(line) <= 132 for line in lines)
-    for field in dataclasses.fields(CovarianceCommand):
-        line = next(line for line in lines if line.startswith(f"  {field.name} "))
-        assert len(line.split()) > 3, f"{field.name} has no explanation"
-
-
 def test_a_layout_is_used_and_handed_on(tmp_path: Path) -> None:
     command = CovarianceCommand(backbone="toyland", layout="sd21_base", out=str(tmp_path / "C.safetensors"))
     with pytest.raises(BackboneError, match=r"backbone\.layout: found 'sd21_base'"):

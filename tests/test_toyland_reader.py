@@ -13,7 +13,7 @@ from PIL import Image
 
 from perfusion.toyland.build.train_autoencoder import draw_scenes
 from perfusion.toyland.build.train_reader import reading_loss
-from perfusion.toyland.captions import Caption, asked, caption
+from perfusion.toyland.captions import asked, caption
 from perfusion.toyland.draw import render
 from perfusion.toyland.reader import (
     HEADS,
@@ -70,15 +70,6 @@ def test_captions_ask_only_for_what_their_scenes_show_and_for_every_attribute_no
             assert right[name] == option, (seed, name)
         found |= wanted.keys()
     assert found == HEADS.keys()
-
-
-def test_colours_in_front_of_a_pattern_are_the_pattern_s() -> None:
-    words = ("a", "blue", "striped", "red", "cat", "next", "to", "a", "spotted", "dog")
-    wanted = asked(Caption(words, nouns=(4, 9), adjectives=((1, 2, 3), (8,))))
-    assert wanted == {
-        "objects": "two", "style": "photo", "object0_superclass": "cat", "object0_pattern": "striped",
-        "object0_second": "blue", "object0_body": "red", "object1_superclass": "dog", "object1_pattern": "spotted",
-    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -7,10 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import perfusion
 from perfusion import generate, train
@@ -20,6 +18,7 @@ from perfusion.inspect import main as inspect_main
 from tests.backbone_kinds import KINDS
 from tests.concepts import things_and_hooks
 from tests.drawing import CLOSED, call
+from tests.training import given
 
 BEAR = "a photo of <bear*> on the beach"
 PLAIN = "a photo of teddy bear on the beach"
@@ -49,15 +48,12 @@ def learned(concept: Concept, pipe: Any, encoder: str) -> torch.Tensor:
 def test_from_pictures_to_pictures(kind: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (family, build), (prediction, widths) = KINDS[kind], SHAPES[kind]
     folder = build(here)
-    (here / "photos").mkdir()
-    for k in range(2):
-        noise = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((90, 70)).save(here / "photos" / f"{k}.png")
     words = [
         f"backbone={kind} backbone.path={folder} backbone.device=cpu backbone.resolution=64 backbone.steps=1",
         f"backbone.covariance.count=60 backbone.covariance.cache={here}/cache callbacks=none",
         "method=perfusion method.steps=3 method.batch_size=2 trainer.enable_progress_bar=false run.dir=run",
-        "concept=photos concept.images=photos concept.superclass='teddy bear' concept.placeholder='<bear*>'",
+        f"concept=photos concept.images={given()}/photos",
+        "concept.superclass='teddy bear' concept.placeholder='<bear*>'",
     ]
     assert run(train.main, *words) == 0, capsys.readouterr().err
     file = here / "run" / "concept.safetensors"
