@@ -77,11 +77,11 @@ def _mirrored(kind: str, given: Sequence[Any]) -> Sequence[Any]:
     return [[(-x, y) for x, y in first] if isinstance(first, list) else -first, *rest]
 
 
-def _shape(known: dict[str, Any]) -> Shape:
-    return Shape(**known | {part: tuple(_marks(known[part])) for part in ("silhouette", "features")})
+def _shape(silhouette: Sequence[Sequence[Any]], features: Sequence[Sequence[Any]], **points: Any) -> Shape:
+    return Shape(tuple(_marks(silhouette)), tuple(_marks(features)), **points)
 
 
-SHAPES = {
-    name: _shape(known)
+SHAPES: dict[str, Shape] = {
+    name: _shape(**known)
     for name, known in yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8")).items()
 }
