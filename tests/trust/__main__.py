@@ -23,55 +23,7 @@ Try what docs/reliability.md states, and write that page. What was tried with th
 """
 ALONE = "tests/trust/test_load.py"  # it measures time
 
-PAGE = """# Reliability
-
-What was tried to make this project lose or spoil something. `make trust` tries it anew, goes on where it was stopped,
-and writes this page; `tests/trust/` has what is done. A number on this page is counted by the test that it comes from,
-and a test that fails is named here.
-
-## Trainings that are killed
-
-A training of 60 steps gets a signal (Ctrl-C, SIGTERM or SIGKILL, by chance) at a random moment, a quarter of them while
-it still loads its model; the same words are given again until it is finished. With one process it is forked from one
-that has loaded the libraries, so that most kills hit the training; with two it is the command itself. Then the
-concept's tensors, its curve, its pictures and the list of its files are compared with those of a training that nobody
-disturbed. All have to be the same to the bit.
-
-| method | processes | kills | trainings finished and compared | differences |
-|---|---:|---:|---:|---:|
-{kills}
-
-## Files from strangers
-
-Concept files with their header, settings or tensors changed, and with bytes changed, cut out and doubled. Each has to
-be refused with a sentence that names the file, or to be a concept whose edits are finite; within seconds, and the
-pipeline that it was attached to is afterwards as it was, tokenizer included. Nothing is executed from any file.
-
-{hostile}
-
-## Bad input
-
-Command lines with mistakes in them, from a resolution of 0 to a backbone folder that lacks a tensor. Each has to be
-answered with status 2 and one sentence that says what was found and what was expected, before any model is loaded,
-and to touch no file.
-
-{bad}
-
-## Many in one process
-
-Trainings of all five methods in turn, pictures with concepts that come and go, and whole calls of `generate`, in one
-process each. What the process holds is counted after a fifth of them and at the end.
-
-| | how many | memory, MB more | open files | threads | tensors |
-|---|---:|---:|---:|---:|---:|
-{soak}
-
-## Beside other work
-
-{load}
-{failed}
-{where}
-"""
+PAGE = Path(__file__).with_name("page.md")
 LOAD = """`python -m perfusion.demo` took {seconds alone} s alone, and {seconds beside busy processes} s beside
 {busy processes} processes that kept all cores busy: {times as long} times as long, where 4 is allowed."""
 
@@ -124,7 +76,7 @@ def run(job: str, folder: Path) -> Found:
 
 
 def page(found: Mapping[str, Found], where: Provenance) -> str:
-    """The page, of what there is."""
+    """The page, of what there is: page.md with its blanks filled."""
 
     def of(part: str) -> Iterator[tuple[str, Found]]:
         return ((job, each) for job, each in found.items() if part in job)
@@ -143,7 +95,7 @@ def page(found: Mapping[str, Found], where: Provenance) -> str:
             soak.append(f"| {what} | {count} | {' | '.join(value for _, value in grown)} |")
     load = [LOAD.format(**each.counted) for _, each in of("test_load") if "times as long" in each.counted]
     failed = [f"- `{job}` failed." for job, each in found.items() if each.failed]
-    return PAGE.format(
+    return PAGE.read_text(encoding="utf-8").format(
         kills="\n".join(kills),
         hostile="\n".join(hostile),
         bad="\n".join(bad),
