@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import itertools
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,8 +35,7 @@ from perfusion.manifest import slug
 from perfusion.methods.base import available
 from perfusion.studio.drawing import FOLDER
 from perfusion.toyland.world import SUPERCLASSES
-from perfusion.training import composition
-from perfusion.training.job import reason
+from perfusion.training import composition, job, loggers
 from perfusion.training.module import examples_of
 from perfusion.training.run_folder import RunFolder
 
@@ -49,7 +44,6 @@ if TYPE_CHECKING:
 
 WHOLE, PAINTED, DRAWN = "the whole picture", "what I paint", "what CLIPSeg finds"
 _PAINTED_SIDE = 768  # pixels of a photo's longer side where a mask is painted on it
-_SOURCE = Path(__file__).resolve().parents[2]  # what this package was imported from
 _PATIENCE = 60.0  # seconds that a training has to save its step
 _hydra = threading.Lock()  # it composes for one thread at a time
 
@@ -273,26 +267,13 @@ class Training:
         self._stopped = False
         self._said: str | None = None  # why it ended
         self._began, self._seen = time.time(), (0, 0.0)  # the first step of this process that was seen, and when
-        search = os.pathsep.join(part for part in (str(_SOURCE), os.environ.get("PYTHONPATH")) if part)
-        with open(self.folder.log, "wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "perfusion.train", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1"},
-            )
+        self._process = job.begun([*job.TRAIN, *words], self.folder.log)
 
     def stop(self) -> None:
         """Have it save its step and end; returns when it has."""
         if self._process.poll() is None:
             self._stopped = True
-            self._process.terminate()
-            try:
-                self._process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            job.stop(self._process, 0, _PATIENCE)
 
     def progress(self) -> Progress:
         """Read from its folder."""
@@ -320,7 +301,7 @@ class Training:
     def _why(self, status: int) -> str:
         """Why it ended; of a run that never began, nothing stays."""
         if self._said is None:
-            self._said = reason(status, self.folder.log).splitlines()[0]
+            self._said = job.reason(status, self.folder.log).splitlines()[0]
             if not self.folder.config.exists():
                 self.folder.log.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # not empty
@@ -328,12 +309,8 @@ class Training:
         return self._said
 
     def _losses(self) -> dict[int, float]:
-        try:
-            with open(self.folder.metrics_csv, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values() and row.get("loss")]
-        except OSError:
-            return {}
-        return {int(row["step"]): float(row["loss"]) for row in rows}
+        rows = loggers.metrics_in(self.folder.metrics_csv)
+        return {row["step"]: float(row["loss"]) for row in rows if row.get("loss")}
 
 
 def _mask(image: Image.Image, painted: np.ndarray | None) -> np.ndarray:

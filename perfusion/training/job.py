@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,20 +53,32 @@ def run_apart(file: Path, command: Sequence[str] = TRAIN, show: bool = True) -> 
         folder.error.unlink(missing_ok=True)
         if folder.finished and not config.run.overwrite:  # an attempt to replace it may have failed
             return folder
-        search = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH")) if part)
-        with open(folder.log, "wb") as log:
-            process = subprocess.Popen(
-                [*command, f"from={file}"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[lock, *leases],
-                env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1", **environment},
-            )
+        process = begun([*command, f"from={file}"], folder.log, environment, [lock, *leases])
         status = _wait(process, folder.log, show)
         if status != 0 or not folder.finished:
             atomic_write_text(folder.error, reason(status, folder.log) + "\n")
     return folder
+
+
+def begun(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, descriptors: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """A process that runs this package's code and says all that it says into a file.
+
+    Args:
+        environment: variables that it has besides those of this process.
+        descriptors: of files that it inherits.
+    """
+    search = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH")) if part)
+    with open(log, "wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=descriptors,
+            env={**os.environ, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        )
 
 
 def error_of(folder: RunFolder) -> str | None:
@@ -109,15 +121,15 @@ def _wait(process: subprocess.Popen[bytes], log: Path, show: bool) -> int:
                     continue
             return process.returncode
         except BaseException:
-            _stop(process)
+            stop(process, *_PATIENCE)  # after Ctrl-C it is on its way out already: the terminal tells all processes
             raise
         finally:
             copy()
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    # After Ctrl-C it is on its way out already, for the terminal tells all processes.
-    for patience, then in zip(_PATIENCE, (process.terminate, process.kill), strict=True):
+def stop(process: subprocess.Popen[bytes], told: float, killed: float) -> None:
+    """Have a process end; returns when it has. It is told to after some seconds, and killed some seconds later."""
+    for patience, then in ((told, process.terminate), (killed, process.kill)):
         try:
             process.wait(patience)
             return

@@ -36,7 +36,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [row for row in _read(path) if row["step"] <= keep_until]
+        self.rows = [row for row in metrics_in(path) if row["step"] <= keep_until]
         self.columns = list(self.rows[0]) if self.rows else ["step"]
         self._rewrite()
 
@@ -77,12 +77,14 @@ class MetricsCSV(Logger):
         return csv.DictWriter(file, self.columns, lineterminator="\n")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file; the last one may have been cut off when its process was killed."""
-    if not path.exists():
+def metrics_in(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a metrics file, none where there is no file; the last one may have been cut off when its
+    process was killed, or not be written to its end yet."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    except FileNotFoundError:
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
     return [{**row, "step": int(row["step"])} for row in rows]
 
 
