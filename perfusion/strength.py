@@ -12,6 +12,7 @@ from perfusion.data.prompts import fill, validation_prompts
 
 # Torch and its friends take seconds to import: the command's `--help` and a mistyped key do without them.
 if TYPE_CHECKING:
+    from perfusion.backbones.base import Backbone
     from perfusion.concept import Attached
     from perfusion.scoring.clip import ClipScorer
 
@@ -60,7 +61,7 @@ def measure(
         raise ConfigError("grid: found no β, expected at least one, as in grid=[0.3,0.5,0.7]")
     config, concept = attached.backbone.config, attached.concept
     own = attached.beta
-    clip = _scorer(attached, scorer, pretrained)
+    clip = scorer_for(attached.backbone, scorer, pretrained)
     wanted = clip.image_embeddings(reference_pictures(attached, references))
     templates = validation_prompts(config.prompts)
     texts = clip.text_embeddings([fill(template, concept.superclass) for template in templates])
@@ -135,9 +136,9 @@ def reference_pictures(attached: Attached, references: Any) -> list[Any]:
     return examples_of(read_config(run).concept, resolution).pictures()
 
 
-def _scorer(attached: Attached, scorer: str | None, pretrained: str | None) -> ClipScorer:
+def scorer_for(backbone: Backbone, scorer: str | None, pretrained: str | None) -> ClipScorer:
+    """What scores pictures of a backbone, see `ClipScorer`; None: Toyland's own, on Toyland. Raises ScorerError."""
     from perfusion.scoring.clip import named_scorer
 
-    family = attached.backbone.family
-    foreign = None if family == "toyland" else f"this is {family}"
-    return named_scorer(scorer, pretrained, attached.backbone.device, foreign)
+    foreign = None if backbone.family == "toyland" else f"this is {backbone.family}"
+    return named_scorer(scorer, pretrained, backbone.device, foreign)

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from perfusion.config import ConfigError
+from perfusion.data.prompts import replace_placeholder
 from perfusion.studio import show
 from perfusion.studio.draw_tab import AGAIN, NONE
 from perfusion.studio.drawing import Drawing, Request, Row, spread, typed, values_of
@@ -87,7 +88,7 @@ class CompareTab:
             ]
             for file in [one, *([other] if other in known else [])]:
                 grids.append((known[file].label, []))
-                asked = self.drawing.for_word(prompt, known[one], known[file])
+                asked = replace_placeholder(prompt, known[one].placeholder, known[file].placeholder)
                 request = Request((file,), asked, seed=int(seed or 0), num=1, steps=self.drawing.steps)
                 for found in self.drawing.compare(request, columns, along[0], rows, along[1], scored):
                     grids[-1] = (known[file].label, found)

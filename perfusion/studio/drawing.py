@@ -270,14 +270,11 @@ class Drawing:
             yield done
 
     def _measure(self, attached: Attached, prompt: str) -> Any:
-        from perfusion.scoring.clip import named_scorer
         from perfusion.scoring.metrics import clip_scores
-        from perfusion.strength import reference_pictures
+        from perfusion.strength import reference_pictures, scorer_for
 
         if self._scorer is None:
-            family = self.backbone.family
-            foreign = None if family == "toyland" else f"this is {family}"
-            self._scorer = named_scorer(self.config.scorer, self.config.pretrained, self.backbone.device, foreign)
+            self._scorer = scorer_for(self.backbone, self.config.scorer, self.config.pretrained)
         scorer, concept = self._scorer, attached.concept
         references: Tensor = scorer.image_embeddings(reference_pictures(attached, None))
         text = scorer.text_embeddings([replace_placeholder(prompt, concept.placeholder, concept.superclass)])
@@ -320,10 +317,6 @@ class Drawing:
     def prompts(self, placeholders: Sequence[str]) -> list[str]:
         """Examples with all of the concepts' words."""
         return [fill(template, " and a ".join(placeholders or ["cat"])) for template in self.templates]
-
-    def for_word(self, prompt: str, one: Found, other: Found) -> str:
-        """A prompt of one concept for another."""
-        return replace_placeholder(prompt, one.placeholder, other.placeholder)
 
     def prompt_for(self, prompt: str, placeholders: Sequence[str]) -> str:
         """The prompt if it has all of the concepts' words, else an example that has them."""
