@@ -6,7 +6,6 @@ exception is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import errno
 import inspect
@@ -15,7 +14,6 @@ import os
 import re
 import sys
 import textwrap
-import tokenize
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -202,9 +200,4 @@ def _spelled(value: Any) -> str:
 
 def _comments(schema: type) -> dict[str, str]:
     """Field name -> the comment that ends its line in the source."""
-    source = textwrap.dedent(inspect.getsource(schema))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    by_line = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-    fields = [node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    return {typing.cast(ast.Name, f.target).id: by_line.get(f.end_lineno or f.lineno, "") for f in fields}
+    return dict(re.findall(r"^ +(\w+): .*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
