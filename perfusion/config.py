@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -162,6 +163,12 @@ def check_ranges(config: TrainConfig) -> None:
     ):
         if not holds:
             raise ConfigError(f"{key}: found {value!r}, expected {expected}")
+
+
+def hint(found: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown name: the nearest known one, if one is near."""
+    near = difflib.get_close_matches(found, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _reject_unknown(schema: type, values: Any, where: str) -> None:

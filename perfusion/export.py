@@ -28,7 +28,6 @@ from perfusion.cli import aligned, parse_key_values, run_cli
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from perfusion.backbones.base import Backbone
     from perfusion.concept import Attached
 
 USAGE = """
@@ -189,7 +188,7 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
             that exists.
         ConceptFileError, BackboneError, HubError: what cannot be loaded, or does not fit.
     """
-    from perfusion.backbones import backbone_class
+    from perfusion.backbones import backbone_class, backbone_config
     from perfusion.backbones.base import Backbone
     from perfusion.concept import Concept
     from perfusion.data.prompts import validation_prompts
@@ -211,7 +210,8 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
             "values read a projection of the text, which other programs have no such LoRA and word for"
         )
     name = config.name or re.sub(r"[\W_]+", "-", concept.placeholder).strip("-") or "concept"
-    backbone = _backbone(config, concept.family)
+    chosen = backbone_config(config.backbone or concept.family, config.path, device=config.device, layout=config.layout)
+    backbone = backbone_class(chosen.name).load(chosen)
     lock = "none" if concept.settings.get("key_lock") == "none" else "local"
     with concept.attach(backbone, beta=config.beta, tau=config.tau, key_lock=lock) as attached:
         stem = f"{name}-beta-{float(attached.beta):g}"
@@ -232,13 +232,6 @@ def export(config: ExportConfig) -> tuple[Path, list[str]]:
         lines = [told, *aligned(differences(attached, updates, prompts), right=(2, 3, 4))]
     _write(out, files)
     return out, [*(f"{out / file} ({(out / file).stat().st_size / 1000:.1f} kB)" for file in files), "", *lines]
-
-
-def _backbone(config: ExportConfig, family: str) -> Backbone:
-    from perfusion.backbones import backbone_class, backbone_config
-
-    chosen = backbone_config(config.backbone or family, config.path, device=config.device, layout=config.layout)
-    return backbone_class(chosen.name).load(chosen)
 
 
 def _write(out: Path, files: Mapping[str, dict[str, Tensor]]) -> None:

@@ -5,7 +5,6 @@ checks, and mistakes read well.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from perfusion.config import CONF, ConceptConfig, ConfigError, TrainConfig, check_ranges, checked
+from perfusion.config import CONF, ConceptConfig, ConfigError, TrainConfig, check_ranges, checked, hint
 from perfusion.training.folders import quoted
 
 _COMPLETION = ("-sc", "--shell_completion")
@@ -171,7 +170,7 @@ def prepared(word: str) -> str:
     if not sign and re.fullmatch(r"\w+", key):
         known = [field.name for field in dataclasses.fields(TrainConfig)]
         if key not in known:
-            raise ConfigError(f"{key}: unknown key{_hint(key, known)}. Known here: {', '.join(known)}, from")
+            raise ConfigError(f"{key}: unknown key{hint(key, known)}. Known here: {', '.join(known)}, from")
         if value == "null" and (CONF / key).is_dir():
             options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             raise ConfigError(f"{key}=null: expected one of the group's options: {', '.join(options)}")
@@ -238,7 +237,7 @@ def explained(error: HydraException) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = sorted(error.options)
-        return ConfigError(f"{group}={option}: no such option{_hint(option, options)}. There are: {', '.join(options)}")
+        return ConfigError(f"{group}={option}: no such option{hint(option, options)}. There are: {', '.join(options)}")
     if isinstance(error, OverrideParseException):
         return ConfigError(f"{error.override.lstrip('+')}: cannot be read as key=value; maybe quoted: 'key=\"value\"'")
     text = str(error)
@@ -249,11 +248,6 @@ def explained(error: HydraException) -> ConfigError:
         )
     cause = f": {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
     return ConfigError(_first_lines(text + cause, 2))
-
-
-def _hint(found: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(found, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _first_lines(text: str, count: int) -> str:

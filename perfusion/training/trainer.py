@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import math
@@ -23,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-from perfusion.config import ConfigError, TrainConfig
+from perfusion.config import ConfigError, TrainConfig, hint
 from perfusion.training import loggers
 from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO
 from perfusion.training.devices import device_count, rank_of
@@ -62,10 +61,8 @@ def check_keywords(trainer: Mapping[str, Any]) -> None:
         if key in _ELSEWHERE:
             raise ConfigError(f"trainer.{key}: set {_ELSEWHERE[key]} instead")
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(
-                f"trainer.{key}: no keyword of lightning.Trainer{hint}. Known: {', '.join(sorted(known))}"
+                f"trainer.{key}: no keyword of lightning.Trainer{hint(key, known)}. Known: {', '.join(sorted(known))}"
             )
     precision = trainer.get("precision")
     if precision is not None and str(precision) not in _PRECISIONS:
