@@ -64,7 +64,6 @@ def test_what_is_given_goes_before_and_sweeps_go_on() -> None:
     ("words", "says"),
     [
         (["concept.images=photos"], "found a folder '2023', expected the kind of thing as its name"),
-        (["concept.images=photos", "concept.name=x"], "concept.name: found it beside concept.images=photos, whose"),
         (["concept.images=twins"], "found the folders a-1 and a_1, which would both be <a-1[*]>"),
     ],
 )

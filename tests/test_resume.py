@@ -22,15 +22,13 @@ from perfusion.training.checkpoint import SafetensorsCheckpointIO
 from perfusion.training.module import PersonalizationModule
 from perfusion.training.run_folder import RunFolder, read_config
 from perfusion.training.trainer import TimeLimit
-from tests.training import given, run, stopped_at, validated
+from tests.training import given, run, run_stopped, validated
 
 
 def test_a_stopped_run_is_resumed_by_the_same_command(
-    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: list[str], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
-        assert run(*words, "run.dir=stopped") == 130
+    assert run_stopped(3, *words, "run.dir=stopped") == 130
     shown = capfd.readouterr()
     assert shown.err.splitlines()[-1] == "stopped at step 3; the same command goes on at step 2"
     assert "Traceback" not in shown.err and not Path("stopped/concept.safetensors").exists()
@@ -119,9 +117,7 @@ def test_a_job_of_slurm_saves_its_step_and_queues_again(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(3, signal.SIGUSR1))
-        assert run(*words) == 130
+    assert run_stopped(3, *words, number=signal.SIGUSR1) == 130
     queued = "not queued again (not now)" if answer else "queued again"
     said = f"stopped at step 4 by SIGUSR1, {queued}; the same command goes on at step 4"
     assert capfd.readouterr().err.splitlines()[-1] == said
@@ -153,9 +149,7 @@ def test_a_run_is_its_config_and_what_it_has_read(
     (here / "elsewhere").mkdir()
     words += [f"concept.images=photos concept.masks=photos/mask run.root={here}/runs backbone.path={here}/model"]
     words += [f"backbone.covariance.matrix={here}/C.npy"]
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
-        assert run(*words) == 130
+    assert run_stopped(3, *words) == 130
     image, mask = Path("photos/a.jpg").read_bytes(), Path("photos/mask/b.png").read_bytes()
     (folder,) = (here / "runs/default").iterdir()
     for stage in ("begun", "finished"):
@@ -203,13 +197,11 @@ def test_a_run_is_its_config_and_what_it_has_read(
 
 @pytest.mark.parametrize("other", ["method=lora", "seed=1"])
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(
-    other: str, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    other: str, words: list[str], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
-        assert run(*words, "run.dir=run") == 130
-        others = [word.replace("method=perfusion", other) for word in words] if "method" in other else [*words, other]
-        assert run(*others, "run.dir=other") == 130
+    assert run_stopped(3, *words, "run.dir=run") == 130
+    others = [word.replace("method=perfusion", other) for word in words] if "method" in other else [*words, other]
+    assert run_stopped(3, *others, "run.dir=other") == 130
     capfd.readouterr()
     name = "checkpoints/step-000002.safetensors"
     Path("other", name).replace(Path("run", name))
@@ -222,7 +214,7 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(
 
 
 def test_a_run_stays_until_the_one_that_replaces_it_is_finished(
-    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: list[str], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever keeps the new one from that; and the new one goes on where it was stopped."""
     words += ["run.dir=run", "run.overwrite=true"]
@@ -236,15 +228,11 @@ def test_a_run_stays_until_the_one_that_replaces_it_is_finished(
     assert "callbacks.select.scorer" in capfd.readouterr().err and stays()
     assert run(*words, "seed=1", "trainer.accelerator=gpu") == 2
     assert "trainer.accelerator=gpu: the backbone is on cpu" in capfd.readouterr().err and stays()
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
-        assert run(*words, "seed=1") == 130 and stays()
+    assert run_stopped(3, *words, "seed=1") == 130 and stays()
     assert "the same command goes on at step 2" in capfd.readouterr().err
     assert run(*words) == 0, "the old one, again; the stopped one is given up"
     assert "(going on" not in capfd.readouterr().out
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
-        assert run(*words, "seed=1") == 130
+    assert run_stopped(3, *words, "seed=1") == 130
     capfd.readouterr()
     assert run(*words, "seed=1") == 0
     said = capfd.readouterr().out
@@ -281,22 +269,18 @@ def test_a_training_that_goes_on_is_one_run_of_its_logger(
 
     monkeypatch.setattr(loggers, "Named", Named, raising=False)
     words = [*words, "+logger.other._target_=perfusion.training.loggers.Named", "run.dir=run"]
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(3))
-        assert run(*words) == 130
+    assert run_stopped(3, *words) == 130
     assert run(*words) == 0 and run(*words, "run.overwrite=true") == 0
     first, again, new = ids
     assert first == again and new not in (first, None)
 
 
 def test_dreambooth_is_resumed_exactly_and_draws_its_prior_once(
-    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: list[str], here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words += ["method=dreambooth_toyland method.steps=3 method.batch_size=1 method.prior_images=2 method.prior_steps=1"]
     words += [f"concept.prior_cache={here}/prior callbacks.checkpoint.every=1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(2))
-        assert run(*words, "run.dir=stopped") == 130
+    assert run_stopped(2, *words, "run.dir=stopped") == 130
     shown = capfd.readouterr()
     assert "drawing 8 pictures of 'a photo of a teddy bear', once" in shown.out
     assert shown.err.splitlines()[-1] == "stopped at step 2; the same command goes on at step 2"

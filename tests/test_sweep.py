@@ -82,29 +82,6 @@ def test_methods_and_toys_can_be_swept() -> None:
     assert len({RunFolder.of(config).path for config in jobs.configs}) == 6
 
 
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["seed=0,1", "method.steps=3,x", "trainer.devices=a", "concept.nmae=x"], ["concept.nmae", "'name'", "seed=0"]),
-        (["seed=0,1", "run.dir=one"], ["jobs 0 (seed=0) and 1 (seed=1)", "folder one", "run.dir"]),
-        (["run.root=a,b", "logger=csv,wandb"], ["jobs 0", "and 1", "logger=csv"]),
-        (["seed=0,1", "hydra/sweeper=opt"], ["hydra/sweeper=opt", "basic"]),
-        (["seed=interval(0,1)"], ["seed=interval(0,1)", "commas"]),
-        (["seed=0,1", "hydra/launcher=slurm"], ["hydra/launcher=slurm", "basic", "submitit_slurm"]),
-        (["from=runs/x", "seed=0,1"], ["from="]),
-        (["concept=photos", "seed=0,1"], ["concept.", "not given"]),
-        (["seed=0,1", "sed=1,2"], ["sed", "'seed'"]),
-    ],
-)
-def test_mistakes_are_found_before_the_first_job(
-    words: list[str], parts: list[str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run(*words) == 2
-    shown = capfd.readouterr()
-    assert all(part in shown.err for part in parts), shown.err
-    assert "Traceback" not in shown.err and not list(Path().rglob("attempts"))
-
-
 def crashes(launcher: Sequence[str], capfd: pytest.CaptureFixture[str]) -> None:
     """Four jobs, three of which end badly; then the same command again."""
     assert run(NAMES, RATE, *launcher) == 1

@@ -7,32 +7,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional
 
 from perfusion.backbones.stable_diffusion import StableDiffusionBackbone
-from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, CovarianceConfig, ToylandConcept, TrainConfig
+from perfusion.config import BackboneConfig, ConceptConfig, ConfigError, CovarianceConfig, ToylandConcept
 from perfusion.data.dataset import seed_of
 from perfusion.data.images import Examples
 from perfusion.methods.base import Batch, Method, Word, build
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
-from perfusion.training import trainer as training
-from perfusion.training.checkpoint import SafetensorsCheckpointIO, newest_readable, step_of
+from perfusion.training.checkpoint import SafetensorsCheckpointIO
 from perfusion.training.drawn import PLACES
 from perfusion.training.module import (
     ConceptData,
-    PersonalizationModule,
     StepBatches,
     TrainingError,
     examples_of,
     part_size,
 )
-from perfusion.training.run_folder import RunFolder
 from tests.pipelines import RESOLUTION, tiny_pipeline
+from tests.training import Stop, fit, same
 
 STEPS = 6
+OPTIONS = {"steps": STEPS, "batch_size": 4}
 CONCEPT = ConceptConfig(name="cat", superclass="cat", placeholder="<cat*>", toyland=ToylandConcept(count=3))
 
 
@@ -51,49 +50,10 @@ def examples() -> Examples:
 
 @pytest.fixture
 def method(backbone: StableDiffusionBackbone) -> Iterator[Method]:
-    made = build({"name": "perfusion", "steps": STEPS, "batch_size": 4}, Word("<cat*>", "cat"))
+    made = build({"name": "perfusion", **OPTIONS}, Word("<cat*>", "cat"))
     made.attach(backbone)
     yield made
     made.detach()
-
-
-class Stop(Callback):
-    """Raises after a step, as a crash would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("crash")
-
-
-def fit(
-    folder: Path,
-    backbone: StableDiffusionBackbone,
-    examples: Examples,
-    *extra: Callback,
-    seed: int = 0,
-    **keywords: Any,
-) -> dict[str, Tensor]:
-    """Train from scratch, or from what lies in `folder`; the concept's tensors at the end."""
-    training.quieten()
-    method = build({"name": "perfusion", "steps": STEPS, "batch_size": 4}, Word("<cat*>", "cat"))
-    method.attach(backbone)
-    try:
-        checkpoint = newest_readable(folder / "checkpoints")
-        checkpoints = {"_target_": "perfusion.training.checkpoint.Checkpoints", "every": 2}
-        keywords = {"enable_progress_bar": False, "log_every_n_steps": 1, **keywords}
-        config = TrainConfig(trainer=keywords, callbacks={"checkpoint": checkpoints})
-        resumed = step_of(checkpoint) if checkpoint else 0
-        trainer = training.build(config, RunFolder(folder), STEPS, backbone.device, resumed)
-        trainer.callbacks.extend(extra)  # type: ignore[attr-defined]
-        data = ConceptData(examples, backbone, method.options, "<cat*>", seed)
-        trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=checkpoint)
-        assert training.results(trainer) == {"step_kept": STEPS, "scores": {}}
-        return method.state()
-    finally:
-        method.detach()
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +62,7 @@ def whole(
 ) -> tuple[Path, dict[str, Tensor]]:
     """A training that was never stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, fit(folder, backbone, examples)
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return folder, fit(folder, backbone, examples, OPTIONS)
 
 
 def test_another_seed_gives_another_concept_and_the_backbone_stays(
@@ -114,7 +70,7 @@ def test_another_seed_gives_another_concept_and_the_backbone_stays(
 ) -> None:
     parts = (backbone.pipe.unet, backbone.pipe.text_encoder, backbone.pipe.vae)
     before = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
-    assert not same(fit(tmp_path, backbone, examples, seed=1), whole[1])
+    assert not same(fit(tmp_path, backbone, examples, OPTIONS, seed=1), whole[1])
     assert all(same(dict(part.state_dict()), old) for part, old in zip(parts, before, strict=True))
 
 
@@ -122,21 +78,15 @@ def test_a_stopped_run_goes_on_bit_for_bit_also_from_the_one_before_a_damaged_la
     tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], backbone: StableDiffusionBackbone, examples: Examples
 ) -> None:
     with pytest.raises(RuntimeError, match="crash"):
-        fit(tmp_path, backbone, examples, Stop(5))
+        fit(tmp_path, backbone, examples, OPTIONS, Stop(5), every=2)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-000002.safetensors", "step-000004.safetensors"], "the last and the one before"
     last = tmp_path / "checkpoints" / names[-1]
     last.write_bytes(last.read_bytes()[:-100])
     torch.manual_seed(99)  # the global generator has no part in it
-    assert same(fit(tmp_path, backbone, examples), whole[1])
+    assert same(fit(tmp_path, backbone, examples, OPTIONS, every=2), whole[1])
     assert (tmp_path / "metrics.csv").read_text() == (whole[0] / "metrics.csv").read_text()
     assert (tmp_path / "checkpoints" / "step-000006.safetensors").exists()
-
-
-def test_a_run_that_stopped_after_its_last_step_needs_no_step(
-    whole: tuple[Path, dict[str, Tensor]], backbone: StableDiffusionBackbone, examples: Examples
-) -> None:
-    assert same(fit(whole[0], backbone, examples), whole[1])
 
 
 def test_the_backbone_is_in_no_checkpoint(whole: tuple[Path, dict[str, Tensor]]) -> None:
@@ -149,11 +99,9 @@ def test_the_backbone_is_in_no_checkpoint(whole: tuple[Path, dict[str, Tensor]])
 def test_parts_of_a_batch_are_the_batch(
     tmp_path: Path, whole: tuple[Path, dict[str, Tensor]], backbone: StableDiffusionBackbone, examples: Examples
 ) -> None:
-    state = fit(tmp_path, backbone, examples, accumulate_grad_batches=2)
+    state = fit(tmp_path, backbone, examples, OPTIONS, keywords={"accumulate_grad_batches": 2})
     for name, value in whole[1].items():
         assert (state[name] - value).norm() < 1e-5 * value.norm(), name
-    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=3: expected a divisor of method.batch_size=4"):
-        fit(tmp_path / "odd", backbone, examples, accumulate_grad_batches=3)
 
 
 def test_processes_and_parts_divide_every_step(
@@ -172,7 +120,11 @@ def test_processes_and_parts_divide_every_step(
         assert [name for _, part in seen for name in part] == names
         prompts = [batch.step_prompts for batch, _ in seen]
         assert prompts == [expected.prompts, [], expected.prompts, []], "i* moves once a step, in every process"
-    for devices, parts, message in ((3, 1, "devices=3"), (1, 8, "accumulate_grad_batches=8"), (2, 4, "multiple of 8")):
+    for devices, parts, message in (
+        (3, 1, "devices=3: expected a divisor of method.batch_size=4"),
+        (1, 8, "accumulate_grad_batches=8"),
+        (2, 4, "multiple of 8"),
+    ):
         with pytest.raises(ConfigError, match=message):
             part_size(4, devices, parts)
 
@@ -191,7 +143,7 @@ def test_a_loss_that_is_not_finite_names_step_and_pictures(
 
     monkeypatch.setattr(Method, "loss", loss)
     with pytest.raises(TrainingError, match=r"step 3: the loss is not finite .*prior nan.*cat-0-\d"):
-        fit(tmp_path, backbone, examples)
+        fit(tmp_path, backbone, examples, OPTIONS)
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert header == "step,loss,loss/denoising,loss/prior", "several terms are logged apart"
 

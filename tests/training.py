@@ -1,4 +1,4 @@
-"""Trainings by the command, in seconds, and how they are stopped."""
+"""Trainings in seconds, by the command and without it, and how they are stopped."""
 
 import atexit
 import functools
@@ -7,17 +7,29 @@ import shlex
 import shutil
 import signal
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
+from torch import Tensor
 
 from perfusion import train
+from perfusion.backbones.base import Backbone
 from perfusion.cli import run_cli
+from perfusion.config import TrainConfig
+from perfusion.data.images import Examples
+from perfusion.methods.base import Word, build
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
-from perfusion.training.module import PersonalizationModule
+from perfusion.training import trainer as trainers
+from perfusion.training.checkpoint import newest_readable, step_of
+from perfusion.training.module import ConceptData, PersonalizationModule
+from perfusion.training.run_folder import RunFolder
 from tests.pipelines import tiny_pipeline_folder
 from tests.scorers import make_scorer
 
@@ -62,6 +74,13 @@ def run(*words: str) -> int:
     return run_cli(train.main, shlex.split(" ".join(words)))
 
 
+def run_stopped(step: int, *words: str, number: int = signal.SIGTERM) -> int:
+    """The command's status; the process is sent a signal before the step after `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", stopped_at(step, number))
+        return run(*words)
+
+
 def stopped_at(step: int, number: int = signal.SIGTERM) -> Any:
     """A training step that has the process stopped before the one after `step`."""
     whole = PersonalizationModule.training_step
@@ -72,3 +91,60 @@ def stopped_at(step: int, number: int = signal.SIGTERM) -> Any:
         return whole(self, *args)
 
     return training_step
+
+
+class Stop(Callback):
+    """Raises after a step, as a crash would; and notes the rates."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step, self.rates = step, []
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+def fit(
+    folder: Path,
+    backbone: Backbone,
+    examples: Examples,
+    options: dict[str, Any],
+    stop: Stop | None = None,
+    every: int = 1,
+    seed: int = 0,
+    keywords: dict[str, Any] | None = None,
+    **data: Any,
+) -> dict[str, Tensor]:
+    """Train `<cat*>` without the command, from scratch or from what lies in `folder`; the concept's tensors at the end.
+
+    Args:
+        options: of the method, which is Perfusion if they name no other.
+        every: steps between two checkpoints.
+        keywords: of the trainer.
+        data: further arguments of `ConceptData`.
+    """
+    trainers.quieten()
+    method = build({"name": "perfusion", **options}, Word("<cat*>", "cat"))
+    method.attach(backbone)
+    try:
+        checkpoint = newest_readable(folder / "checkpoints")
+        config = TrainConfig(
+            trainer={"enable_progress_bar": False, "log_every_n_steps": 1, **(keywords or {})},
+            callbacks={"checkpoint": {"_target_": "perfusion.training.checkpoint.Checkpoints", "every": every}},
+        )
+        steps, resumed = method.options.steps, step_of(checkpoint) if checkpoint else 0
+        trainer = trainers.build(config, RunFolder(folder), steps, backbone.device, resumed)
+        trainer.callbacks.append(stop or Stop())  # type: ignore[attr-defined]
+        batches = ConceptData(examples, backbone, method.options, "<cat*>", seed, **data)
+        trainer.fit(PersonalizationModule(method, backbone), datamodule=batches, ckpt_path=checkpoint)
+        assert trainers.results(trainer) == {"step_kept": steps, "scores": {}}
+        return method.state()
+    finally:
+        method.detach()
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
