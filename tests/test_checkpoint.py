@@ -102,9 +102,3 @@ def test_what_is_no_checkpoint_file_is_passed_over(saved: Path, kind: str, caplo
     with caplog.at_level(logging.WARNING):
         assert newest_readable(saved.parent) == saved
     assert (f"{other}: expected a file" in caplog.text) == (kind != "name")
-
-
-def test_removing_is_idempotent(saved: Path) -> None:
-    SafetensorsCheckpointIO().remove_checkpoint(saved)
-    SafetensorsCheckpointIO().remove_checkpoint(saved)
-    assert not saved.exists()

@@ -17,18 +17,21 @@ from torch import Tensor
 
 from perfusion.backbones import backbone_class, default_config
 from perfusion.backbones.base import Backbone, TokenError
+from perfusion.config import TrainConfig
 from perfusion.data.images import Examples
 from perfusion.data.prompts import PromptError
 from perfusion.drawing import sample
 from perfusion.methods.base import Method, Word, build
 from perfusion.scoring.clip import ClipScorer, ScorerError
-from perfusion.training.checkpoint import Checkpoints, SafetensorsCheckpointIO
-from perfusion.training.loggers import MetricsCSV
+from perfusion.training.checkpoint import Checkpoints
 from perfusion.training.module import ConceptData, PersonalizationModule
+from perfusion.training.run_folder import RunFolder
 from perfusion.training.selection import SelectBestStep
+from perfusion.training.trainer import build as build_trainer
 from perfusion.training.trainer import results
 from tests.pipelines import toyland_folder
 from tests.scorers import make_scorer
+from tests.training import same
 
 STEPS = 6
 TEMPLATES = ["a photo of a {} on the beach", "a {} in a box"]
@@ -88,30 +91,12 @@ def fit(
 ):
     draw = torch.Generator().manual_seed(0)
     examples = Examples(torch.rand(2, 3, 32, 32, generator=draw) * 2 - 1, None, ["a", "b"])
-    trainer = Trainer(
-        max_steps=STEPS,
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        logger=[MetricsCSV(folder / "metrics.csv")],
-        log_every_n_steps=1,
-        enable_checkpointing=any(isinstance(callback, Checkpoints) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[SafetensorsCheckpointIO()],
-        num_sanity_val_steps=0,
-        inference_mode=False,
-        **more,
-    )
+    config = TrainConfig(trainer={"enable_progress_bar": False, "log_every_n_steps": 1, **more})
+    trainer: Any = build_trainer(config, RunFolder(folder), STEPS, backbone.device, 0)
+    trainer.callbacks.extend(callbacks)
     data = ConceptData(examples, backbone, method.options, WORD.placeholder, seed=0)
     trainer.fit(PersonalizationModule(method, backbone), datamodule=data, ckpt_path=resume)
     return trainer
-
-
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
