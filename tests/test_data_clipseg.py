@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,6 @@ def directly(model: Path, image: Image.Image, prompt: str) -> np.ndarray:
     return np.asarray(soft) / np.asarray(soft).max()
 
 
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(CLIPSegForImageSegmentation, "from_pretrained", load)
-
-
 @pytest.mark.parametrize("name", ["a.png", "b.png"])
 def test_a_mask_is_what_the_model_says(name: str, model: Path, photos: Path, tmp_path: Path) -> None:
     image = opened(photos / name)
@@ -115,11 +108,11 @@ def test_a_folder_called_clipseg_can_be_named(photos: Path, tmp_path: Path, monk
     assert examples.masks is not None and torch.allclose(examples.masks, torch.tensor(128 / 255))
 
 
-def test_kept_masks_need_no_model(model: Path, photos: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_kept_masks_need_no_model(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = examples_of(concept(photos, model, tmp_path / "deep" / "cache"), RESOLUTION)
     files = sorted((tmp_path / "deep" / "cache").iterdir())
     assert len(files) == 2 and all(file.suffix == ".png" and len(file.stem) == 16 for file in files)
-    request.getfixturevalue("no_model")
+    monkeypatch.setattr(CLIPSegForImageSegmentation, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
     again = examples_of(concept(photos, model, tmp_path / "deep" / "cache"), RESOLUTION)
     assert first.masks is not None and again.masks is not None and torch.equal(first.masks, again.masks)
     with Image.open(files[0]) as image:
@@ -139,10 +132,7 @@ def test_another_picture_prompt_or_model_is_drawn_anew(
 
     monkeypatch.setattr(ClipSeg, "_draw", draw)
     image, path = opened(photos / "a.png"), photos / "a.png"
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in model.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    other = shutil.copytree(model, tmp_path / "other")
     ClipSeg(str(model), "cat", tmp_path / "cache")(image, path)
     ClipSeg(str(other), "cat", tmp_path / "cache")(image, Path("renamed.png"))
     assert drawn == ["cat"], "neither the names of the model and of the picture matter, but what is in them"
@@ -199,11 +189,7 @@ def test_an_unsure_answer_is_warned_of(
 
 
 def without(name: str, source: Path, target: Path) -> Path:
-    target.mkdir()
-    for file in source.iterdir():
-        if file.name != name:
-            (target / file.name).write_bytes(file.read_bytes())
-    return target
+    return shutil.copytree(source, target, ignore=shutil.ignore_patterns(name))
 
 
 def pickled(model: Path, tmp_path: Path) -> Path:

@@ -10,11 +10,7 @@ from PIL import Image
 from perfusion.data.images import ConceptImageError, fit
 from perfusion.data.masks import check_aspect, find_masks, mask_to_latent, normalise_mask, read_mask
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths start at the working directory."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def _files(folder: Path, *names: str) -> list[Path]:

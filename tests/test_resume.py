@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from safetensors import safe_open
@@ -21,7 +22,6 @@ from perfusion.training import loggers
 from perfusion.training.checkpoint import SafetensorsCheckpointIO
 from perfusion.training.module import PersonalizationModule
 from perfusion.training.run_folder import RunFolder, read_config
-from perfusion.training.trainer import TimeLimit
 from tests.training import given, run, run_stopped, validated
 
 
@@ -74,7 +74,7 @@ def test_a_time_limit_is_one_of_each_process_and_loses_no_step(
     monkeypatch.setattr(PersonalizationModule, "training_step", noted)
     with monkeypatch.context() as patch:
         for at in (2, 4):
-            patch.setattr(TimeLimit, "time_elapsed", lambda self, stage="train", at=at: 3600 * (len(steps) == at))
+            patch.setattr(Timer, "time_elapsed", lambda self, stage="train", at=at: 3600 * (len(steps) == at))
             assert run(*words, "run.dir=run") == 130
             said = f"stopped at step {at} by trainer.max_time; the same command goes on at step {at}"
             assert capfd.readouterr().err.splitlines()[-1] == said and not Path("run/DONE").exists()

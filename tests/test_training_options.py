@@ -25,18 +25,12 @@ from perfusion.training.inputs import inputs_of
 from perfusion.training.module import ConceptData, StepBatches, examples_of
 from perfusion.training.run_folder import config_hash
 from tests.backbone_kinds import loaded
-from tests.concepts import tiny_backbone
 from tests.pipelines import RESOLUTION
 from tests.training import Stop, fit, run, same
 
 SMALL = {"steps": 4, "batch_size": 2}
 WORD = Word("<cat*>", "cat")
 ALL = {**SMALL, "rate_schedule": "cosine", "warmup_steps": 2, "min_snr_gamma": 0.5}
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")

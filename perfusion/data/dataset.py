@@ -46,9 +46,6 @@ class StepDataset:
     computed once, elsewhere. Over several processes the items of one step are the global batch.
 
     The pictures come in blocks: draws [j·n, (j + 1)·n) use each of the n pictures once, in an order of their own.
-
-    Raises:
-        ValueError: `prompts` is empty.
     """
 
     n_images: int  # n
@@ -62,9 +59,7 @@ class StepDataset:
     mirror: bool = False  # mirror half of the items; all else of them is the same as without
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("no training prompts; expected at least one, such as 'a photo of a <cat*>'")
-        assert min(self.n_images, self.steps, self.batch_size, self.num_train_timesteps) > 0
+        assert self.prompts and min(self.n_images, self.steps, self.batch_size, self.num_train_timesteps) > 0
 
     def __len__(self) -> int:
         return self.steps * self.batch_size

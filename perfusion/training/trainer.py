@@ -151,34 +151,25 @@ def build(
     return trainer
 
 
-class TimeLimit(Timer):
+class TimeLimit(Callback):
     """`trainer.max_time`, of one process: it is stopped as by Ctrl-C, but after a checkpoint of its last step; so it is
     when it is `told` to.
 
     Lightning's own ends the training, counts the time of former processes as well, and validates once more, which a
-    training that never stopped would not do.
+    training that never stopped would not do; it is asked for the time alone.
     """
 
     def __init__(self, duration: Any, told: Callable[[], bool] = lambda: False) -> None:
-        super().__init__(duration, verbose=False)
-        self.told, self.over = told, False
+        self.timer, self.told, self.over = Timer(duration, verbose=False), told, False
 
-    def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None: ...
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None: ...
-
-    def on_validation_end(self, *_: Any) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.timer.on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Between two steps, when all of the first is logged."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        left = self.time_remaining()
+        left = self.timer.time_remaining()
         self.over = trainer.strategy.broadcast(left is not None and left <= 0)
         if self.over or trainer.strategy.broadcast(self.told()):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
