@@ -45,6 +45,15 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny_backbone(tmp_path_factory.mktemp("covariance"))
 
 
+@pytest.fixture(scope="module")
+def toyland(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Toyland, with its trained weights."""
+    from perfusion.backbones.toyland import WEIGHTS
+    from tests.concepts import toyland_backbone
+
+    return toyland_backbone(WEIGHTS, tmp_path_factory.mktemp("covariance"))
+
+
 @pytest.fixture
 def untouched(backbone: Any) -> Iterator[None]:
     """A test leaves nothing in the pipeline, hooks included, least of all one in which attaching fails."""

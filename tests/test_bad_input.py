@@ -14,11 +14,10 @@ import yaml
 from PIL import Image
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.toyland import WEIGHTS
 from perfusion.cli import run_cli
 from perfusion.concept import save_concept
 from perfusion.methods.base import Word
-from tests.concepts import random_concept, toyland_backbone, untrained_concept
+from tests.concepts import random_concept, untrained_concept
 
 TABLE: dict[str, list[list[str]]] = yaml.safe_load(Path(__file__).with_name("bad_input.yaml").read_text("utf-8"))
 CASES = [(command, words, says, bool(rest)) for command, rows in TABLE.items() for words, says, *rest in rows]
@@ -28,11 +27,6 @@ STANDS_FOR = {
     "{two}": "concept=[cat.safetensors,mug.safetensors] prompt='<cat*> and <mug*>' num=1 steps=1",
 }
 MODULES = {"perfusion.covariance": "perfusion.covariance.__main__"}
-
-
-@pytest.fixture(scope="module")
-def toyland(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    return toyland_backbone(WEIGHTS, tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from perfusion.cli import run_cli
-from perfusion.config import CONF, ConfigError, TrainConfig, checked, conf_folder
+from perfusion.config import CONF, ConfigError, checked, conf_folder
 from perfusion.methods.base import method_class
 from perfusion.training import composition
 from perfusion.training.composition import prepared
 from perfusion.training.trainer import check_keywords
+from tests.training import composed
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GROUPS = {
@@ -20,13 +21,6 @@ GROUPS = {
     for group in ("backbone", "method", "concept", "trainer", "logger", "callbacks")
 }
 GIVEN = ["concept.images=x", "concept.superclass=cat"]  # what photos cannot do without
-
-
-def compose(*argv: str) -> TrainConfig:
-    configs: list[TrainConfig] = []
-    composition.run(argv, configs.append)
-    (config,) = configs
-    return config
 
 
 def test_presets_lie_in_the_package_of_a_wheel_and_beside_it_in_a_checkout(tmp_path: Path) -> None:
@@ -41,7 +35,7 @@ def test_presets_lie_in_the_package_of_a_wheel_and_beside_it_in_a_checkout(tmp_p
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_fits_every_schema(name: str) -> None:
-    config = compose(f"+experiment={name}", *(GIVEN if name.startswith("photos") else []))
+    config = composed(f"+experiment={name}", *(GIVEN if name.startswith("photos") else []))
     assert config.experiment == name, "an experiment names its folder of runs"
     assert ("select" in config.callbacks) == (config.backbone.name == "toyland"), (
         "Toyland's scorer judges Toyland alone"
@@ -52,24 +46,24 @@ def test_every_experiment_composes_and_fits_every_schema(name: str) -> None:
 
 @pytest.mark.parametrize("turn", range(max(map(len, GROUPS.values()))))
 def test_every_option_of_every_group_composes(turn: int) -> None:
-    config = compose(*(f"{group}={options[turn % len(options)]}" for group, options in GROUPS.items()), *GIVEN)
+    config = composed(*(f"{group}={options[turn % len(options)]}" for group, options in GROUPS.items()), *GIVEN)
     checked(method_class(config.method["name"]).Options, config.method, "method")
     check_keywords(config.trainer)
 
 
 def test_experiments_can_be_changed_on_the_command_line() -> None:
-    config = compose("+experiment=cat_oneshot", "backbone=sd15", "method=perfusion", "method.steps=7", "seed=3")
+    config = composed("+experiment=cat_oneshot", "backbone=sd15", "method=perfusion", "method.steps=7", "seed=3")
     assert config.backbone.name == "stable_diffusion" and config.method["steps"] == 7 and config.seed == 3
-    assert compose("+experiment=cat_fewshot").concept.toyland.count == 5
+    assert composed("+experiment=cat_fewshot").concept.toyland.count == 5
     assert (
-        compose("+experiment=cat_oneshot")
-        == compose("experiment=cat_oneshot")
-        == dataclasses.replace(compose(), experiment="cat_oneshot")
+        composed("+experiment=cat_oneshot")
+        == composed("experiment=cat_oneshot")
+        == dataclasses.replace(composed(), experiment="cat_oneshot")
     )
 
 
 def test_every_run_has_checkpoints_and_options_say_what_they_add() -> None:
-    none, select = compose("callbacks=none"), compose("callbacks=select", "callbacks.checkpoint.every=7")
+    none, select = composed("callbacks=none"), composed("callbacks=select", "callbacks.checkpoint.every=7")
     assert [*none.callbacks] == ["checkpoint"] and {*select.callbacks} == {"checkpoint", "select"}
     assert (none.callbacks["checkpoint"]["every"], select.callbacks["checkpoint"]["every"]) == (50, 7)
 
@@ -84,27 +78,27 @@ def test_values_need_no_quotes_but_the_shells(value: str) -> None:
 
 
 def test_a_placeholder_with_angle_brackets_reaches_the_config() -> None:
-    assert compose("concept.placeholder=<my cat*>").concept.placeholder == "<my cat*>"
+    assert composed("concept.placeholder=<my cat*>").concept.placeholder == "<my cat*>"
 
 
 def test_values_that_hydra_reads_keep_their_meaning() -> None:
-    assert compose("concept.images=[a.jpg,b c.jpg]").concept.images == ["a.jpg", "b c.jpg"]
-    assert compose("concept.placeholder='<x*>'").concept.placeholder == "<x*>"
-    assert compose("trainer.gradient_clip_val=1e-3").trainer["gradient_clip_val"] == 1e-3
-    assert compose("backbone.path=null").backbone.path is None
+    assert composed("concept.images=[a.jpg,b c.jpg]").concept.images == ["a.jpg", "b c.jpg"]
+    assert composed("concept.placeholder='<x*>'").concept.placeholder == "<x*>"
+    assert composed("trainer.gradient_clip_val=1e-3").trainer["gradient_clip_val"] == 1e-3
+    assert composed("backbone.path=null").backbone.path is None
     assert prepared("--multirun") == "--multirun"
     assert prepared("hydra.verbose=true") == "hydra.verbose=true"
     assert prepared("hydra/launcher=joblib") == "hydra/launcher=joblib"
 
 
 def test_a_key_that_no_preset_names_can_be_set() -> None:
-    assert compose("backbone.covariance.cache=/c").backbone.covariance.cache == "/c"
-    assert compose("+backbone.covariance.cache=/c").backbone.covariance.cache == "/c"
+    assert composed("backbone.covariance.cache=/c").backbone.covariance.cache == "/c"
+    assert composed("+backbone.covariance.cache=/c").backbone.covariance.cache == "/c"
 
 
 def test_composing_writes_nothing_and_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    compose("+experiment=cat_oneshot")
+    composed("+experiment=cat_oneshot")
     assert Path.cwd() == tmp_path and not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from eval.strength import main
 from perfusion import strength
 from perfusion.backbones.base import Backbone
 from perfusion.concept import Attached, Concept, save_concept
-from perfusion.config import BackboneConfig, ConceptConfig, ToylandConcept, TrainConfig
+from perfusion.config import ConceptConfig, ToylandConcept, TrainConfig
 from perfusion.data.prompts import fill, validation_prompts
 from perfusion.drawing import sample
 from perfusion.generate import GenerateConfig, generate
@@ -138,14 +138,3 @@ def test_auto_draws_with_the_best_and_says_which(
     (record,) = read_manifest(out)
     assert asked == [GRID] and record.dials["beta"] == 0.7
     assert "beta=auto: 0.7 has the best harmonic mean" in capsys.readouterr().out
-
-
-def test_the_layout_of_a_checkpoint_reaches_the_backbone(
-    file: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(cls: type[Backbone], config: BackboneConfig) -> Backbone:
-        raise RuntimeError(f"layout {config.layout}")
-
-    monkeypatch.setattr(type(backbone), "load", classmethod(load))
-    with pytest.raises(RuntimeError, match="layout sd21_base"):
-        main([f"concept={file}", "layout=sd21_base"])

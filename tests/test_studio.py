@@ -24,7 +24,7 @@ from perfusion.backbones.base import Backbone
 from perfusion.cli import parse_key_values
 from perfusion.concept import Concept, save_concept
 from perfusion.concept_file import ConceptFileError
-from perfusion.config import ConfigError, TrainConfig
+from perfusion.config import ConfigError
 from perfusion.data.masks import find_masks, read_mask
 from perfusion.generate import USAGE, GenerateConfig, _readable
 from perfusion.manifest import read_manifest
@@ -35,19 +35,13 @@ from perfusion.studio.drawing import Drawing, Request, spread, values_of
 from perfusion.studio.teaching import PAINTED, Lesson, Progress, Teaching
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import sample_scene
-from perfusion.training import composition
-from tests.concepts import random_concept, toyland_backbone, untrained_concept
+from perfusion.training.run_folder import RunFolder
+from tests.concepts import random_concept, untrained_concept
+from tests.training import composed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 ARGS += ["--disable-sync", "--no-first-run"]
-
-
-@pytest.fixture(scope="module")
-def toyland(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    from perfusion.backbones.toyland import WEIGHTS
-
-    return toyland_backbone(WEIGHTS, tmp_path_factory.mktemp("covariance"))
 
 
 @pytest.fixture
@@ -147,11 +141,7 @@ def test_a_grid_is_scored_against_the_pictures_of_the_training(drawing: Drawing,
     request = Request((file,), "a photo of a <cat*>", num=1, steps=2)
     with pytest.raises(ConfigError, match="references: not given"):
         list(drawing.compare(request, "beta", [0.3], "tau", [0.1], scored=True))
-    configs: list[TrainConfig] = []
-    composition.run([f"run.dir={Path(file).parent}"], configs.append)
-    from perfusion.training.run_folder import RunFolder
-
-    RunFolder(Path(file).parent).begin(configs[0])
+    RunFolder(Path(file).parent).begin(composed(f"run.dir={Path(file).parent}"))
     *_, rows = drawing.compare(request, "beta", [0.3, 1.4], "tau", [0.1, 0.4], scored=True)
     assert [row.title for row in rows] == ["τ 0.1", "τ 0.4"]
     assert all({*score} == {"clip_i", "clip_t", "harmonic"} for row in rows for score in row.scores)
@@ -210,9 +200,7 @@ def test_the_words_of_a_lesson_are_a_config_of_these_photos(teaching: Teaching, 
     )  # fmt: skip
     words = teaching.words(lesson, write=True)
     assert shlex.split(teaching.command(lesson)) == ["python", "-m", "perfusion.train", *words]
-    configs: list[TrainConfig] = []
-    composition.run(words, configs.append)
-    (config,) = configs
+    config = composed(*words)
     assert (config.method["name"], config.method["steps"], config.seed) == ("lora", 7, 3)
     assert (config.concept.superclass, config.concept.placeholder, config.concept.name) == ("cat", "<my*>", "my")
     images = sorted(Path(config.concept.images).glob("*.png"))
@@ -230,9 +218,7 @@ def test_the_words_for_weights_of_ones_own(photos: list[Path], tmp_path: Path):
     lesson = Lesson(superclass="teddy bear", placeholder="<teddy*>", steps=400)
     with pytest.raises(ConfigError, match="no photos yet"):
         teaching.words(lesson)
-    configs: list[TrainConfig] = []
-    composition.run(teaching.words(dataclasses.replace(lesson, photos=(photos[0],))), configs.append)
-    (config,) = configs
+    config = composed(*teaching.words(dataclasses.replace(lesson, photos=(photos[0],))))
     assert (config.backbone.name, config.backbone.path) == ("stable_diffusion", "/models/sd15")
     assert (config.concept.superclass, config.concept.masks, config.run.root) == ("teddy bear", None, str(tmp_path))
     assert config.callbacks["select"]["scorer"] == "ViT-B-32" and config.method["batch_size"] == 16

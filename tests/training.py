@@ -26,6 +26,7 @@ from perfusion.data.images import Examples
 from perfusion.methods.base import Word, build
 from perfusion.toyland.draw import render
 from perfusion.toyland.world import concept_scene, sample_instance
+from perfusion.training import composition
 from perfusion.training import trainer as trainers
 from perfusion.training.checkpoint import newest_readable, step_of
 from perfusion.training.module import ConceptData, PersonalizationModule
@@ -76,13 +77,6 @@ def run(*words: str) -> int:
 
 def run_stopped(step: int, *words: str, number: int = signal.SIGTERM) -> int:
     """The command's status; the process is sent a signal before the step after `step`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PersonalizationModule, "training_step", stopped_at(step, number))
-        return run(*words)
-
-
-def stopped_at(step: int, number: int = signal.SIGTERM) -> Any:
-    """A training step that has the process stopped before the one after `step`."""
     whole = PersonalizationModule.training_step
 
     def training_step(self: PersonalizationModule, *args: Any) -> Any:
@@ -90,7 +84,17 @@ def stopped_at(step: int, number: int = signal.SIGTERM) -> Any:
             os.kill(os.getpid(), number)
         return whole(self, *args)
 
-    return training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PersonalizationModule, "training_step", training_step)
+        return run(*words)
+
+
+def composed(*words: str) -> TrainConfig:
+    """The config that a command line describes."""
+    configs: list[TrainConfig] = []
+    composition.run(words, configs.append)
+    (config,) = configs
+    return config
 
 
 class Stop(Callback):
