@@ -14,42 +14,7 @@ from benchmarks.training import BATCH
 from perfusion.backbones.layouts import meta_pipeline
 from perfusion.files import atomic_write_text
 
-PAGE = """# Performance
-
-What the project costs beside doing without it: two things measured in turn in one run, since times of different runs or
-machines say little. `ratio` is the median over the rounds of subject / baseline, `spread` the interquartile range of
-the rounds' ratios, `goal` what the ratio should be at most, or the subject where it has a unit. `make bench` measures
-anew and writes this page and `benchmarks/latest.json`; `benchmarks/` says what each side does.
-
-On a machine that is shared with others the spread is large. A ratio that lies nearer to its goal than about
-spread / √rounds has neither reached nor missed it for sure.
-
-| benchmark | model | ratio | spread | goal | subject | baseline | rounds |
-|---|---|---:|---:|---|---:|---:|---:|
-{lines}
-
-{told}
-
-Measured on:
-
-{where}
-"""
-
-MEMORY = """
-## Memory of a training on Stable Diffusion 1.5
-
-What a step on {batch} pictures of 512 x 512 pixels keeps for its backward pass in float32, {batch} times what it keeps
-of one (in the table above), and the weights of the whole pipeline:
-
-| | one picture | {batch} pictures | weights | together |
-|---|---:|---:|---:|---:|
-{lines}
-
-Not counted is what lies in memory for a moment: the largest intermediate results, gradients on their way back and, with
-gradient checkpointing, what the block keeps that is computed a second time just then; nor the device's own context, and
-gaps between allocations. {measured}
-Fewer pictures at once need less: `trainer.accumulate_grad_batches=4` takes the {batch} in four parts.
-"""
+PAGE, MEMORY = (Path(__file__).with_name(name) for name in ("page.md", "memory.md"))  # with blanks
 # The rows that have what one picture keeps, and what is set there.
 FITTING = {"train_memory": "the default", "train_memory_checkpointing": "`backbone.gradient_checkpointing=true`"}
 
@@ -57,7 +22,7 @@ FITTING = {"train_memory": "the default", "train_memory_checkpointing": "`backbo
 def write(path: Path, rows: Sequence[Result]) -> None:
     """Write the page, atomically."""
     names = dict.fromkeys(row["name"] for row in rows if row["name"] in BENCHMARKS)
-    text = PAGE.format(
+    text = PAGE.read_text(encoding="utf-8").format(
         lines="\n".join(_line(row) for row in rows),
         told="\n".join(f"- `{name}`: {BENCHMARKS[name].text}." for name in names),
         where="\n".join(dict.fromkeys(f"- {_place(row)}" for row in rows)),
@@ -94,7 +59,7 @@ def _memory(rows: Sequence[Result]) -> str:
     measured = "The peak on a GPU has not been measured yet."
     if any(row["name"].startswith("train_peak") for row in rows):
         measured = "The peak that was measured on a GPU is in the rows `train_peak`."
-    return MEMORY.format(batch=BATCH, lines="\n".join(lines), measured=measured)
+    return MEMORY.read_text(encoding="utf-8").format(batch=BATCH, lines="\n".join(lines), measured=measured)
 
 
 def _weights() -> int:
