@@ -17,10 +17,9 @@ from eval.aggregate import RESAMPLES, Bootstrap
 from experiments import results
 from experiments.evidence import Evidence, Experiment, experiments
 from experiments.exclusive import alone
-from experiments.executors import executor_of
 from experiments.photo_protocols import read_photos
 from experiments.photos import PhotoOptions
-from experiments.pool import Pool, Task
+from experiments.pool import Pool, Task, executor_of
 from experiments.protocol import Protocol
 from experiments.runner import Runner, task_name
 from experiments.world import PHOTOS, TOYLAND, World

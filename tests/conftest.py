@@ -22,7 +22,7 @@ import pytest
 LONGEST = [
     "test_experiments", "test_methods_contract", "test_studio", "test_experiments_photos", "test_resume", "test_train",
     "test_sweep", "test_experiments_evidence", "test_toyland_report", "test_backbones_loading", "test_selection",
-    "test_experiments_executors",
+    "test_experiments_pool",
 ]  # fmt: skip
 
 
