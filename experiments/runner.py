@@ -25,7 +25,7 @@ from experiments.settings import PERFUSION, Setting, Training, config_of, snapsh
 from experiments.world import Subject, World, filled
 from perfusion.config import BackboneConfig, ConfigError, TrainConfig, checked
 from perfusion.files import atomic_write_text
-from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, read_manifest, slug
+from perfusion.manifest import FILE_NAME, JOINED, ImageRecord, slug
 from perfusion.provenance import provenance
 from perfusion.training.run_folder import RunFolder
 
@@ -310,25 +310,33 @@ def draw(job: Job) -> tuple[list[Point], dict[str, Any]]:
     Raises what `perfusion.generate` and `eval.score` raise.
     """
     _take(job.protocol.threads)
+    from eval.folder_scores import points_of, score_folder, scored_with
+    from eval.folders import ImageFolder
     from perfusion.concept import Concept
     from perfusion.drawing import Shot, draw
 
     backbone = _loaded(job.backbone, job.protocol)
     with ExitStack() as stack:
         attached = [stack.enter_context(Concept.load(file).attach(backbone)) for file in job.concepts]
+        folders = [ImageFolder(look.folder, _records(job, look, backbone.pipe, attached)) for look in job.looks]
         shots = [
             Shot(record, look.folder, [dict(look.wanted.setting.dials)] * len(attached))
-            for look in job.looks
-            for record in _records(job, look, backbone.pipe, attached)
+            for look, folder in zip(job.looks, folders, strict=True)
+            for record in folder.records
         ]
         shots.sort(key=lambda shot: shot.record.prompt)  # a batch shares what is computed of a prompt
         stack.enter_context(job.protocol.autocast(backbone.pipe.device))
         at_once = job.protocol.at_once
         draw(backbone.pipe, attached, shots, at_once, size=job.backbone.resolution, exact=False, again=False)
-    return _scored(job)
+    scorers, references = job.protocol.scorers(), job.protocol.references(job.wanted.subjects)
+    points: list[Point] = []
+    for folder in folders:
+        scores, _ = score_folder(folder, scorers, references, None, job.measured, progress=False)
+        points += points_of(folder, scores)
+    return points, scored_with(scorers, references, 1)
 
 
-def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> list[ImageRecord]:
+def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> tuple[ImageRecord, ...]:
     from perfusion.drawing import described, recorded
 
     setting, subjects = look.wanted.setting, look.wanted.subjects
@@ -352,22 +360,7 @@ def _records(job: Job, look: Look, pipe: Any, attached: Sequence[Attached]) -> l
         seen[name] += 1
         name += f"--{seen[name]}" if seen[name] > 1 else ""  # long prompts may begin alike
         records += [ImageRecord(f"{name}-{seed}.png", prompt, seed, **common) for seed in job.protocol.seeds]
-    return records
-
-
-def _scored(job: Job) -> tuple[list[Point], dict[str, Any]]:
-    from eval.folder_scores import points_of, score_folder, scored_with
-    from eval.folders import ImageFolder
-
-    scorers, references = job.protocol.scorers(), job.protocol.references(job.wanted.subjects)
-    asked = {(prompt, seed) for prompt in job.prompts.values() for seed in job.protocol.seeds}
-    points: list[Point] = []
-    for look in job.looks:
-        records = [record for record in read_manifest(look.folder) if (record.prompt, record.seed) in asked]
-        folder = ImageFolder(look.folder, tuple(records))
-        scores, _ = score_folder(folder, scorers, references, None, job.measured, progress=False)
-        points += points_of(folder, scores)
-    return points, scored_with(scorers, references, 1)
+    return tuple(sorted(records, key=lambda record: record.prompt))  # as they are drawn and named in the manifest
 
 
 def _loaded(config: BackboneConfig, world: World) -> Backbone:
