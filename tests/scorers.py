@@ -1,4 +1,4 @@
-"""A scoring model in open_clip's folder format, tiny and with random weights."""
+"""Scoring models in the folder formats of open_clip and timm, tiny and with random weights."""
 
 from __future__ import annotations
 
@@ -39,3 +39,17 @@ def make_scorer(folder: Path, seed: int = 0) -> str:
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     tokenizer.save_pretrained(folder)
     return f"local-dir:{folder}"
+
+
+DINO = "test_vit"  # of timm's own tests: 0.4 M parameters
+DINO_SETTINGS = {"embed_dim": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "img_size": SIZE}
+
+
+def make_dino(folder: Path, model: torch.nn.Module) -> Path:
+    """Write a model of DINO_SETTINGS into `folder`, which is made."""
+    pretrained = {"num_classes": 0, "input_size": [3, SIZE, SIZE]}
+    config = {"architecture": DINO, "num_classes": 0, "model_args": DINO_SETTINGS, "pretrained_cfg": pretrained}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder

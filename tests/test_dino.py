@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,27 +12,20 @@ from safetensors.torch import save_file
 from eval.dino import DinoScorer
 from perfusion.scoring.clip import ScorerError
 from tests.scored import noise
+from tests.scorers import DINO, DINO_SETTINGS, make_dino
 
 timm = pytest.importorskip("timm")
-
-NAME = "test_vit"  # of timm's own tests: 0.4 M parameters
-SETTINGS = {"embed_dim": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "img_size": 64}
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return timm.create_model(NAME, num_classes=0, **SETTINGS).eval()
+    return timm.create_model(DINO, num_classes=0, **DINO_SETTINGS).eval()
 
 
 @pytest.fixture
 def folder(model, tmp_path: Path) -> Path:
-    (tmp_path / "dino").mkdir()
-    pretrained = {"num_classes": 0, "input_size": [3, 64, 64]}
-    config = {"architecture": NAME, "num_classes": 0, "model_args": SETTINGS, "pretrained_cfg": pretrained}
-    (tmp_path / "dino" / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), tmp_path / "dino" / "model.safetensors")
-    return tmp_path / "dino"
+    return make_dino(tmp_path / "dino", model)
 
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
@@ -59,17 +51,17 @@ def test_many_are_embedded_in_parts(folder: Path, monkeypatch):
 
 def test_a_name_with_a_local_file(tmp_path: Path):
     torch.manual_seed(1)
-    stock = timm.create_model(NAME, num_classes=0).eval()
+    stock = timm.create_model(DINO, num_classes=0).eval()
     save_file(stock.state_dict(), tmp_path / "w.safetensors")
-    scorer = DinoScorer(NAME, str(tmp_path / "w.safetensors"))
-    other = DinoScorer(NAME, str(tmp_path / "w.safetensors"))
+    scorer = DinoScorer(DINO, str(tmp_path / "w.safetensors"))
+    other = DinoScorer(DINO, str(tmp_path / "w.safetensors"))
     assert scorer.fingerprint() == other.fingerprint()
     for name, value in scorer._model.state_dict().items():
         torch.testing.assert_close(value, stock.state_dict()[name])
 
 
 def test_a_name_takes_safetensors_from_the_hub(tmp_path: Path, monkeypatch):
-    save_file(timm.create_model(NAME, num_classes=0).state_dict(), tmp_path / "w.safetensors")
+    save_file(timm.create_model(DINO, num_classes=0).state_dict(), tmp_path / "w.safetensors")
     asked = []
 
     def from_cache(*what: str, local_files_only: bool) -> str:
@@ -77,7 +69,7 @@ def test_a_name_takes_safetensors_from_the_hub(tmp_path: Path, monkeypatch):
         return str(tmp_path / "w.safetensors")
 
     monkeypatch.setattr("perfusion.scoring.clip.hf_hub_download", from_cache)
-    DinoScorer(f"{NAME}.r160_in1k")
+    DinoScorer(f"{DINO}.r160_in1k")
     assert asked == [("timm/test_vit.r160_in1k", "model.safetensors")]
 
 
@@ -87,11 +79,11 @@ def test_models_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr("perfusion.scoring.clip.hf_hub_download", offline)
     with pytest.raises(ScorerError, match=r"looked for model\.safetensors of timm/test_vit.* give dino_pretrained="):
-        DinoScorer(f"{NAME}.r160_in1k")
+        DinoScorer(f"{DINO}.r160_in1k")
     with pytest.raises(ScorerError, match="dino=vit_unheard_of: expected a folder, local-dir:<folder>, or a name"):
         DinoScorer("vit_unheard_of")
     with pytest.raises(ScorerError, match=r"expected a \.safetensors file \(pickles are not read\)"):
-        DinoScorer(NAME, "weights.pth")
+        DinoScorer(DINO, "weights.pth")
     with pytest.raises(ScorerError, match="expected none with a folder"):
         DinoScorer(str(folder), "weights.safetensors")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -107,4 +99,4 @@ def test_models_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch):
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ScorerError, match=r"needs timm, the extra dino of this package; `make setup` installs it"):
-        DinoScorer(NAME)
+        DinoScorer(DINO)

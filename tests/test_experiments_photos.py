@@ -8,10 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
-from safetensors.torch import save_file
 
 from experiments import paper
 from experiments.photo_protocols import PROTOCOLS, read_photos
@@ -22,7 +19,8 @@ from perfusion.config import ConfigError
 from perfusion.manifest import read_manifest
 from perfusion.training.run_folder import RunFolder, read_config
 from tests.pipelines import RESOLUTION, tiny_pipeline_folder
-from tests.scorers import make_scorer
+from tests.scored import noise
+from tests.scorers import DINO, DINO_SETTINGS, make_dino, make_scorer
 from tests.test_experiments import Inline
 
 SUBJECTS = {"rex": "dog", "old mug": "mug", "tiger": "cat"}
@@ -39,10 +37,9 @@ steps: 1
 """
 
 
-def noise(file: Path, seed: int) -> None:
+def photo(file: Path, seed: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(seed).integers(256, size=(RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
-    Image.fromarray(values).save(file)
+    noise(seed, RESOLUTION).save(file)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +48,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for k, name in enumerate(SUBJECTS):
         for number in range(2):
-            noise(folder / "data" / name / f"{number}.png", 10 * k + number)
+            photo(folder / "data" / name / f"{number}.png", 10 * k + number)
     (folder / "data" / "protocol.yaml").write_text(PROTOCOL)
     for number in range(2):
-        noise(folder / "prior" / f"{number}.png", 100 + number)
+        photo(folder / "prior" / f"{number}.png", 100 + number)
     tiny_pipeline_folder(folder)
     make_scorer(folder / "scorer")
     return folder
@@ -189,13 +186,7 @@ def test_dino_is_scored_where_it_is_named(
     ran: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     timm = pytest.importorskip("timm")
-    settings = {"embed_dim": 24, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "img_size": 64}
-    pretrained = {"num_classes": 0, "input_size": [3, 64, 64]}
-    config = {"architecture": "test_vit", "num_classes": 0, "model_args": settings, "pretrained_cfg": pretrained}
-    (home / "dino").mkdir()
-    (home / "dino" / "config.json").write_text(json.dumps(config))
-    model = timm.create_model("test_vit", num_classes=0, **settings)
-    save_file(model.state_dict(), home / "dino" / "model.safetensors")
+    make_dino(home / "dino", timm.create_model(DINO, num_classes=0, **DINO_SETTINGS))
     monkeypatch.setattr(paper, "Pool", Inline)
     assert run(home, only="one_shot", dino=home / "dino", out=home / "dino-out") == 0
     found = json.loads((home / "dino-out" / "results" / "one_shot.json").read_text())
@@ -213,7 +204,7 @@ def photos(home: Path, **others: Any) -> Photos:
 
 def listed(folder: Path, **entry: Any) -> Path:
     """A data folder laid out like CustomConcept101."""
-    noise(folder / "benchmark_dataset" / "pet_cat1" / "1.png", 1)
+    photo(folder / "benchmark_dataset" / "pet_cat1" / "1.png", 1)
     (folder / "prompts").mkdir(parents=True)
     (folder / "prompts" / "cat.txt").write_text("Photo of a {}.\n{} in times square. \n\n{} in times square.\n")
     cat = {
@@ -238,7 +229,7 @@ def test_a_list_like_that_of_customconcept101(home: Path, tmp_path: Path) -> Non
 
 def test_dreambench_s_protocol(home: Path, tmp_path: Path) -> None:
     for name in ("dog6", "teapot", "backpack"):
-        noise(tmp_path / name / "00.png", 0)
+        photo(tmp_path / name / "00.png", 0)
     world = photos(home, data=str(tmp_path))
     backpack, dog, teapot = world.subjects
     assert (dog.superclass, teapot.superclass, backpack.superclass) == ("dog", "teapot", "backpack")
@@ -250,7 +241,7 @@ def test_dreambench_s_protocol(home: Path, tmp_path: Path) -> None:
 
 def test_two_of_one_class_are_no_pair(home: Path, tmp_path: Path) -> None:
     for name in ("cat", "cat2", "dog", "dog2", "dog3"):
-        noise(tmp_path / name / "00.png", 0)
+        photo(tmp_path / name / "00.png", 0)
     pairs = photos(home, data=str(tmp_path)).pairs
     assert [(one.name, other.name) for one, other in pairs] == [("cat", "dog"), ("cat2", "dog2")]
 

@@ -25,17 +25,6 @@ def test_against_counting_cells():
         assert hypervolume(points, np.zeros(2)) == pytest.approx(float(covered))
 
 
-def test_against_inclusion_and_exclusion():
-    rng = np.random.default_rng(0)
-    points, reference = rng.random((6, 2)), np.full(2, 0.1)
-    expected = 0.0
-    for size in range(1, len(points) + 1):
-        for chosen in itertools.combinations(range(len(points)), size):
-            sides = (points[list(chosen)].min(0) - reference).clip(0)
-            expected += (-1) ** (size + 1) * sides.prod()
-    assert hypervolume(points, reference) == pytest.approx(expected, abs=1e-12)
-
-
 def test_non_dominated_against_its_definition():
     rng = np.random.default_rng(2)
     for _ in range(30):
