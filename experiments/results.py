@@ -25,6 +25,7 @@ from perfusion.config import ConfigError
 from perfusion.files import atomic_path, atomic_write_text
 
 VERSION = 1
+PAGES = Path(__file__).with_name("pages")  # what pages say before and between their tables, for each kind of world
 PAPER = "Tewel et al. 2023 (arXiv 2305.01644)"
 IMAGES = "images/results"  # beside the page
 _WIDTH = 900  # pixels of a figure on the page
@@ -32,50 +33,6 @@ _MANY = 1000  # concepts, above which it is not said how many would decide somet
 _COLOURS = 256
 Results = Sequence[Mapping[str, Any]]  # contents of files
 _SHOWN = ("identity", "prompt", "superclass", "clip_i", "clip_t", "dino", "diversity")
-_HEAD = """# Results
-
-Made by `make paper` ([how](experiments.md)); do not edit. Claims are those of Tewel et al., *Key-Locked Rank One
-Editing for Text-to-Image Personalization* (SIGGRAPH 2023, arXiv 2305.01644), tried on Toyland. Brackets are 95 %
-intervals over concepts and seeds. A claim **holds** or **fails** where the interval of its number lies wholly on one
-side of what it claims. There is **no difference** where it lies on both sides and within what counts as following
-prompts alike, and all else is **undecided**; each section says which number that is.
-"""
-_CAVEATS = """
-## What to keep in mind
-
-- Toyland is a small world, and its base model makes mistakes of its own: the row "base model" says how well it follows
-  the same prompts with the superclass's word, and how much identity chance gives. Nothing here says how large an effect
-  is on Stable Diffusion.
-- Identity and prompt accuracy are read by a small classifier, which errs as well
-  ([model card](../perfusion/toyland/weights/README.md)), for all methods alike.
-- CLIP-I and CLIP-T are those of Toyland's own scorer, which agrees but weakly with whether a prompt was followed (model
-  card). They are shown since papers show them; verdicts on likeness and prompt do not rest on them.
-- Intervals of the numbers that decide are widened for the few concepts there are (Student's t). The brackets behind
-  scores are plain percentiles of the bootstrap, a little too narrow: by a fifth over eight concepts.
-- All methods were trained on the same pictures of each toy, DreamBooth and Custom Diffusion also on pictures of its
-  superclass which the base model drew. Settings are those of `conf/method/<method>_toyland.yaml`;
-  [experiments.md](experiments.md) says where they come from.
-"""
-_HEAD_PHOTOS = """# Results on photos
-
-Made by `python -m experiments.paper world=photos`, which docs/experiments.md explains; do not edit. Claims are those of
-Tewel et al., *Key-Locked Rank One Editing for Text-to-Image Personalization* (SIGGRAPH 2023, arXiv 2305.01644).
-Brackets are 95 % intervals over concepts and seeds. A claim **holds** or **fails** where the interval of its number
-lies wholly on one side of what it claims. There is **no difference** where it lies on both sides and within what counts
-as following the text alike, and all else is **undecided**; each section says which number that is.
-"""
-_CAVEATS_PHOTOS = """
-## What to keep in mind
-
-- CLIP-T and CLIP-I are all that verdicts rest on. They stand for how well a prompt is followed and for likeness, and
-  prefer pictures that copy a training photo with its background.
-- Intervals of the numbers that decide are widened for the few concepts there are (Student's t). The brackets behind
-  scores are plain percentiles of the bootstrap.
-- Settings are those of `conf/method/<method>.yaml`: published values, which were not tuned on these photos.
-- Rows marked "published" were measured by others, on other pictures and with other prompts. They are there to be read;
-  no verdict rests on them.
-"""
-_TEXTS = {TOYLAND: (_HEAD, _CAVEATS), PHOTOS: (_HEAD_PHOTOS, _CAVEATS_PHOTOS)}
 _OWNER = {TOYLAND: "Toyland's", PHOTOS: "The model's"}
 
 
@@ -249,14 +206,14 @@ def _seconds(experiment: Experiment, evidence: Evidence) -> dict[str, float]:
 
 def page(results: Results) -> str:
     """The page, in Markdown."""
-    head, caveats = _TEXTS[world_of(results)]
-    lines = [head, "| | claim | verdict | number |", "|---|---|---|---|"]
+    claims = ["| | claim | verdict | number |", "|---|---|---|---|"]
     for one in results:
-        lines.append(f"| [{one['id']}](#{one['id']}) | {one['claim']} | **{one['verdict']}** | {_cell(one['key'])} |")
-    lines += [caveats, *_several_weights(results), *_several_settings(results), *_protocol(results)]
+        claims.append(f"| [{one['id']}](#{one['id']}) | {one['claim']} | **{one['verdict']}** | {_cell(one['key'])} |")
+    lines = [*_several_weights(results), *_several_settings(results), *_protocol(results)]
     for one in results:
         lines += _section(one)
-    return "\n".join(lines).rstrip() + "\n"
+    text = (PAGES / f"{world_of(results)}.md").read_text(encoding="utf-8")
+    return text.replace("{claims}", "\n".join(claims)).replace("{results}", "\n".join(lines).rstrip())
 
 
 def world_of(results: Results) -> str:

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.evidence import (
-    BASE_SERIES,
-    Check,
-    Evidence,
-    Experiment,
-    Finding,
-    Series,
-    signed,
-)
+from experiments.evidence import BASE_SERIES, Check, Evidence, Experiment, Finding, Series, signed
 from experiments.settings import FEW_BETAS, FIVE_PICTURES, ONE_PICTURE, by_beta
 
 ONE = by_beta(ONE_PICTURE, FEW_BETAS)
