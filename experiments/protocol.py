@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from experiments.settings import ONE, SEVERAL, Training
 from experiments.world import TOYLAND, World, filled
@@ -78,42 +79,9 @@ def toys(superclasses: Sequence[str], first: int) -> tuple[Toy, ...]:
 TABLE_TOYS = toys(SUPERCLASSES * 4, first=100)  # what varies is the toy; experiments.md reckons how many it takes
 TUNING_TOYS = toys((*SUPERCLASSES[8:], *SUPERCLASSES[:4]), first=200)
 
-# Five places, three worn things, four things to be on or in, two styles, two pairs of objects.
-TABLE_PROMPTS: tuple[Alternatives, ...] = (
-    ("a photo of a {} on the beach", "a photo of a {} in the meadow"),
-    ("a {} in the snow", "a {} in the kitchen"),
-    ("a photo of a {} in the forest", "a photo of a {} in the kitchen"),
-    ("a {} at night",),
-    ("a photo of a {} in the city",),
-    ("a {} wearing a hat", "a {} wearing a scarf"),
-    ("a {} wearing a crown in the city", "a {} wearing a scarf in the city"),
-    ("a {} wearing sunglasses in the desert", "a {} wearing a hat in the desert", "a {} wearing a hat in the meadow"),
-    ("a {} on a skateboard",),
-    ("a {} in a boat at night",),
-    ("a photo of a {} in a box",),
-    ("a {} on a skateboard in the city",),
-    ("a sketch of a {}",),
-    ("a mosaic of a {} in the forest", "a mosaic of a {} at night"),
-    ("a photo of a {} and a dog", "a photo of a {} and a bird"),
-    ("a {} next to a teddy on the beach", "a {} next to a teddy in the city", "a {} next to a mug on the beach"),
-)
-TUNING_PROMPTS: tuple[Alternatives, ...] = (
-    ("a photo of a {} in the desert", "a picture of a {} in the meadow"),
-    ("a picture of a {} on the beach",),
-    ("a {} wearing a crown",),
-    ("a {} wearing sunglasses at night",),
-    ("a {} in a box in the forest",),
-    ("a {} in a boat",),
-    ("a sketch of a {} in the city",),
-    ("a {} and a robot in the meadow",),
-)
-PAIR_PROMPTS: tuple[Alternatives, ...] = (
-    ("a photo of a {} and a {}",),
-    ("a {} and a {} on the beach", "a {} and a {} in the meadow"),
-    ("a {} next to a {} in the snow", "a {} next to a {} in the desert"),
-    ("a photo of a {} and a {} in the city",),
-    ("a {} next to a {} at night",),
-    ("a sketch of a {} and a {}",),
+_PROMPTS = yaml.safe_load(Path(__file__).with_name("toyland.yaml").read_text(encoding="utf-8"))
+TABLE_PROMPTS, TUNING_PROMPTS, PAIR_PROMPTS = (
+    tuple(Alternatives(some) for some in _PROMPTS[use]) for use in ("table", "tuning", "pairs")
 )
 TABLE_SEEDS = (0,)
 TUNING_SEEDS = (100,)
