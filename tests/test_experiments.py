@@ -240,19 +240,6 @@ def test_settings_become_configs_as_the_command_line_makes_them(tmp_path: Path) 
         runner.tasks(Wanted(s, (toy,)) for t in (PERFUSION, same) for s in by_beta(t, (0.5,)))
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("only=masks", "only: found 'masks', expected some of pareto"),
-        ("concepts=41", "concepts: found 41, expected 1 to 40"),
-        ("workers=0", "workers: found 0"),
-    ],
-)
-def test_mistakes(word: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, word) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_result_that_cannot_be_read_is_found_before_anything_is_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,7 +271,6 @@ def test_tuning_goes_on_and_prints_a_preset(
         "perfusion.db holds another search (sampler is 1 steps, guidance 4 there and 2 steps, guidance 4 here)"
         in capsys.readouterr().err
     )
-    assert run_cli(tune.main, ["methods=no"]) == 2
 
 
 def test_methods_have_as_many_trials_as_each_other(

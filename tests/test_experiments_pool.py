@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 
-from experiments import paper
 from experiments.pool import Executor, Outcome, Pool, Task, executor_of, in_ray, in_slurm, local
-from perfusion.cli import run_cli
 from perfusion.config import ConfigError
 from tests import pool_tasks
 
@@ -89,10 +87,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
         "        pool.run([Task('a', os.getpid, (), 'x'), Task('b', time.sleep, (600,), 'x')], started)\n"
     )
     (tmp_path / "main.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "main.py")], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(tmp_path / "main.py")], capture_output=True, text=True, check=False)
     worker = int(done.stdout)
     deadline = time.monotonic() + 60
     while Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes():
@@ -181,21 +176,6 @@ def test_a_worker_in_ray_keeps_what_it_has_and_has_a_gpu_of_its_own(cluster: Any
     assert {one.value for one in heard[-2:]} == {"0", "1"}
     with pytest.raises(ConfigError, match="device: found no GPU in the Ray cluster"):
         Pool(1, tmp_path, executor_of("ray", gpus=3)).__enter__()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("executor=slurm", "executor: found 'slurm', expected one of local, ray, submitit"),
-        ("executor=ray", "workers: not given beside executor=ray"),
-        ("executor=ray workers=2 slurm=[timeout_min=5]", "slurm: found it beside executor=ray"),
-        ("executor=submitit workers=2 slurm=[gpu]", "slurm: found 'gpu', expected key=value"),
-        ("executor=submitit workers=2 slurm=[queue=x]", "slurm: Parameter 'queue'"),
-    ],
-)
-def test_mistakes(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(paper.main, [*words.split(), "report=false", f"runs={tmp_path}", f"out={tmp_path}"]) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.rglob("*.png"))
 
 
 def test_an_executor_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

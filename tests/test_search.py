@@ -127,7 +127,6 @@ def test_ranges_choices_and_whole_numbers(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("space", "words", "parts"),
     [
-        (None, ["search.space=nowhere"], ["search.space=nowhere", "perfusion"]),
         ("- a", [], ["rates.yaml", "expected key"]),
         ("method.value_rate: 3", [], ["method.value_rate", "found 3"]),
         ("method.value_rate: {lwo: 3, high: 4}", [], ["method.value_rate.lwo", "'low'"]),
@@ -136,9 +135,6 @@ def test_ranges_choices_and_whole_numbers(runs: Runs) -> None:
         ("method.value_rate: {low: 0, high: 1, log: true}", [], ["method.value_rate.log", "above 0"]),
         ("method.value_rate: {choices: []}", [], ["method.value_rate.choices"]),
         ("concept.nmae: {choices: [a]}", [], ["concept.nmae", "'name'"]),
-        (None, ["search.trails=3"], ["trails", "'trials'"]),
-        (None, ["search.direction=up"], ["search.direction=up", "maximize"]),
-        (None, ["concept.nmae=x"], ["concept.nmae"]),
         (None, ["search.objective=scores.harmonc"], ["search.objective=scores.harmonc", "'harmonc'", "harmonic"]),
         (None, ["search.objective=scores.name"], ["expected a number", "'x'"]),
     ],
