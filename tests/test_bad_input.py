@@ -25,6 +25,7 @@ STANDS_FOR = {
     "{train}": "+experiment=cat_oneshot concept.images=photos method.steps=2 run.dir=run",
     "{draw}": "concept=cat.safetensors prompt='a <cat*>' num=1 steps=1",
     "{two}": "concept=[cat.safetensors,mug.safetensors] prompt='<cat*> and <mug*>' num=1 steps=1",
+    "{photos}": "world=photos data=many path=model scorer=s only=size report=false",
 }
 MODULES = {"perfusion.covariance": "perfusion.covariance.__main__"}
 

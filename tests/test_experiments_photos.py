@@ -259,36 +259,6 @@ def test_trainings_that_are_the_same_on_photos_become_one(home: Path, tmp_path: 
     assert world.lacks([Setting(unmasked)]) is None and photos(home).lacks([Setting(unmasked)])
 
 
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        ({"world": "photo"}, "world: found 'photo', expected toyland or photos"),
-        ({"world": "toyland"}, "data: found it beside world=toyland, expected it beside world=photos alone"),
-        ({"data": None}, "data: not given beside world=photos; expected a folder with a folder of photos"),
-        ({"data": "nowhere"}, "data: found no folder nowhere, expected"),
-        ({"scorer": None}, "scorer: not given beside world=photos; expected an open_clip model"),
-        ({"path": None}, "path: not given beside world=photos, and sd15 ships no weights; expected path="),
-        (
-            {"backbone": "sd16"},
-            "backbone: found 'sd16', expected one of kolors, pixart, sana, sd15, ",
-        ),
-        ({"backbone": "toyland"}, "backbone: found toyland, which draws toys alone; expected sd15"),
-        ({"protocol": "dreambooth"}, "protocol: found 'dreambooth', expected one of customconcept101, dreambench"),
-        ({"protocol": "study"}, "study.yaml has neither classes and listed_in, expected one"),
-        ({"protocol": "dreambench"}, "whose class "),
-        ({"masks": "."}, "masks: found no folder rex, expected a mask for each photo of rex there"),
-        ({"masks": "nowhere"}, "masks: found no folder nowhere, expected clipseg, or a folder"),
-        ({"concepts": 4}, "concepts: found 4, expected 1 to 3"),
-        ({"only": "edited_layers"}, "only: found edited_layers, which needs subjects whose looks can be told in words"),
-        ({"only": "mask"}, "only: found mask, which needs masks of the photos, masks="),
-    ],
-)
-def test_mistakes(others: dict[str, Any], message: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(home, **({"runs": home / "unused", "only": "size"} | others)) == 2
-    assert message in capsys.readouterr().err
-    assert not (home / "unused").exists(), "before anything is done"
-
-
 def test_a_subject_without_photos(home: Path, tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
     with pytest.raises(ConfigError, match=r"data: dog='.*dog': no JPEG, PNG or WebP file there"):
@@ -317,6 +287,7 @@ def test_mistakes_in_a_list(home: Path, tmp_path: Path) -> None:
         ("[a]", "expected the keys based_on, classes"),
         ("classes: {rex: dog}\nprompt: {}", "prompt: unknown key; did you mean 'prompts'"),
         ("based_on: nothing", "protocol: found 'nothing', expected one of customconcept101"),
+        ("based_on: study", "mine.yaml has neither classes and listed_in, expected one"),
         ("classes: {rex: dog, old mug: mug, tiger: cat}", "prompts.object: found None, expected the prompts of a dog"),
         ("based_on: study\nlisted_in: none.json", "none.json is not readable as JSON"),
     ],
