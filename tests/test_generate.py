@@ -137,27 +137,17 @@ def test_picture_k_does_not_depend_on_how_many_are_drawn_nor_in_which_batches(co
     assert len(set(pixels(Path("many")).values())) == 3
 
 
-def test_beta_tau_guidance_reach_the_picture(concept: Path, backbone: Backbone) -> None:
-    assert run(concept, f"prompt={BEACH}", "num=1", "beta=0.1", "tau=0.05", "guidance=2", "out=o") == 0
-    (record,) = read_manifest("o")
-    assert (record.dials["beta"], record.dials["tau"], record.guidance) == (0.1, 0.05, 2.0)
-    with Concept.load(concept).attach(backbone, beta=0.1, tau=0.05):
-        expected = draw(backbone, [BEACH], [0], guidance=2.0)
-    with Concept.load(concept).attach(backbone):
-        other = draw(backbone, [BEACH], [0], guidance=2.0)
-    assert list(pixels(Path("o")).values()) == expected != other
-
-
 def test_a_row_of_pictures_for_every_beta(concept: Path, backbone: Backbone) -> None:
     """Each is the picture that its β gives alone; seeds are shared, and names tell them apart."""
-    assert run(concept, f"prompt={BEACH}", "num=2", "beta=0.1,0.5,0.9", "out=o") == 0
+    assert run(concept, f"prompt={BEACH}", "num=2", "beta=0.1,0.5,0.9", "tau=0.05", "guidance=2", "out=o") == 0
     records = read_manifest("o")
     assert [(r.dials["beta"], r.seed) for r in records] == [(b, s) for b in (0.1, 0.5, 0.9) for s in (0, 1)]
+    assert {(record.dials["tau"], record.guidance) for record in records} == {(0.05, 2.0)}
     assert records[2].file == "a-photo-of-cat-on-the-beach-0000-beta-0.5.png"
     expected = []
     for beta in (0.1, 0.5, 0.9):
-        with Concept.load(concept).attach(backbone, beta=beta):
-            expected += draw(backbone, [BEACH] * 2, [0, 1])
+        with Concept.load(concept).attach(backbone, beta=beta, tau=0.05):
+            expected += draw(backbone, [BEACH] * 2, [0, 1], guidance=2.0)
     assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 6
 
 
@@ -195,32 +185,28 @@ def mug(backbone: Backbone, tmp_path: Path) -> Path:
     return tmp_path / "mug.safetensors"
 
 
-def test_two_concepts_in_one_picture(concept: Path, mug: Path, backbone: Backbone, capsys) -> None:
-    prompt = "<cat*> and <mug*> on the beach"
-    both = f"[{concept},{mug}]"
-    assert run(both, f"prompt={prompt}", "num=1", "beta=[[0.3,0.6],[0.5,0.5]]", "out=o") == 0
-    first, second = read_manifest("o")
-    assert (first.concept, first.placeholder, first.superclass) == ("cat + mug", "<cat*> + <mug*>", "cat + mug")
-    assert (first.dials["beta"], second.dials["beta"], first.method) == ("0.3 + 0.6", 0.5, "perfusion")
-    assert first.file == "cat-and-mug-on-the-beach-0000-beta-0.3-0.6.png"
-    with Concept.load(concept).attach(backbone, beta=0.3), Concept.load(mug).attach(backbone, beta=0.6):
-        expected = draw(backbone, [prompt], [0])
-    assert pixels(Path("o"))[first.file] == expected[0]
-    assert "warning" not in capsys.readouterr().err
-
-
-def test_each_of_two_concepts_has_a_softness_of_its_own(concept: Path, mug: Path, backbone: Backbone) -> None:
+def test_two_concepts_in_one_picture_each_with_settings_of_its_own(
+    concept: Path, mug: Path, backbone: Backbone, capsys
+) -> None:
     words = (f"[{concept},{mug}]", "prompt=<cat*> and <mug*> on the beach", "num=1", "out=o")
-    given = ["[[0.05,0.6]]", "[[0.6,0.05]]", "[[0.05,null]]", "0.6"]
-    for tau in given:
-        assert run(*words, f"tau={tau}") == 0  # type: ignore[arg-type]
+    for given in ("beta=[[0.3,0.6],[0.5,0.5]]", "tau=[[0.05,0.6]]", "tau=[[0.05,null]]", "tau=0.6"):
+        assert run(*words, given) == 0  # type: ignore[arg-type]
+    assert "warning" not in capsys.readouterr().err
     records = read_manifest("o")
-    assert [record.dials["tau"] for record in records] == ["0.05 + 0.6", "0.6 + 0.05", "0.05 + 0.15", 0.6]
-    expected = []
-    for one, other in ((0.05, 0.6), (0.6, 0.05), (0.05, None), (0.6, 0.6)):
-        with Concept.load(concept).attach(backbone, tau=one), Concept.load(mug).attach(backbone, tau=other):
-            expected += draw(backbone, [records[0].prompt], [0])
-    assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 4
+    first = records[0]
+    assert (first.concept, first.placeholder, first.superclass) == ("cat + mug", "<cat*> + <mug*>", "cat + mug")
+    assert (first.method, first.file) == ("perfusion", "cat-and-mug-on-the-beach-0000-beta-0.3-0.6.png")
+    assert [record.dials["beta"] for record in records[:2]] == ["0.3 + 0.6", 0.5]
+    assert [record.dials["tau"] for record in records[2:]] == ["0.05 + 0.6", "0.05 + 0.15", 0.6]
+    expected: list[bytes] = []
+    betas, taus = ((0.3, 0.6), (0.5, 0.5), (None, None), (None, None), (None, None)), (None, None, 0.05, 0.05, 0.6)
+    for (own, other), tau, of_other in zip(betas, taus, (None, None, 0.6, None, 0.6), strict=True):
+        with (
+            Concept.load(concept).attach(backbone, beta=own, tau=tau),
+            Concept.load(mug).attach(backbone, beta=other, tau=of_other),
+        ):
+            expected += draw(backbone, [first.prompt], [0])
+    assert list(pixels(Path("o")).values()) == expected and len({*expected}) == 5
 
 
 @pytest.fixture
@@ -229,20 +215,6 @@ def robot(backbone: Backbone, tmp_path: Path) -> Path:
     path = tmp_path / "robot.safetensors"
     save_concept(path, random_concept(backbone, Word("<robot*>", "robot"), 1, name="lora"))
     return path
-
-
-def test_the_scale_of_a_lora_reaches_the_picture(robot: Path, backbone: Backbone) -> None:
-    prompt = "a <robot*> in the snow"
-    assert run(robot, f"prompt={prompt}", "num=1", "out=o") == 0
-    assert run(robot, f"prompt={prompt}", "num=1", "scale=0.5", "out=o") == 0
-    whole, half = read_manifest("o")
-    assert (whole.dials, half.dials) == ({"scale": 1.0}, {"scale": 0.5})
-    assert (whole.method, half.file) == ("lora", "a-robot-in-the-snow-0000-2.png")
-    for record in (whole, half):
-        with Concept.load(robot).attach(backbone, **record.dials):
-            expected = draw(backbone, [prompt], [0])
-        assert [pixels(Path("o"))[record.file]] == expected
-    assert len({*pixels(Path("o")).values()}) == 2
 
 
 def test_concepts_of_different_methods_in_one_picture(concept: Path, robot: Path, backbone: Backbone) -> None:

@@ -86,7 +86,7 @@ def test_each_sample_for_itself(backbone: Backbone) -> None:
         assert torch.equal(mixed[0], base[0])
         torch.testing.assert_close(mixed[1], both[1])
         assert torch.equal(draw(backbone, plain, plain)[0], base[0])
-        with pytest.raises(EditError, match="beta: found 2 values for a batch of 1 rows"):
+        with pytest.raises(EditError, match="beta: found 2 values for a batch of 1 rows, expected a divisor"):
             draw(backbone, own, num_images_per_prompt=2)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from perfusion.backbones.base import Encoding
 from perfusion.methods.base import Batch, Word, build
-from perfusion.methods.prior import joined
 from tests.backbone_kinds import loaded
 
 WORD = Word("<cat*>", "cat")
@@ -193,13 +192,3 @@ def test_a_step_begins_with_its_own_prompts_also_where_it_comes_in_parts(monkeyp
     method.loss(backbone, batch(2, 0, prior=prior, step_prompts=["my <cat*>"] * 4))
     method.loss(backbone, batch(2, 0, prior=prior, step_prompts=[]))
     assert seen == [[length] * 2, [length] * 4]
-
-
-def test_joined_encodings_hold_both_prompts() -> None:
-    backbone = Linear()
-    first, second = backbone.encode(["a", "bb"], None), backbone.encode(["ccc"], None)
-    both = joined(first, second)
-    assert both.context.flatten().tolist() == both.extra["a"]["b"].tolist() == [1, 2, 3] and both.concept.shape == (
-        3,
-        1,
-    )
