@@ -33,17 +33,6 @@ def test_every_projection_of_the_unet_equals_the_equation_in_float64(count: int,
         assert (found[site.name] - plain[site.name]).abs().max() > 0.1
 
 
-@torch.no_grad()
-def test_only_the_ratio_of_a_directions_entries_counts() -> None:
-    bench = Bench(2, torch.float64)
-    once = bench.encoding()
-    for gate, scale in zip(bench.gates, (1e-4, 3e3), strict=True):
-        gate.move(gate.target_inputs, gate.directions * scale)
-    again = bench.encoding()
-    torch.testing.assert_close(again.locked, once.locked, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(again.gates, once.gates, rtol=1e-12, atol=1e-12)
-
-
 def test_directions_given_as_a_function_are_computed_once_and_only_when_needed(bench: Bench) -> None:
     calls: list[Tensor] = []
 

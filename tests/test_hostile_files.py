@@ -19,7 +19,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from torch import nn
 
 from perfusion import inspect
 from perfusion.backbones.base import Backbone
@@ -27,7 +26,7 @@ from perfusion.cli import USER_ERROR, run_cli
 from perfusion.concept import Concept, ConceptFileError, save_concept
 from perfusion.editing import EditError, TokenError
 from perfusion.methods.base import Word
-from tests.concepts import random_concept, things_and_hooks, untrained_concept
+from tests.concepts import Snapshot, random_concept, untrained_concept
 
 LIMIT = 5.0  # seconds; a file takes a small part of one, and the rest is for machines that are busy
 WORD = Word("<bear*>", "teddy bear")
@@ -50,32 +49,11 @@ def encodings(backbone: Backbone) -> torch.Tensor:
     return pipe.encode_prompt(texts, torch.device("cpu"), 1, False)[0]
 
 
-def state(backbone: Backbone) -> dict[str, Any]:
-    """All that an attached concept may change: modules, hooks, tokenizers and what they know, and every weight."""
-    pipe: Any = backbone.pipe
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    told = json.loads(pipe.tokenizer._tokenizer.to_str())
-    del told["padding"], told["truncation"]  # which every call of a tokenizer sets
-    return {
-        "things": things_and_hooks(pipe),
-        "tokenizer": told,
-        "words": dict(pipe.tokenizer.added_tokens_encoder),
-        "attributes": [name for part in (pipe, *parts) for name in vars(part) if name != "_perfusion_holders"],
-        "weights": [parameter.detach().clone() for part in parts for parameter in part.parameters()],
-    }
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    weights = zip(one["weights"], other["weights"], strict=True)
-    rest = ("things", "tokenizer", "words", "attributes")
-    return all(one[key] == other[key] for key in rest) and all(torch.equal(a, b) for a, b in weights)
-
-
 @pytest.fixture(autouse=True)
 def untouched(backbone: Backbone) -> Iterator[None]:
-    before = state(backbone)
+    before = Snapshot(backbone.pipe)
     yield
-    assert same(before, state(backbone))
+    assert before.differences() == []
 
 
 def answer(backbone: Backbone, path: Any, encodings: torch.Tensor) -> str:
@@ -384,7 +362,7 @@ def test_whatever_fails_while_attaching_leaves_no_trace(
     path = tmp_path / "x.safetensors"
     path.write_bytes(valid)
     concept = Concept.load(path)
-    before = state(backbone)
+    before = Snapshot(backbone.pipe)
     for target in (
         "perfusion.editing.words.taught",
         "perfusion.editing.words.Words.place",
@@ -401,11 +379,11 @@ def test_whatever_fails_while_attaching_leaves_no_trace(
             patch.setattr(target, fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 concept.attach(backbone)
-        assert same(before, state(backbone)), target
+        assert before.differences() == [], target
     for dials in ({"beta": float("nan")}, {"tau": 0.0}, {"key_lock": "none"}):
         with pytest.raises(EditError):
             concept.attach(backbone, **dials)
-        assert same(before, state(backbone)), dials
+        assert before.differences() == [], dials
 
 
 def test_a_failure_leaves_those_that_are_attached(
@@ -413,12 +391,12 @@ def test_a_failure_leaves_those_that_are_attached(
 ) -> None:
     path, other = tmp_path / "x.safetensors", untrained_concept(backbone, Word("<dog*>", "dog"), 1)
     with other.attach(backbone):
-        before = state(backbone)
+        before = Snapshot(backbone.pipe)
         for kind in ("i* of length 0", "the letter é", "20,000 tensors"):
             path.write_bytes(HOSTILE[kind][0](*parts(valid)))
             with pytest.raises(ValueError):
                 Concept.load(path).attach(backbone)
-            assert same(before, state(backbone)), kind
+            assert before.differences() == [], kind
 
         concept = dataclasses.replace(other, placeholder="<bear*>")
 
@@ -428,9 +406,8 @@ def test_a_failure_leaves_those_that_are_attached(
         monkeypatch.setattr("perfusion.methods.perfusion.Perfusion.load_state", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             concept.attach(backbone)
-        after = state(backbone)
-        after["things"][0] = before["things"][0]  # the tokenizer may be another copy that knows the same
-        assert same(before, after)
+        assert before.differences() in ([], ["tokenizer"])  # which may be another copy
+        assert [*backbone.pipe.tokenizer.added_tokens_encoder] == [*before.known["tokenizer"][1]]
 
 
 # --- any file ---------------------------------------------------------------------------------------------------------

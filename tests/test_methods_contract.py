@@ -20,6 +20,7 @@ from perfusion.generate import GenerateConfig
 from perfusion.manifest import ImageRecord
 from perfusion.methods.base import Batch, Method, Word, available, build, method_class
 from tests.backbone_kinds import BEYOND, KINDS, loaded
+from tests.concepts import Snapshot
 from tests.drawing import own_size
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "method"
@@ -67,59 +68,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def method(request: pytest.FixtureRequest, backbone: Backbone) -> Iterator[Method]:
     """Not attached yet."""
-    before = Snapshot(backbone)
+    before = Snapshot(backbone.pipe)
     made = build({"name": request.param.name, **dict(request.param.options)}, WORD)
     yield made
     made.detach()
     assert before.differences() == []  # so that one test's mistake is not another's failure
-
-
-class Snapshot:
-    """All that a pipeline is: its objects, their values, what they do before and after a call, what is trainable."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
-        self.tokenizers = self._tokenizers()
-        self.modules = self._modules()
-        self.values = {name: value.clone() for name, value in self._values().items()}
-        self.tensors = {name: value.data_ptr() for name, value in self._values().items()}
-        self.trainable = self._trainable()
-        self.hooks = self._hooks()
-
-    def differences(self) -> list[str]:
-        modules, values = self._modules(), self._values()
-        found = [name for name in modules.keys() ^ self.modules.keys()]
-        found += [name for name in modules.keys() & self.modules.keys() if modules[name] is not self.modules[name]]
-        if list(values) != list(self.values):
-            found += sorted(values.keys() ^ self.values.keys()) or ["the order of the tensors"]
-        both = values.keys() & self.values.keys()
-        found += [name for name in both if not torch.equal(values[name], self.values[name])]
-        found += [f"memory of {name}" for name in both if values[name].data_ptr() != self.tensors[name]]
-        for what in ("trainable", "hooks"):
-            if getattr(self, what) != getattr(self, f"_{what}")():
-                found.append(what)
-        found += [name for name, tokenizer in self._tokenizers().items() if tokenizer is not self.tokenizers[name]]
-        return found
-
-    def _tokenizers(self) -> dict[str, Any]:
-        return {name: part for name, part in self.backbone.pipe.components.items() if name.startswith("tokenizer")}
-
-    def _parts(self) -> dict[str, nn.Module]:
-        return parts(self.backbone)
-
-    def _modules(self) -> dict[str, nn.Module]:
-        return {f"{part}.{name}": m for part, root in self._parts().items() for name, m in root.named_modules()}
-
-    def _values(self) -> dict[str, Tensor]:
-        return {f"{part}.{name}": v for part, root in self._parts().items() for name, v in root.state_dict().items()}
-
-    def _trainable(self) -> list[str]:
-        named = [(part, *item) for part, root in self._parts().items() for item in root.named_parameters()]
-        return [f"{part}.{name}" for part, name, parameter in named if parameter.requires_grad]
-
-    def _hooks(self) -> dict[str, int]:
-        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_pre_hooks_with_kwargs")
-        return {name: sum(len(getattr(m, kind)) for kind in kinds) for name, m in self._modules().items()}
 
 
 def parts(backbone: Backbone) -> dict[str, nn.Module]:
@@ -158,18 +111,18 @@ def draw(backbone: Backbone, word: str) -> np.ndarray:
 
 
 def test_it_comes_trains_what_is_its_own_and_goes_without_a_trace(method: Method, backbone: Backbone) -> None:
-    before, plain = Snapshot(backbone), draw(backbone, "cat")
+    before, plain = Snapshot(backbone.pipe), draw(backbone, "cat")
     for _ in range(2):
         method.attach(backbone)
         assert before.differences() != []
-        attached, start = Snapshot(backbone), [parameter.detach().clone() for parameter in trained(method)]
+        attached, start = Snapshot(backbone.pipe), [parameter.detach().clone() for parameter in trained(method)]
         with pytest.raises(ValueError, match="expected detach"):
             method.attach(backbone)
         assert attached.differences() == []
         train(method, backbone)
         assert all(not torch.equal(p, s) for p, s in zip(trained(method), start, strict=True))
         own = {parameter.data_ptr() for parameter in method.parameters()}
-        assert [name for name in attached.differences() if attached.tensors.get(name) not in own] == []
+        assert [name for name in attached.differences() if attached.known[name][1] not in own] == []
         method.detach()
         assert before.differences() == []
         method.detach()
@@ -222,7 +175,7 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradients(
 
 
 def test_a_state_has_shapes_that_are_known_before_and_goes_around_exactly(method: Method, backbone: Backbone) -> None:
-    before, shapes = Snapshot(backbone), method.state_shapes(backbone)
+    before, shapes = Snapshot(backbone.pipe), method.state_shapes(backbone)
     assert before.differences() == []
     method.attach(backbone)
     train(method, backbone)
@@ -272,6 +225,19 @@ def test_a_checkpoint_of_the_module_goes_on_where_it_was(method: Method, backbon
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
     again = method.loss(backbone, batch(backbone))
     assert all(torch.equal(again[name], loss[name]) for name in loss)
+
+
+@pytest.mark.parametrize("name", ["perfusion", "textual_inversion", "lora"])  # the others train the model's own weights
+def test_a_model_in_half_precision_is_trained_in_single_precision(name: str, tmp_path: Path) -> None:
+    backbone = loaded("sd15", tmp_path, dtype="bfloat16", resolution=128)
+    method = build({"name": name}, WORD).train()
+    method.attach(backbone)
+    assert {tensor.dtype for tensor in (*method.parameters(), *method.buffers())} == {torch.float32}
+    e = torch.zeros(1, 2, 32, dtype=torch.bfloat16)
+    assert {site.projection(e).dtype for site in backbone.edit_sites()} == {torch.bfloat16}
+    train(method, backbone)
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in method.parameters())
+    method.detach()
 
 
 def test_masks_count_where_the_options_say_so(method: Method, backbone: Backbone) -> None:
