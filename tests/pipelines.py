@@ -62,47 +62,28 @@ def tiny_pipeline_folder(tmp_path: Path, **overrides: dict[str, Any]) -> Path:
     `overrides` replaces config values by part, e.g. `scheduler={"prediction_type": "v_prediction"}`. The same in every
     process; without overrides it is built once per process and copied.
     """
-    folder = tmp_path / "pipeline"
-    if overrides:
-        tiny_pipeline(**overrides).save_pretrained(folder)
-    else:
-        shutil.copytree(_built("tiny"), folder)
-    return folder
-
-
-def toyland_folder(tmp_path: Path) -> Path:
-    """Toyland's architecture and tokenizer with random weights, in `tmp_path`/toyland."""
-    folder = tmp_path / "toyland"
-    shutil.copytree(_built("toyland"), folder)
-    return folder
-
-
-def sd21_folder(tmp_path: Path) -> Path:
-    """A random pipeline of SD 2.1's structure with few channels: velocity, padding of its own, linear projections."""
-    folder = tmp_path / "sd21"
-    shutil.copytree(_built("sd21"), folder)
-    return folder
-
-
-def sdxl_folder(tmp_path: Path) -> Path:
-    """The pipeline of `tiny_sdxl` in `tmp_path`/sdxl."""
-    folder = tmp_path / "sdxl"
-    shutil.copytree(_built("sdxl"), folder)
-    return folder
+    if not overrides:
+        return folder_of("pipeline", tmp_path)
+    tiny_pipeline(**overrides).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
 
 
 def folder_of(kind: str, tmp_path: Path) -> Path:
-    """The pipeline of `tiny_kolors`, `tiny_pixart` or `tiny_sana` in `tmp_path`/`kind`."""
+    """A pipeline of `tiny_pipeline` (or sd21), `tiny_sdxl`, `tiny_kolors`, `tiny_pixart`, `tiny_sana` or
+    `toyland_pipeline` in `tmp_path`/`kind`."""
     return Path(shutil.copytree(_built(kind), tmp_path / kind))
+
+
+# SD 2.1: velocity, padding of its own, linear projections. Toyland: its architecture and tokenizer, random weights.
+sd21_folder, sdxl_folder, toyland_folder = (functools.partial(folder_of, kind) for kind in ("sd21", "sdxl", "toyland"))
 
 
 @functools.cache
 def _built(kind: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"perfusion-{kind}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    sd21 = functools.partial(tiny_pipeline, "sd21")
-    build: dict[str, Any] = {"tiny": tiny_pipeline, "toyland": toyland_pipeline, "sd21": sd21, "sdxl": tiny_sdxl}
-    build |= {"pixart": tiny_pixart, "sana": tiny_sana, "kolors": tiny_kolors}
+    build: dict[str, Any] = {"pipeline": tiny_pipeline, "sd21": lambda: tiny_pipeline("sd21"), "sdxl": tiny_sdxl}
+    build |= {"pixart": tiny_pixart, "sana": tiny_sana, "kolors": tiny_kolors, "toyland": toyland_pipeline}
     build[kind]().save_pretrained(folder)
     return folder
 
@@ -116,22 +97,30 @@ _ENCODER |= {"num_attention_heads": 2}
 def tiny_pipeline(layout: str = "sd15", **overrides: dict[str, Any]) -> StableDiffusionPipeline:
     """The pipeline of `tiny_pipeline_folder` in memory; with `layout="sd21"` that of `sd21_folder`."""
     tokenizer = build_tokenizer(WORDS, positions=77)
-    config = {part: layout_config(layout, part) for part in ("unet", "vae", "text_encoder", "scheduler")}
-    config["unet"] |= _UNET | {"block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 32}
+    small: dict[str, Any] = {"unet": {"block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 32}}
     if layout == "sd21":
         tokenizer.pad_token = "!"
-        config["unet"]["attention_head_dim"] = [1, 2, 2, 2]
-    config["vae"] |= _VAE
-    config["text_encoder"] |= _ENCODER | _ids(tokenizer)
-    for part, values in overrides.items():
-        config[part] |= values
+        small["unet"]["attention_head_dim"] = [1, 2, 2, 2]
+    return _pipeline(tokenizer=tokenizer, **_modules(layout, overrides, tokenizer, small))
+
+
+def _modules(layout: str, overrides: dict[str, Any], tokenizer: Any, small: dict[str, Any]) -> dict[str, Any]:
+    """What a layout has but for its tokenizers, of random weights, where `small` and `overrides` replace its values."""
+    parts = ("unet", "vae", "text_encoder", *["text_encoder_2"] * (layout == "sdxl"), "scheduler")
+    ours: dict[str, Any] = {"unet": _UNET, "vae": _VAE, "text_encoder": _ENCODER | _ids(tokenizer)}
+    config: dict[str, Any] = {}
+    for part in parts:
+        config[part] = layout_config(layout, part) | ours.get(part, {}) | small.get(part, {}) | overrides.get(part, {})
+    made: dict[str, Any] = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(config["unet"])
-        vae = AutoencoderKL.from_config(config["vae"])
-        text_encoder = _spread(CLIPTextModel(CLIPTextConfig(**config["text_encoder"])))
-    scheduler = getattr(diffusers, config["scheduler"]["_class_name"]).from_config(config["scheduler"])
-    return _pipeline(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+        made["unet"] = UNet2DConditionModel.from_config(config["unet"])
+        made["vae"] = AutoencoderKL.from_config(config["vae"])
+        made["text_encoder"] = _spread(CLIPTextModel(CLIPTextConfig(**config["text_encoder"])))
+        if "text_encoder_2" in config:
+            made["text_encoder_2"] = _spread(CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"])))
+    scheduler = config["scheduler"]
+    return {**made, "scheduler": getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)}
 
 
 def tiny_sdxl(**overrides: dict[str, Any]) -> StableDiffusionXLPipeline:
@@ -141,34 +130,13 @@ def tiny_sdxl(**overrides: dict[str, Any]) -> StableDiffusionXLPipeline:
     """
     tokenizer, second = build_tokenizer(WORDS, positions=77), build_tokenizer(WORDS, positions=77)
     second.pad_token = "!"
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
-    config = {part: layout_config("sdxl", part) for part in parts}
-    config["unet"] |= _UNET | {"block_out_channels": (8, 16, 16), "attention_head_dim": [1, 2, 2]}
-    config["unet"] |= {"cross_attention_dim": 80, "transformer_layers_per_block": [1, 1, 2]}
-    config["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 40}
-    config["vae"] |= _VAE
-    config["text_encoder"] |= _ENCODER | _ids(tokenizer)
-    config["text_encoder_2"] |= _ENCODER | {"hidden_size": 48, "projection_dim": 40, "vocab_size": len(second)}
-    for part, values in overrides.items():
-        config[part] |= values
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(config["unet"])
-        vae = AutoencoderKL.from_config(config["vae"])
-        text_encoder = _spread(CLIPTextModel(CLIPTextConfig(**config["text_encoder"])))
-        text_encoder_2 = _spread(CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"])))
-    pipe = StableDiffusionXLPipeline(
-        unet=_frozen(unet),
-        vae=_frozen(vae),
-        text_encoder=_frozen(text_encoder),
-        text_encoder_2=_frozen(text_encoder_2),
-        tokenizer=tokenizer,
-        tokenizer_2=second,
-        scheduler=EulerDiscreteScheduler.from_config(config["scheduler"]),
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    unet = {"block_out_channels": (8, 16, 16), "transformer_layers_per_block": [1, 1, 2], "cross_attention_dim": 80}
+    unet |= {"attention_head_dim": [1, 2, 2], "addition_time_embed_dim": 8}
+    unet["projection_class_embeddings_input_dim"] = 6 * 8 + 40
+    wider = _ENCODER | {"hidden_size": 48, "projection_dim": 40, "vocab_size": len(second)}
+    parts = _modules("sdxl", overrides, tokenizer, {"unet": unet, "text_encoder_2": wider})
+    kind = functools.partial(StableDiffusionXLPipeline, tokenizer_2=second, add_watermarker=False)
+    return _pipeline(kind, tokenizer=tokenizer, **parts)
 
 
 def tiny_pixart(kind: Any = PixArtSigmaPipeline, **overrides: Any) -> Any:
@@ -186,8 +154,8 @@ def tiny_pixart(kind: Any = PixArtSigmaPipeline, **overrides: Any) -> Any:
         vae = AutoencoderKL.from_config(layout_config("sd15", "vae") | _VAE)
         text_encoder = _spread(T5EncoderModel(encoder))
     scheduler = DPMSolverMultistepScheduler(beta_schedule="linear")
-    parts = {"transformer": _frozen(transformer), "vae": _frozen(vae), "text_encoder": _frozen(text_encoder)}
-    return kind(tokenizer=tokenizer, scheduler=scheduler, **parts)
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+    return _pipeline(kind, tokenizer=tokenizer, scheduler=scheduler, **parts)
 
 
 def tiny_sana(**overrides: Any) -> SanaPipeline:
@@ -212,8 +180,8 @@ def tiny_sana(**overrides: Any) -> SanaPipeline:
         vae = AutoencoderDC(**sides, **kinds, **layers, **scales)
         text_encoder = _spread(Gemma2Model(encoder))
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    parts: dict[str, Any] = {"transformer": _frozen(transformer), "vae": _frozen(vae)}
-    return SanaPipeline(tokenizer=tokenizer, scheduler=scheduler, text_encoder=_frozen(text_encoder), **parts)
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+    return _pipeline(SanaPipeline, tokenizer=tokenizer, scheduler=scheduler, **parts)
 
 
 def tiny_kolors(**overrides: Any) -> KolorsPipeline:
@@ -223,16 +191,8 @@ def tiny_kolors(**overrides: Any) -> KolorsPipeline:
         num_layers=2, padded_vocab_size=len(tokenizer) + 8, hidden_size=24, ffn_hidden_size=32, kv_channels=8
     )
     encoder.update({"num_attention_heads": 3, "multi_query_attention": True, "multi_query_group_num": 1})
-    encoder.update(
-        {
-            "original_rope": True,
-            "use_cache": True,
-            "seq_length": 256,
-            "add_qkv_bias": True,
-            "post_layer_norm": True,
-            "rmsnorm": True,
-        }
-    )
+    encoder.update(dict.fromkeys(("original_rope", "use_cache", "add_qkv_bias", "post_layer_norm", "rmsnorm"), True))
+    encoder.update({"seq_length": 256})
     config = layout_config("sdxl", "unet") | _UNET | {"block_out_channels": (8, 16, 16), "encoder_hid_dim": 24}
     config |= {"encoder_hid_dim_type": "text_proj", "cross_attention_dim": 32, "attention_head_dim": [1, 2, 2]}
     config |= {"transformer_layers_per_block": [1, 1, 2], "addition_time_embed_dim": 8}
@@ -245,8 +205,8 @@ def tiny_kolors(**overrides: Any) -> KolorsPipeline:
         for parameter in text_encoder.parameters():  # which come as they lie in memory
             torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else torch.nn.init.ones_(parameter)
     scheduler = EulerDiscreteScheduler.from_config(layout_config("sdxl", "scheduler"))
-    parts: dict[str, Any] = {"unet": _frozen(unet), "vae": _frozen(vae), "text_encoder": _frozen(text_encoder)}
-    return KolorsPipeline(tokenizer=tokenizer, scheduler=scheduler, **parts)
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    return _pipeline(KolorsPipeline, tokenizer=tokenizer, scheduler=scheduler, **parts)
 
 
 def chatglm_tokenizer() -> Any:
@@ -302,17 +262,19 @@ def toyland_pipeline() -> StableDiffusionPipeline:
     return _pipeline(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=models.scheduler())
 
 
-def _pipeline(**parts: Any) -> StableDiffusionPipeline:
-    for part in ("unet", "vae", "text_encoder"):
-        _frozen(parts[part])
-    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-    pipe = StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False)
+_stable_diffusion = functools.partial(
+    StableDiffusionPipeline, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+)
+
+
+def _pipeline(kind: Any = _stable_diffusion, **parts: Any) -> Any:
+    """Of frozen parts."""
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    pipe = kind(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _frozen(module: Any) -> Any:
-    return module.requires_grad_(False).eval()
 
 
 def _ids(tokenizer: Any) -> dict[str, int]:
