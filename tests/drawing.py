@@ -3,12 +3,15 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 PROMPT, PLAIN = "a photo of a <cat*> on the beach", "a photo of a cat on the beach"
+BEAR = "a photo of a <bear*> on the beach"
 STEPS = 2
 CLOSED = 10.0  # β at which no gate is open
 
@@ -38,3 +41,15 @@ def call(pipe: Any, prompt: str | None = None, **more: Any) -> Tensor:
     given: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
     given |= own_size(pipe)
     return pipe(num_inference_steps=STEPS, generator=generator, output_type="latent", **given, **more).images
+
+
+def draw(pipe: Any, prompt: str | None = BEAR, **more: Any) -> Tensor:
+    """The same of the bear, if nothing else is asked for."""
+    return call(pipe, prompt, **more)
+
+
+def stock(folder: Path) -> Any:
+    """The pipeline in `folder`, as a user would load it."""
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -22,6 +22,7 @@ from tests.pipelines import tiny_pipeline_folder, tiny_sdxl
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
 STYLED = "a photo of <bear*> on the beach, <style>"
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"string_to_param": {"*": vectors}, "name": "x"}, root / "a1111" / "<style>.pt")
     save_file({"<style>": vectors[:, :5].contiguous()}, root / "narrow.safetensors")
     return root
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def run(given: Path, *words: str, prompt: str = STYLED) -> int:

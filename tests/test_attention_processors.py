@@ -130,10 +130,6 @@ class OwnKeys:
         return hidden_states
 
 
-def own_keys(attention: Attention) -> Any:
-    return OwnKeys()
-
-
 def custom_diffusion(attention: Attention) -> Any:
     return CustomDiffusionAttnProcessor2_0(
         hidden_size=attention.inner_dim, cross_attention_dim=attention.cross_attention_dim
@@ -142,7 +138,7 @@ def custom_diffusion(attention: Attention) -> Any:
 
 @pytest.mark.usefixtures("_as_before")
 @pytest.mark.parametrize("first", ["processor", "concept"])
-@pytest.mark.parametrize("make", [own_keys, custom_diffusion])
+@pytest.mark.parametrize("make", [lambda attention: OwnKeys(), custom_diffusion], ids=["own keys", "custom diffusion"])
 def test_a_processor_that_leaves_the_edit_out_is_an_error(
     backbone: Backbone, concept: Concept, make: Callable[[Attention], Any], first: str
 ) -> None:
@@ -150,11 +146,11 @@ def test_a_processor_that_leaves_the_edit_out_is_an_error(
     if first == "concept":
         attached = concept.attach(backbone)
         expected = call(pipe, PROMPT)
-        put_into_one_attention(pipe, make)
+        kind = put_into_one_attention(pipe, make)
     else:
-        put_into_one_attention(pipe, make)
+        kind = put_into_one_attention(pipe, make)
         attached = concept.attach(backbone)
-    found = rf"attn2\.to_k: found the concept's edit bypassed \(by the attention processor {made_by(make)}\)"
+    found = rf"attn2\.to_k: found the concept's edit bypassed \(by the attention processor {kind}\)"
     with pytest.raises(EditError, match=found):
         call(pipe, PROMPT)
     pipe.unet.set_attn_processor(AttnProcessor2_0())
@@ -164,15 +160,12 @@ def test_a_processor_that_leaves_the_edit_out_is_an_error(
     attached.detach()
 
 
-def put_into_one_attention(pipe: Any, make: Callable[[Attention], Any]) -> None:
-    """A processor of `make` in the last cross-attention; all others stay."""
+def put_into_one_attention(pipe: Any, make: Callable[[Attention], Any]) -> str:
+    """A processor of `make` in the last cross-attention, and its name; all others stay."""
     name = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")][-1]
     attention = pipe.unet.get_submodule(name.removesuffix(".processor"))
-    attention.set_processor(make(attention))
-
-
-def made_by(make: Callable[[Attention], Any]) -> str:
-    return "OwnKeys" if make is own_keys else "CustomDiffusionAttnProcessor2_0"
+    attention.set_processor(made := make(attention))
+    return type(made).__name__
 
 
 @pytest.mark.usefixtures("_as_before")

@@ -175,30 +175,38 @@ def test_a_lora_on_the_same_projections_is_visible_beside_the_concept(
     assert torch.equal(call(pipe, PLAIN), before)
 
 
-@pytest.mark.parametrize("first", ["lora", "concept"])
-def test_a_fused_lora_is_visible_beside_the_concept(tmp_path: Path, first: str) -> None:
-    backbone = tiny_backbone(tmp_path)
-    pipe, concept = backbone.pipe, untrained_concept(backbone, Word("<cat*>", "cat"), 0)
-    with concept.attach(backbone):
-        alone = call(pipe, PROMPT)
-    if first == "lora":
-        add_style(pipe)
-    attached = concept.attach(backbone)
-    if first == "concept":
-        add_style(pipe)
-    pipe.fuse_lora(components=["unet"])
-    both = call(pipe, PROMPT)
-    attached.beta = CLOSED
-    style = call(pipe, PROMPT)
-    fused = [weight.clone() for weight in pipe.unet.parameters()]
-    attached.detach()
-    assert (both - alone).abs().amax() > 1e-3, "the LoRA is to be seen"
-    assert (both - style).abs().amax() > 1e-3, "the concept is to be seen"
-    assert all(torch.equal(now, then) for now, then in zip(pipe.unet.parameters(), fused, strict=True))
+def test_a_fused_lora_is_visible_beside_the_concept(tmp_path: Path) -> None:
+    """The edit is that of the fused weight, whichever of the two was there first."""
     other = tiny_backbone(tmp_path).pipe
     add_style(other)
     other.fuse_lora(components=["unet"])
-    assert torch.equal(call(pipe, PLAIN), call(other, PLAIN)), "as though there had been no concept"
+    pictures = []
+    for first in ("lora", "concept"):
+        backbone = tiny_backbone(tmp_path)
+        pipe, concept = backbone.pipe, untrained_concept(backbone, Word("<cat*>", "cat"), 0)
+        with concept.attach(backbone):
+            alone = call(pipe, PROMPT)
+        if first == "lora":
+            add_style(pipe)
+            unfused = concept.attach(around(pipe, backbone.config))
+            pictures.append(call(pipe, PROMPT))  # as the weight that a LoRA below changes
+            unfused.detach()
+        attached = concept.attach(backbone)
+        if first == "concept":
+            add_style(pipe)
+        call(pipe, PROMPT)  # nothing of it is kept
+        pipe.fuse_lora(components=["unet"])
+        pictures.append(call(pipe, PROMPT))
+        attached.beta = CLOSED
+        style = call(pipe, PROMPT)
+        fused = [weight.clone() for weight in pipe.unet.parameters()]
+        attached.detach()
+        assert (pictures[-1] - alone).abs().amax() > 1e-3, "the LoRA is to be seen"
+        assert (pictures[-1] - style).abs().amax() > 1e-3, "the concept is to be seen"
+        assert all(torch.equal(now, then) for now, then in zip(pipe.unet.parameters(), fused, strict=True))
+        assert torch.equal(call(pipe, PLAIN), call(other, PLAIN)), "as though there had been no concept"
+    for picture in pictures[1:]:
+        torch.testing.assert_close(picture, pictures[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_concept_is_refused_where_a_lora_has_been_fused_before(tmp_path: Path) -> None:

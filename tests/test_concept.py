@@ -12,20 +12,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from perfusion import provenance
 from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.layouts import meta_pipeline
 from perfusion.concept import Concept, ConceptFileError, read, save_concept
-from perfusion.editing import EditError
 from perfusion.methods.base import Word, build
 from tests.concepts import things_and_hooks, untrained_concept
+from tests.drawing import BEAR, call
 from tests.pipelines import toyland_pipeline
 
 WORD = Word("<bear*>", "teddy bear")
-PROMPT = "a photo of a <bear*> on the beach"
 pytestmark = pytest.mark.usefixtures("untouched")
 
 
@@ -133,11 +131,6 @@ def test_a_failed_save_leaves_the_old_file(concept: Concept, path: Path, monkeyp
     assert Concept.load(path).seed == 99
 
 
-def test_saving_makes_the_folder(concept: Concept, tmp_path: Path) -> None:
-    save_concept(tmp_path / "a" / "b" / "x.safetensors", concept)
-    assert Concept.load(tmp_path / "a" / "b" / "x.safetensors").hash == concept.rounded(torch.float16).hash
-
-
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
 def test_what_half_precision_cannot_hold_is_not_saved(concept: Concept, tmp_path: Path, value: float) -> None:
     values = concept.tensors["values"].clone()
@@ -174,51 +167,27 @@ def test_a_file_of_toyland_s_first_world(tmp_path: Path) -> None:
 # --- in a pipeline ----------------------------------------------------------------------------------------------------
 
 
-def draw_image(backbone: Backbone, prompts: list[str], **settings: Any) -> Tensor:
-    pipe: Any = backbone.pipe
-    generators = [torch.Generator().manual_seed(0) for _ in prompts]
-    settings = {"num_inference_steps": 2, "output_type": "latent"} | settings
-    return pipe(prompts, generator=generators, **settings).images
-
-
 @torch.no_grad()
 def test_a_stock_pipeline_draws_the_concept_in_three_lines(backbone: Backbone, path: Path) -> None:
     pipe: Any = backbone.pipe
-    base = draw_image(backbone, ["a photo of a teddy bear on the beach"])
+    base = call(backbone.pipe, "a photo of a teddy bear on the beach")
     attached = Concept.load(path).attach(pipe)
-    drawn = draw_image(backbone, [PROMPT])
+    drawn = call(backbone.pipe, BEAR)
     assert attached.backbone.pipe is pipe and attached.concept.placeholder == "<bear*>"
     assert not attached.method.training and not any(p.requires_grad for p in attached.method.parameters())
     assert (attached.beta, attached.tau) == (0.4, 0.15)
     attached.detach()
     attached.detach()
     assert (drawn - base).abs().max() > 1e-3
-    assert torch.equal(draw_image(backbone, ["a photo of a teddy bear on the beach"]), base)
+    assert torch.equal(call(backbone.pipe, "a photo of a teddy bear on the beach"), base)
 
 
 def test_the_concept_stays_when_the_handle_is_dropped(backbone: Backbone, path: Path) -> None:
     attached = Concept.load(path).attach(backbone)
-    detach, expected = attached.detach, draw_image(backbone, [PROMPT])
+    detach, expected = attached.detach, call(backbone.pipe, BEAR)
     del attached
-    assert torch.equal(draw_image(backbone, [PROMPT]), expected)
+    assert torch.equal(call(backbone.pipe, BEAR), expected)
     detach()
-
-
-def test_strength_can_be_given_and_changed(backbone: Backbone, path: Path) -> None:
-    concept = Concept.load(path)
-    with concept.attach(backbone, beta=0.9, tau=0.3) as attached:
-        assert (attached.beta, attached.tau) == (0.9, 0.3)
-        weak = draw_image(backbone, [PROMPT])
-        attached.beta = 0.1
-        strong = draw_image(backbone, [PROMPT])
-        attached.beta = torch.tensor([0.9, 0.1])
-        both = draw_image(backbone, [PROMPT, PROMPT])
-        assert (weak - strong).abs().max() > 1e-3
-        torch.testing.assert_close(both, torch.cat((weak, strong)), rtol=1e-3, atol=1e-3)
-        attached.tau = 3.0
-        assert not torch.equal(draw_image(backbone, [PROMPT, PROMPT]), both)
-        with pytest.raises(EditError, match="tau: found 0"):
-            attached.tau = 0.0
 
 
 def test_an_exception_inside_the_block_detaches(backbone: Backbone, path: Path) -> None:
@@ -229,8 +198,8 @@ def test_an_exception_inside_the_block_detaches(backbone: Backbone, path: Path) 
 def test_the_same_word_is_refused_and_the_first_stays(backbone: Backbone, path: Path) -> None:
     concept = Concept.load(path)
     with concept.attach(backbone):
-        expected, before = draw_image(backbone, [PROMPT]), things_and_hooks(backbone.pipe)
+        expected, before = call(backbone.pipe, BEAR), things_and_hooks(backbone.pipe)
         with pytest.raises(TokenError, match=r"'<bear\*>' is already a word"):
             concept.attach(backbone.pipe)
         assert things_and_hooks(backbone.pipe) == before
-        assert torch.equal(draw_image(backbone, [PROMPT]), expected)
+        assert torch.equal(call(backbone.pipe, BEAR), expected)

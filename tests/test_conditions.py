@@ -28,6 +28,7 @@ from tests.concepts import tiny_backbone, toyland_backbone, untrained_concept
 from tests.pipelines import tiny_pipeline, tiny_pipeline_folder, tiny_sdxl
 
 STEPS = 4
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +77,6 @@ def pictures(root: Path) -> None:
     Image.fromarray(left).save(root / "left.png")
     Image.fromarray(left[:, :90]).save(root / "narrow.png")
     Image.new("L", (64, 64)).save(root / "black.png")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def run(given: Path, *words: str) -> int:

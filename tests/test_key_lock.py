@@ -110,21 +110,16 @@ def test_all_keys_are_the_superclass_prompt_s_and_no_value_is(backbone: Backbone
         assert (locked[1] - own[1]).abs().max() > 1e-3
 
 
-def test_prompts_without_the_concept_keep_their_keys(backbone: Backbone, bear: Concept) -> None:
-    prompts = ["a cat in the snow", PROMPT]
-    plain = projected(backbone, "k", *prompts[:1])
+def test_prompts_without_the_concept_keep_their_keys_and_negative_ones_with_it_are_locked(
+    backbone: Backbone, bear: Concept
+) -> None:
+    plain = projected(backbone, "k", "a cat in the snow")
     with bear.attach(backbone, key_lock="global"):
-        keys = projected(backbone, "k", *prompts)
-    for own, theirs in zip(keys, plain, strict=True):
+        keys = projected(backbone, "k", "a cat in the snow", PROMPT)
+        negative = projected(backbone, "k", "a cat in the snow", negative_prompt=[PROMPT])
+    for own, theirs, other in zip(keys, plain, negative, strict=True):
         torch.testing.assert_close(own[2], theirs[1], rtol=1e-4, atol=1e-5)
-
-
-def test_a_negative_prompt_with_the_concept_is_locked_too(backbone: Backbone, bear: Concept) -> None:
-    with bear.attach(backbone, key_lock="global"):
-        keys = projected(backbone, "k", "a cat in the snow", negative_prompt=[PROMPT])
-        expected = projected(backbone, "k", PROMPT)
-    for own, theirs in zip(keys, expected, strict=True):
-        torch.testing.assert_close(own[0], theirs[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other[0], own[3], rtol=1e-4, atol=1e-5)
 
 
 def test_several_concepts_are_all_replaced_and_must_agree(backbone: Backbone, bear: Concept) -> None:

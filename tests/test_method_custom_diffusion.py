@@ -15,8 +15,8 @@ from perfusion.generate import main as generate
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.custom_diffusion import CustomDiffusion, merged_projection, token_vectors
 from tests.concepts import random_concept
+from tests.drawing import draw
 from tests.pipelines import tiny_pipeline_folder
-from tests.stock import draw
 
 BEAR, HAT = Word("<bear*>", "teddy bear"), Word("<hat*>", "hat")
 

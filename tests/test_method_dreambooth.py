@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from perfusion.backbones.base import Backbone, TokenError
+from perfusion.backbones.base import Backbone
 from perfusion.backbones.fingerprint import base_parameters
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.concept import Concept, save_concept
@@ -17,8 +17,8 @@ from perfusion.editing import EditError
 from perfusion.methods.base import Batch, Word, build
 from perfusion.methods.dreambooth import DreamBooth
 from tests.concepts import untrained_concept
+from tests.drawing import draw
 from tests.pipelines import tiny_sdxl
-from tests.stock import draw
 
 WORD = Word("<bear*>", "teddy bear")
 PHRASE = "sks teddy bear"
@@ -159,12 +159,3 @@ def test_the_weights_are_one_concepts_at_a_time(backbone: Backbone) -> None:
         with pytest.raises(EditError, match=r"<bear\*>: found the edit of <cat\*> at .*, expected none"):
             method.attach(backbone)
         assert all(value is before[name] for name, value in values(backbone).items())
-
-
-def test_a_word_that_is_taken_leaves_everything_as_it_was(backbone: Backbone) -> None:
-    token = backbone.add_token(WORD.placeholder, "hat")
-    before = values(backbone)
-    with pytest.raises(TokenError, match="already a word"):
-        dreambooth().attach(backbone)
-    assert all(value is before[name] for name, value in values(backbone).items())
-    token.remove()

@@ -14,19 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.toyland import WEIGHTS
 from perfusion.concept import Concept
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import ConfigError
 from perfusion.editing import EditError
 from perfusion.methods.base import Word, build
 from perfusion.methods.lora import LoRA
-from tests.concepts import random_concept, tiny_backbone, toyland_backbone, untrained_concept
+from tests.concepts import random_concept, tiny_backbone, tiny_sdxl_backbone, toyland_backbone, untrained_concept
+from tests.drawing import BEAR, draw, stock
 from tests.pipelines import tiny_sdxl
-from tests.stock import PROMPT, draw, stock
 
 WORD = Word("<bear*>", "teddy bear")
-WRITTEN = "a photo of a sks teddy bear on the beach"  # what PROMPT reads as
+WRITTEN = "a photo of a sks teddy bear on the beach"  # what BEAR reads as
 pytestmark = pytest.mark.usefixtures("untouched")
 
 
@@ -70,7 +69,7 @@ def test_the_placeholder_reads_as_identifier_and_superclass(backbone: Backbone) 
     method = lora().eval()
     method.attach(backbone)
     with torch.no_grad():
-        found = backbone.encode([PROMPT], WORD.placeholder)
+        found = backbone.encode([BEAR], WORD.placeholder)
     assert torch.equal(found.context, context.context) and torch.equal(found.concept, context.concept)
     assert torch.equal(draw(backbone.pipe), expected)
     method.load_state({name: value + 0.1 for name, value in method.state().items()})
@@ -139,7 +138,7 @@ def test_stock_diffusers_draws_the_same_picture_from_the_exported_file(tmp_path:
 
 
 def test_sdxl_with_its_pooled_text(tmp_path: Path) -> None:
-    backbone = StableDiffusionXLBackbone.around(tiny_sdxl(), BackboneConfig(name="sdxl", resolution=64, device="cpu"))
+    backbone = tiny_sdxl_backbone(tmp_path)
     concept = random_concept(backbone, WORD, 0, name="lora")
     with concept.attach(backbone) as attached:
         expected = draw(backbone.pipe)
@@ -239,14 +238,3 @@ def test_lora_weights_that_are_loaded_later_stay(tmp_path: Path, concept: Concep
         both = draw(own.pipe, "a cat")
     assert not torch.equal(both, expected) and not torch.equal(both, without), "each is to be seen"
     assert torch.equal(draw(own.pipe, "a cat"), expected)
-
-
-def test_what_is_trained_is_single_precision_in_a_half_precision_model(tmp_path: Path) -> None:
-    own = tiny_backbone(tmp_path)
-    own.pipe.to(torch.bfloat16)
-    method = lora()
-    method.attach(own)
-    assert all(p.dtype == torch.float32 for p in method.parameters())
-    layer: Any = own.edit_sites()[0].projection
-    assert layer(torch.zeros(1, 2, layer.in_features, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    method.detach()

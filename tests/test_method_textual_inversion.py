@@ -11,15 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from perfusion.backbones.base import Backbone
-from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.backbones.toyland import WEIGHTS
 from perfusion.concept import Concept
-from perfusion.config import BackboneConfig, ConfigError
+from perfusion.config import ConfigError
 from perfusion.methods.base import Word, build
 from perfusion.methods.textual_inversion import TextualInversion
-from tests.concepts import random_concept, toyland_backbone, untrained_concept
+from tests.concepts import random_concept, tiny_sdxl_backbone, toyland_backbone, untrained_concept
+from tests.drawing import BEAR, draw, stock
 from tests.pipelines import tiny_sdxl
-from tests.stock import PROMPT, draw, stock
 
 WORD = Word("<bear*>", "teddy bear")
 
@@ -64,22 +63,21 @@ def test_stock_diffusers_draws_the_same_picture_from_the_exported_file(tmp_path:
 
 def test_the_files_of_both_encoders_of_sdxl(tmp_path: Path) -> None:
     """The contexts are the stock ones to the bit; the pooled text is that of the superclass (backbones/sdxl.py)."""
-    config = BackboneConfig(name="sdxl", resolution=64, device="cpu")
-    backbone = StableDiffusionXLBackbone.around(tiny_sdxl(), config)
+    backbone = tiny_sdxl_backbone(tmp_path)
     concept = random_concept(backbone, WORD, 0, name="textual_inversion")
     with concept.attach(backbone) as attached:
         expected = draw(backbone.pipe)
         files = attached.method.export(tmp_path)
         with torch.no_grad():
-            context = backbone.encode([PROMPT], WORD.placeholder).context
-            pooled = backbone.pipe.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)[2]
+            context = backbone.encode([BEAR], WORD.placeholder).context
+            pooled = backbone.pipe.encode_prompt(BEAR, device="cpu", do_classifier_free_guidance=False)[2]
     assert [file.name for file in files] == ["learned_embeds.safetensors", "learned_embeds_2.safetensors"]
     pipe: Any = tiny_sdxl()
     for file, suffix in zip(files, ("", "_2"), strict=True):
         parts = {part: getattr(pipe, f"{part}{suffix}") for part in ("text_encoder", "tokenizer")}
         pipe.load_textual_inversion(str(tmp_path), weight_name=file.name, use_safetensors=True, **parts)
     with torch.no_grad():
-        encoded, negative, _, negative_pooled = pipe.encode_prompt(PROMPT, device="cpu")
+        encoded, negative, _, negative_pooled = pipe.encode_prompt(BEAR, device="cpu")
     assert torch.equal(encoded, context)
     given = {"prompt_embeds": encoded, "pooled_prompt_embeds": pooled}
     given |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled}
