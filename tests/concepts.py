@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def _known(pipe: Any) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {"the pipeline": (_attributes(pipe),)}
     for part, root in pipe.components.items():
         if part.startswith("tokenizer"):
-            found[part] = (root, dict(root.added_tokens_encoder))
+            backend = getattr(root, "_tokenizer", None)
+            told = {} if backend is None else json.loads(backend.to_str())
+            kept = {name: value for name, value in told.items() if name not in ("padding", "truncation")}
+            found[part] = (root, dict(root.added_tokens_encoder), kept)  # which no call sets
         if not isinstance(root, nn.Module):
             continue
         for name, module in root.named_modules():
@@ -91,7 +95,7 @@ def _known(pipe: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def _attributes(part: Any) -> list[str]:
-    return sorted(name for name in vars(part) if name != "_perfusion_holders")
+    return sorted(name for name in vars(part) if not name.startswith("_"))  # which pipelines change at every call
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -100,12 +104,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_same, one, other))
     return type(one) is type(other) and one == other
-
-
-def things_and_hooks(pipe: Any) -> list[int]:
-    """All tokenizers and modules of a pipeline of any family, and how many hooks each module has."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    modules = [module for part in parts for module in part.modules()]
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules]
-    tokenizers = [id(part) for name, part in pipe.components.items() if name.startswith("tokenizer")]
-    return [*tokenizers, *map(id, modules), *hooks]

@@ -57,11 +57,11 @@ def toyland(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def untouched(backbone: Any) -> Iterator[None]:
     """A test leaves nothing in the pipeline, hooks included, least of all one in which attaching fails."""
-    from tests.concepts import things_and_hooks
+    from tests.concepts import Snapshot
 
-    before = things_and_hooks(backbone.pipe)
+    before = Snapshot(backbone.pipe)
     yield
-    assert things_and_hooks(backbone.pipe) == before
+    assert before.differences() == []
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.layouts import meta_pipeline
 from perfusion.concept import Concept, ConceptFileError, read, save_concept
 from perfusion.methods.base import Word, build
-from tests.concepts import things_and_hooks, untrained_concept
+from tests.concepts import Snapshot, untrained_concept
 from tests.drawing import BEAR, call
 from tests.pipelines import toyland_pipeline
 
@@ -157,11 +157,11 @@ def test_a_file_of_toyland_s_first_world(tmp_path: Path) -> None:
     first_world = {**loaded.fingerprint, "text_encoder": "0" * 16, "projections": "1" * 16}
     del first_world["world"]
     save_file(tensors, path, metadata | {"fingerprint": json.dumps(first_world)})
-    before = things_and_hooks(backbone.pipe)
+    before = Snapshot(backbone.pipe)
     with pytest.raises(ConceptFileError) as caught:
         Concept.load(path).attach(backbone)
     assert str(caught.value) == f"{path}: made for Toyland's world 1, found world 2: train the concept anew"
-    assert things_and_hooks(backbone.pipe) == before
+    assert before.differences() == []
 
 
 # --- in a pipeline ----------------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ def test_an_exception_inside_the_block_detaches(backbone: Backbone, path: Path) 
 def test_the_same_word_is_refused_and_the_first_stays(backbone: Backbone, path: Path) -> None:
     concept = Concept.load(path)
     with concept.attach(backbone):
-        expected, before = call(backbone.pipe, BEAR), things_and_hooks(backbone.pipe)
+        expected, before = call(backbone.pipe, BEAR), Snapshot(backbone.pipe)
         with pytest.raises(TokenError, match=r"'<bear\*>' is already a word"):
             concept.attach(backbone.pipe)
-        assert things_and_hooks(backbone.pipe) == before
+        assert before.differences() == []
         assert torch.equal(call(backbone.pipe, BEAR), expected)

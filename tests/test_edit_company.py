@@ -63,6 +63,18 @@ def test_lora_below_the_edit_is_edited_with_the_weight_that_it_changes(bench: Be
 
 
 @torch.no_grad()
+def test_nothing_that_was_kept_of_a_prompt_outlives_fusing_a_lora(bench: Bench) -> None:
+    bench.attach()
+    bench.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False), "style")
+    for fuse in (bench.unet.fuse_lora, bench.unet.unfuse_lora, bench.unet.fuse_lora):
+        bench()
+        fuse()
+        found = bench()
+        bench.gate.forget()
+        assert torch.equal(bench(), found)
+
+
+@torch.no_grad()
 def test_fused_projections_are_an_error_and_no_silent_base_model(bench: Bench) -> None:
     bench.attach()
     edited = bench()

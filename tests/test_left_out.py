@@ -15,7 +15,7 @@ from perfusion.concept import Concept
 from perfusion.editing import EditError
 from perfusion.methods.base import Word
 from tests.backbone_kinds import BEYOND, loaded
-from tests.concepts import things_and_hooks, tiny_backbone, tiny_sdxl_backbone, untrained_concept
+from tests.concepts import Snapshot, tiny_backbone, tiny_sdxl_backbone, untrained_concept
 from tests.drawing import own_size
 
 PROMPT = "a photo of a {} on the beach"
@@ -35,9 +35,9 @@ def backbone(backbones: dict[str, Backbone], request: pytest.FixtureRequest) -> 
     found = backbones[request.param]
     bear(found)  # transformers keeps hooks of its own from the first call that asks for hidden states
     draw(found, "a cat")
-    before = things_and_hooks(found.pipe)
+    before = Snapshot(found.pipe)
     yield found
-    assert things_and_hooks(found.pipe) == before
+    assert before.differences() == []
 
 
 def bear(backbone: Backbone) -> Concept:
@@ -113,11 +113,11 @@ def test_all_of_several_left_out(backbone: Backbone) -> None:
 
 def test_leaving_out_again_and_again_leaves_nothing_behind(backbone: Backbone) -> None:
     with bear(backbone).attach(backbone) as attached:
-        hooks = things_and_hooks(backbone.pipe)
+        before = Snapshot(backbone.pipe)
         undo = len(attached.method._undo._exit_callbacks)  # type: ignore[attr-defined]
         for beta in (math.inf, torch.tensor([math.inf, 0.4]), math.inf, 0.4):
             attached.beta = beta
-            assert things_and_hooks(backbone.pipe) == hooks
+            assert before.differences() == []
             assert len(attached.method._undo._exit_callbacks) == undo  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,7 @@ from perfusion.cli import run_cli
 from perfusion.concept import Concept
 from perfusion.inspect import main as inspect_main
 from tests.backbone_kinds import KINDS
-from tests.concepts import things_and_hooks
+from tests.concepts import Snapshot
 from tests.drawing import CLOSED, call
 from tests.training import given
 
@@ -67,7 +67,7 @@ def test_from_pictures_to_pictures(kind: str, here: Path, capsys: pytest.Capture
         change = learned(concept, pipe, encoder)
         assert change.shape == (1, width) and change.abs().max() > 1e-3, encoder
     untouched = call(pipe, PLAIN)
-    before = things_and_hooks(pipe)  # transformers hooks its own layers at the first call
+    before = Snapshot(pipe)  # transformers hooks its own layers at the first call
     states = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     with concept.attach(pipe) as attached:
         attached.beta = OPEN
@@ -75,7 +75,7 @@ def test_from_pictures_to_pictures(kind: str, here: Path, capsys: pytest.Capture
         assert drawn.isfinite().all() and (drawn - untouched).abs().max() > 1e-3
         attached.beta = CLOSED
         assert (call(pipe, BEAR) - drawn).abs().max() > 1e-3, "not the word alone, the edit is to be seen"
-    assert things_and_hooks(pipe) == before and torch.equal(call(pipe, PLAIN), untouched)
+    assert before.differences() == [] and torch.equal(call(pipe, PLAIN), untouched)
     assert all(torch.equal(value, states[name]) for name, value in pipe.unet.state_dict().items())
 
     options = f"path={folder} device=cpu prompt='{BEAR}'"
