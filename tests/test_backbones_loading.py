@@ -1,6 +1,7 @@
 """How backbones are loaded and found again, what cannot be loaded, and what is Stable Diffusion's or Toyland's own."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -270,14 +271,15 @@ def test_a_size_may_be_height_and_width() -> None:
     assert backbones.resolution_of(pipe) == 64
 
 
-def test_a_pipeline_whose_denoiser_is_compiled_finds_its_backbone() -> None:
+@pytest.mark.parametrize("compiled_by", [Compiled, functools.partial(torch.compile, backend="eager")])
+def test_a_pipeline_whose_parts_are_compiled_finds_its_backbone(compiled_by: Callable[[Any], Any]) -> None:
     pipe = tiny_pipeline()
     plain = backbones.around(pipe)
-    pipe.unet, pipe.text_encoder = torch.compile(pipe.unet, backend="eager"), Compiled(pipe.text_encoder)
-    compiled = backbones.around(pipe)
-    assert (compiled.family, compiled.config) == (plain.family, plain.config)
-    assert compiled.fingerprint() == plain.fingerprint()
-    assert [site.name for site in compiled.edit_sites()] == [site.name for site in plain.edit_sites()]
+    names, fingerprint = [site.name for site in plain.edit_sites()], plain.fingerprint()
+    pipe.unet, pipe.text_encoder = compiled_by(pipe.unet), Compiled(pipe.text_encoder)
+    for compiled in (backbones.around(pipe), StableDiffusionBackbone(pipe, plain.config)):
+        assert (compiled.family, compiled.config) == (plain.family, plain.config)
+        assert [site.name for site in compiled.edit_sites()] == names and compiled.fingerprint() == fingerprint
 
 
 # --- the registry and the presets -----------------------------------------------------------------------------------
