@@ -51,14 +51,25 @@ class World:
         gated = sum(self.g(j)[..., None] * self.o[j] for j in among)
         return (self.e - inside) @ self.W.T + gated
 
-    def encoding(self, beta: float | Tensor = BETA, **which: Tensor) -> EditedEncoding:
-        beta, tau = (torch.as_tensor(v, dtype=torch.float64).expand(len(self.i), len(self.e)) for v in (beta, TAU))
-        return edited_encoding(self.e, self.i, precision_times(self.factor, self.i), self.s, beta, tau, **which)
+    def encoding(
+        self,
+        e: Tensor | None = None,
+        beta: float | Tensor = BETA,
+        tau: float | Tensor = TAU,
+        order: list[int] | None = None,
+        kept: Tensor | None = None,
+        gated: Tensor | None = None,
+    ) -> EditedEncoding:
+        e = self.e if e is None else e
+        i, s = (self.i, self.s) if order is None else (self.i[order], self.s[order])
+        beta, tau = (torch.as_tensor(value, dtype=torch.float64).expand(len(i), len(e)) for value in (beta, tau))
+        directions = precision_times(self.factor, i).to(torch.promote_types(i.dtype, torch.float32))
+        return edited_encoding(e, i, directions, s, beta, tau, kept, gated)
 
-    def edited(self, beta: float | Tensor = BETA, **which: Tensor) -> Tensor:
+    def edited(self, *args: object, order: list[int] | None = None, **settings: object) -> Tensor:
         """What the edit makes of the projection W e."""
-        found = self.encoding(beta, **which)
-        return low_rank_update(found.remainder @ self.W.T, found.gates, self.o)
+        found = self.encoding(*args, order=order, **settings)  # type: ignore[arg-type]
+        return low_rank_update(found.remainder @ self.W.T, found.gates, self.o if order is None else self.o[order])
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -84,6 +95,13 @@ def test_similarity_and_gate_equal_their_formulas(scale: float) -> None:
     assert_near(similarity(w.i, w.i, directions).diagonal(), torch.ones(2).double(), 1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_equation_3_equals_the_closed_form(seed: int) -> None:
+    w = World(seed=seed)
+    expected = (w.e - w.r()[..., None] * w.i[0]) @ w.W.T + w.g()[..., None] * w.o[0]
+    assert_near(w.edited(), expected, 1e-10)
+
+
 def test_locked_keys_are_the_projection_of_the_locked_encoding() -> None:
     w = World(3)
     w.o = w.s @ w.W.T
@@ -96,17 +114,40 @@ def test_ungated_equation_3_is_rome() -> None:
     assert_near(ungated, w.e @ rome_update(w.W, w.i[0], w.o[0], w.inverse).T, 1e-10)
 
 
+def test_the_target_input_gives_the_target_output() -> None:
+    w = World()
+    assert_near(w.edited(w.i[0].expand(1, 1, D), beta=0.75, tau=1e-3), w.o[0].expand(1, 1, H), 1e-10)
+
+
+@pytest.mark.parametrize(("beta", "tau"), [(0.75, 0.1), (0.4, 0.15)])
+def test_an_orthogonal_encoding_changes_by_no_more_than_the_closed_gate(beta: float, tau: float) -> None:
+    w = World()
+    orthogonal = w.e - w.r()[..., None] * w.i[0]
+    change = (w.edited(orthogonal, beta, tau) - orthogonal @ w.W.T).norm(dim=-1)
+    bound = torch.sigmoid(torch.tensor(-beta / tau, dtype=torch.float64)) * w.o[0].norm()
+    assert (change <= bound * (1 + 1e-9)).all()
+    assert (change >= bound * (1 - 1e-9)).all()  # it is exactly that, so a function that does nothing fails here
+
+
 @pytest.mark.parametrize("count", range(1, 9))
-def test_equations_3_and_4_equal_the_closed_form_and_the_one_with_the_orthonormal_basis_of_appendix_b(
-    count: int,
-) -> None:
+def test_equation_4_equals_the_closed_form(count: int) -> None:
     w = World(count)
     assert_near(w.edited(), w.closed_form(), 1e-9)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_equation_4_equals_the_one_with_the_orthonormal_basis_of_appendix_b(count: int) -> None:
+    w = World(count)
     basis = orthonormal_basis(w.i, w.factor)
     assert_near(basis @ w.inverse @ basis.T, torch.eye(count, dtype=torch.float64), 1e-9)
     components = w.e @ w.inverse @ basis.T  # <u_j, e>
     gated = sum(w.g(j)[..., None] * w.o[j] for j in range(count))
     assert_near(w.edited(), (w.e - components @ basis) @ w.W.T + gated, 1e-9)
+
+
+def test_equation_4_does_not_depend_on_order() -> None:
+    w = World(4)
+    assert_near(w.edited(order=[2, 0, 3, 1]), w.edited(), 1e-9)
 
 
 def test_concepts_that_are_left_out_are_as_though_they_were_not_there() -> None:
@@ -161,3 +202,43 @@ def test_gradients_of_equation_4() -> None:
         return low_rank_update(found.remainder @ w.W.T, found.gates, o) + found.locked @ w.W.T
 
     assert torch.autograd.gradcheck(output, [x.clone().requires_grad_() for x in (w.e, w.s, w.o)])
+
+
+def test_gates_per_sample_equal_separate_calls() -> None:
+    w = World()
+    betas, taus = torch.tensor([0.2, 0.5, 0.8]).double(), torch.tensor([0.1, 0.15, 0.3]).double()
+    separate = torch.cat([w.edited(w.e[[k]], float(betas[k]), float(taus[k])) for k in range(B)])
+    assert_near(w.edited(beta=betas, tau=taus), separate, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_stays_within_two_units_of_the_terms(dtype: torch.dtype) -> None:
+    """|found − exact| ≤ 2 eps (|W e'| + |g o*|), for inputs that are the rounded ones in both; and e' likewise."""
+    w = World()
+    w.e, w.W, w.i, w.o = (x.to(dtype) for x in (w.e, w.W, w.i, w.o))
+    encoding = w.encoding()
+    h = encoding.remainder @ w.W.T
+    found = low_rank_update(h, encoding.gates, w.o)
+    assert encoding.gates.dtype == torch.float32 and encoding.remainder.dtype == found.dtype == dtype
+
+    w.e, w.W, w.i, w.o = (x.double() for x in (w.e, w.W, w.i, w.o))
+    assert_near(encoding.gates[0].double(), w.g(), 1e-4)  # half inputs, single-precision similarity
+    slack = 1e-5 * (dtype == torch.float32)
+    for value, terms in (
+        (found, (h.double(), w.g()[..., None] * w.o[0])),
+        (encoding.remainder, (w.e, -w.r()[..., None] * w.i[0])),
+    ):
+        bound = 2 * torch.finfo(dtype).eps * sum(term.abs() for term in terms)
+        assert ((value.double() - sum(terms)).abs() <= bound + slack).all()
+
+
+def test_nothing_of_a_prompt_is_rounded_by_autocast() -> None:
+    w = World()
+    exact_r = w.r().float()
+    w.e, w.i, w.s = w.e.float(), w.i.float(), w.s.float()
+    expected = w.encoding()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = w.encoding()
+        r = similarity(w.e, w.i, precision_times(w.factor, w.i).float())
+    assert_near(r[0], exact_r, 1e-5)
+    assert all(torch.equal(part, exact) for part, exact in zip(found, expected, strict=True))

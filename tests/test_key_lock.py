@@ -110,16 +110,71 @@ def test_all_keys_are_the_superclass_prompt_s_and_no_value_is(backbone: Backbone
         assert (locked[1] - own[1]).abs().max() > 1e-3
 
 
-def test_prompts_without_the_concept_keep_their_keys_and_negative_ones_with_it_are_locked(
-    backbone: Backbone, bear: Concept
+def test_a_new_word_that_learned_nothing_draws_the_superclass_s_keys(backbone: Backbone) -> None:
+    """With one token for one, global locking gives the keys of the plain prompt bit for bit."""
+    method = build({"name": "perfusion", "key_lock": "global"}, Word("<cat*>", "cat")).train()
+    method.attach(backbone)
+    concept = Concept.of(method, backbone, 0)
+    method.detach()
+    plain = projected(backbone, "k", "a photo of a cat on the beach")
+    with concept.attach(backbone) as attached:
+        assert attached.key_lock == "global"  # as its settings say
+        keys = projected(backbone, "k", "a photo of a <cat*> on the beach")
+    assert all(torch.equal(own, theirs) for own, theirs in zip(keys, plain, strict=True))
+
+
+@pytest.mark.parametrize(("superclass", "vectors"), [("cat", 1), ("teddy bear", 2)])
+def test_local_and_global_locking_agree_where_they_must(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, superclass: str, vectors: int
 ) -> None:
-    plain = projected(backbone, "k", "a cat in the snow")
+    """A concept as it starts, in a prompt that is nothing but its word, with s from the prompt that is nothing but the
+    superclass: there e = i* = s, and an open gate gives W (e − i*) + W s = W s, which is the global key."""
+    word = Word("<new*>", superclass)
+
+    def keys(key_lock: str, beta: float) -> list[Tensor]:
+        with untrained_concept(backbone, word, 0, vectors=vectors).attach(backbone, key_lock=key_lock, beta=beta) as a:
+            a.method.load_state({**a.method.state(), **start})
+            return [row[1] for row in projected(backbone, "k", "<new*>")]
+
+    monkeypatch.setattr("perfusion.methods.perfusion.templates", lambda name: ("{}",))
+    start = at_the_start(backbone, word)
+    everywhere, near, closed = keys("global", -99), keys("local", -99), keys("local", 99)
+    for whole, local, without in zip(everywhere, near, closed, strict=True):
+        torch.testing.assert_close(local[vectors], whole[vectors], rtol=1e-4, atol=1e-5)
+        assert (local[0] - whole[0]).abs().max() > 0.01  # where the concept is not
+        assert (without[vectors] - whole[vectors]).abs().max() > 0.01
+    monkeypatch.undo()
+    for whole, local in zip(everywhere, keys("local", -99), strict=True):  # s of other prompts: elsewhere
+        assert (local[vectors] - whole[vectors]).abs().max() > 0.01
+
+
+def at_the_start(backbone: Backbone, word: Word) -> dict[str, Tensor]:
+    """i* and its direction before training, and vectors with which the word reads as its superclass does."""
+    method = build({"name": "perfusion"}, word).train()
+    method.attach(backbone)
+    state = method.state()
+    method.detach()
+    token = backbone.add_token(word.placeholder, word.superclass, None)
+    vectors = {f"embedding.{name}": value.detach().clone() for name, value in token.embeddings().items()}
+    token.remove()
+    return {"target_input": state["target_input"], "direction": state["direction"], **vectors}
+
+
+def test_prompts_without_the_concept_keep_their_keys(backbone: Backbone, bear: Concept) -> None:
+    prompts = ["a cat in the snow", PROMPT]
+    plain = projected(backbone, "k", *prompts[:1])
     with bear.attach(backbone, key_lock="global"):
-        keys = projected(backbone, "k", "a cat in the snow", PROMPT)
-        negative = projected(backbone, "k", "a cat in the snow", negative_prompt=[PROMPT])
-    for own, theirs, other in zip(keys, plain, negative, strict=True):
+        keys = projected(backbone, "k", *prompts)
+    for own, theirs in zip(keys, plain, strict=True):
         torch.testing.assert_close(own[2], theirs[1], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(other[0], own[3], rtol=1e-4, atol=1e-5)
+
+
+def test_a_negative_prompt_with_the_concept_is_locked_too(backbone: Backbone, bear: Concept) -> None:
+    with bear.attach(backbone, key_lock="global"):
+        keys = projected(backbone, "k", "a cat in the snow", negative_prompt=[PROMPT])
+        expected = projected(backbone, "k", PROMPT)
+    for own, theirs in zip(keys, expected, strict=True):
+        torch.testing.assert_close(own[0], theirs[1], rtol=1e-4, atol=1e-5)
 
 
 def test_several_concepts_are_all_replaced_and_must_agree(backbone: Backbone, bear: Concept) -> None:
@@ -151,6 +206,16 @@ def test_when_the_one_that_was_locked_globally_leaves_the_others_stay_locked_loc
         assert torch.equal(draw(backbone, PROMPT), local)
         with pytest.raises(EditError):
             mug.attach(backbone, key_lock="global", beta=float("nan"))
+        assert torch.equal(draw(backbone, PROMPT), local)
+
+
+def test_switching_back_gives_the_same_picture(backbone: Backbone, bear: Concept) -> None:
+    with bear.attach(backbone) as attached:
+        local = draw(backbone, PROMPT)
+        attached.key_lock = "global"
+        whole = draw(backbone, PROMPT)
+        assert torch.equal(draw(backbone, PROMPT), whole) and not torch.equal(whole, local)
+        attached.key_lock = "local"
         assert torch.equal(draw(backbone, PROMPT), local)
 
 
