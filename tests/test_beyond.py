@@ -202,6 +202,15 @@ def test_pixart_alpha_reads_120_tokens(tmp_path: Path) -> None:
         backbone.encode(["dog " * 119 + "mug"], "mug")
 
 
+def test_a_word_reads_as_its_superclass_would_with_a_comma_behind_it(backbone: LatentDiffusionBackbone) -> None:
+    plain = [*backbone.tokens("a photo of a mug, on the beach").values()]
+    word = backbone.add_token("<mug*>", "mug")
+    found = [*backbone.tokens("a photo of a <mug*>, on the beach").values()]
+    word.remove()
+    assert [token for token in found if token != "<mug*>"] == [token for token in plain if token != "▁mug"]
+    assert len(found) == len(plain)
+
+
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_words_change_how_no_other_text_reads(name: str, vectors: int) -> None:

@@ -18,6 +18,7 @@ from perfusion.backbones import around
 from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.layouts import meta_pipeline
 from perfusion.concept import Concept, ConceptFileError, read, save_concept
+from perfusion.editing import EditError
 from perfusion.methods.base import Word, build
 from tests.concepts import Snapshot, untrained_concept
 from tests.drawing import BEAR, call
@@ -115,6 +116,11 @@ def test_a_concept_in_a_public_layout_is_as_small_as_it_is_said_to_be(
     assert Concept.load(tmp_path / "x.safetensors").versions == realistic.versions
 
 
+def test_saving_makes_the_folder(concept: Concept, tmp_path: Path) -> None:
+    save_concept(tmp_path / "a" / "b" / "x.safetensors", concept)
+    assert Concept.load(tmp_path / "a" / "b" / "x.safetensors").hash == concept.rounded(torch.float16).hash
+
+
 def test_a_failed_save_leaves_the_old_file(concept: Concept, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = path.read_bytes()
     other = dataclasses.replace(concept, seed=99)
@@ -188,6 +194,29 @@ def test_the_concept_stays_when_the_handle_is_dropped(backbone: Backbone, path: 
     del attached
     assert torch.equal(call(backbone.pipe, BEAR), expected)
     detach()
+
+
+def test_strength_can_be_given_and_changed(backbone: Backbone, path: Path) -> None:
+    concept = Concept.load(path)
+
+    def drawn(prompts: list[str]) -> torch.Tensor:
+        pipe: Any = backbone.pipe
+        seeds = [torch.Generator().manual_seed(0) for _ in prompts]
+        return pipe(prompts, generator=seeds, num_inference_steps=2, output_type="latent").images
+
+    with concept.attach(backbone, beta=0.9, tau=0.3) as attached:
+        assert (attached.beta, attached.tau) == (0.9, 0.3)
+        weak = drawn([BEAR])
+        attached.beta = 0.1
+        strong = drawn([BEAR])
+        attached.beta = torch.tensor([0.9, 0.1])
+        both = drawn([BEAR, BEAR])
+        assert (weak - strong).abs().max() > 1e-3
+        torch.testing.assert_close(both, torch.cat((weak, strong)), rtol=1e-3, atol=1e-3)
+        attached.tau = 3.0
+        assert not torch.equal(drawn([BEAR, BEAR]), both)
+        with pytest.raises(EditError, match="tau: found 0"):
+            attached.tau = 0.0
 
 
 def test_an_exception_inside_the_block_detaches(backbone: Backbone, path: Path) -> None:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from perfusion.backbones.latent_diffusion import edit_sites_of
 from perfusion.editing import EditError
+from perfusion.editing.equations import low_rank_update
 from perfusion.editing.layer import EditedProjection, attach_edit
+from perfusion.editing.places import base_module
 from tests.benches import B, Bench, D
 from tests.pipelines import Compiled
 
@@ -63,15 +65,37 @@ def test_lora_below_the_edit_is_edited_with_the_weight_that_it_changes(bench: Be
 
 
 @torch.no_grad()
-def test_nothing_that_was_kept_of_a_prompt_outlives_fusing_a_lora(bench: Bench) -> None:
-    bench.attach()
-    bench.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False), "style")
+@pytest.mark.parametrize("first", ["edit", "lora"])
+def test_a_fused_lora_is_edited_as_the_weight_that_it_has_become(bench: Bench, first: str) -> None:
+    settings = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    if first == "lora":
+        bench.unet.add_adapter(settings, "style")
+        bench.sites = edit_sites_of(bench.unet)
+    edit = bench.attach()
+    edited = bench.projections()
+    if first == "edit":
+        bench.unet.add_adapter(settings, "style")
     for fuse in (bench.unet.fuse_lora, bench.unet.unfuse_lora, bench.unet.fuse_lora):
-        bench()
+        bench.projections()  # the same prompt: what is kept of it must not be what follows
         fuse()
-        found = bench()
-        bench.gate.forget()
-        assert torch.equal(bench(), found)
+    found = bench.projections()
+    fused = [weight.clone() for weight in bench.unet.parameters()]
+    bench.gate.forget()
+    assert all(torch.equal(output, found[name]) for name, output in bench.projections().items())
+    for site in bench.sites:
+        plain, prompt = base_module(site.projection), bench.encoding()
+        own = bench.outputs[site.name]
+        if own is None:
+            expected = plain(prompt.locked)
+        else:
+            expected = low_rank_update(plain(prompt.remainder), prompt.gates, own)
+        torch.testing.assert_close(found[site.name], expected)
+        assert first == "lora" or (found[site.name] - edited[site.name]).abs().max() > 1e-3
+    edit.detach()
+    assert not any(isinstance(module, EditedProjection) for module in bench.unet.modules())
+    assert all(torch.equal(now, then) for now, then in zip(bench.unet.parameters(), fused, strict=True))
+    for site in bench.sites:
+        assert torch.equal(site.projection(bench.context), base_module(site.projection)(bench.context))
 
 
 @torch.no_grad()

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from perfusion.backbones.base import Backbone
-from perfusion.concept import Concept, ConceptFileError
+from perfusion.concept import Attached, Concept, ConceptFileError
 from perfusion.editing import EditError
 from perfusion.editing.equations import precision_times
 from perfusion.editing.gate import edited_encoding
+from perfusion.editing.layer import unedited
 from perfusion.methods.base import Word, build
 from tests.benches import Bench, snapshot
 from tests.concepts import untrained_concept
-from tests.drawing import CLOSED, call
+from tests.drawing import CLOSED
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -105,46 +106,77 @@ def pair(backbone: Backbone) -> tuple[Concept, Concept]:
     return bear, mug
 
 
+def draw_latents(backbone: Backbone, prompt: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return backbone.pipe(prompt, generator=generator, num_inference_steps=2, output_type="latent").images
+
+
 BOTH = "a photo of a <bear*> and a <mug*> on the beach"
+
+
+def test_two_concepts_in_one_picture_in_either_order(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
+    bear, mug = pair
+    with bear.attach(backbone), mug.attach(backbone):
+        one = draw_latents(backbone, BOTH)
+    with mug.attach(backbone.pipe), bear.attach(backbone.pipe):
+        other = draw_latents(backbone, BOTH)
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    with bear.attach(backbone):
+        without = draw_latents(backbone, BOTH.replace("<mug*>", "mug"))
+    assert (one - without).abs().max() > 0.01
+    mug_gone = mug.attach(backbone)
+    with bear.attach(backbone):
+        mug_gone.detach()
+        assert torch.equal(draw_latents(backbone, BOTH.replace("<mug*>", "mug")), without)
 
 
 TWICE = "<bear*> and <bear*> next to <polar*>"
 
 
 def test_two_of_one_superclass_and_one_twice_in_a_prompt(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
-    """Each has its part in V wherever its word stands, and in the picture; even these, whose i* are one."""
+    """Each has its part in every K and V wherever its word stands, and in the picture; even these, whose i* are one."""
     bear, _ = pair
     other = untrained_concept(backbone, Word("<polar*>", "teddy bear"), 5)
     with bear.attach(backbone) as first:
         with pytest.warns(UserWarning, match="nearly one"):
             second = other.attach(backbone)
         with second:
-            ids, table = backbone.pipe.tokenizer(TWICE).input_ids, backbone.pipe.tokenizer.get_vocab()
-            both, whole = values(backbone, TWICE), call(backbone.pipe, TWICE)
+            ids = backbone.pipe.tokenizer(TWICE, padding="max_length").input_ids  # type: ignore[attr-defined]
+            places = {a: [k for k, i in enumerate(ids) if i == id_of(backbone, a)] for a in (first, second)}
+            assert [len(found) for found in places.values()] == [2, 1]
+            open_both, whole = edited(backbone, TWICE), draw_latents(backbone, TWICE)
             pictures = [whole]
-            for attached, count in ((first, 2), (second, 1)):
-                at = [k for k, token in enumerate(ids) if token == table[attached.concept.placeholder]]
+            for attached, at in places.items():
                 own, attached.beta = attached.beta, CLOSED
-                share = (both - values(backbone, TWICE))[:, at].abs().amax(-1)
-                assert share.shape[1] == count and (share > 0.01).all(), f"{attached.concept.placeholder} adds {share}"
-                pictures.append(call(backbone.pipe, TWICE))
+                for name, (plain, found) in edited(backbone, TWICE).items():
+                    assert torch.equal(plain, open_both[name][0])  # the prompt is read as before
+                    share = (open_both[name][1] - found)[at].abs().amax(-1)
+                    assert (share > 0.01).all(), f"{name}: {attached.concept.placeholder} adds {share}"
+                    assert ((open_both[name][1] - plain)[at].abs().amax(-1) > 0.01).all(), name
+                pictures.append(draw_latents(backbone, TWICE))
                 attached.beta = float("inf")
-                pictures.append(call(backbone.pipe, TWICE))
+                pictures.append(draw_latents(backbone, TWICE))
                 attached.beta = own
-            assert torch.equal(call(backbone.pipe, TWICE), whole)
+            assert torch.equal(draw_latents(backbone, TWICE), whole)
             second.detach()
-            pictures.append(call(backbone.pipe, TWICE.replace("<polar*>", "teddy bear")))
+            pictures.append(draw_latents(backbone, TWICE.replace("<polar*>", "teddy bear")))
     for one, two in itertools.combinations(pictures[:-1], 2):
         assert (one - two).abs().max() > 0.01
     torch.testing.assert_close(pictures[-1], pictures[-2], rtol=1e-3, atol=1e-3)  # left out is as good as not there
 
 
+def id_of(backbone: Backbone, attached: Attached) -> int:
+    """Of a concept's word with one vector."""
+    tokenizer = backbone.pipe.tokenizer  # type: ignore[attr-defined]
+    return tokenizer.convert_tokens_to_ids(attached.concept.placeholder)
+
+
 @torch.no_grad()
-def values(backbone: Backbone, prompt: str) -> Tensor:
-    """What the edited V projections of the smallest width make of a prompt: (sites, N, h)."""
+def edited(backbone: Backbone, prompt: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each site what the projection of the prompt is without the edit, and with it: (N, h) each."""
     context = backbone.encode([prompt], None).context
-    found = [site.projection(context)[0] for site in backbone.edit_sites() if site.kind == "v"]
-    return torch.stack([v for v in found if v.shape[-1] == min(v.shape[-1] for v in found)])
+    sites = {site.name: site.projection for site in backbone.edit_sites()}
+    return {name: (unedited(layer)(context)[0], layer(context)[0]) for name, layer in sites.items()}
 
 
 def test_concepts_with_other_covariances_do_not_mix(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
@@ -157,7 +189,20 @@ def test_concepts_with_other_covariances_do_not_mix(backbone: Backbone, pair: tu
         pass
 
 
-@pytest.mark.parametrize("degrees", [0, 5, 15])
+def test_twins_are_warned_of(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:
+    bear, mug = pair
+    twin = dataclasses.replace(bear, placeholder="<twin*>")
+    with bear.attach(backbone):
+        with pytest.warns(UserWarning, match=r"<twin\*> and <bear\*> are nearly one .* angle of their i\* 0\.0°"):
+            attached = twin.attach(backbone)
+        assert draw_latents(backbone, "<bear*> and <twin*>").isfinite().all()
+        attached.detach()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mug.attach(backbone).detach()
+
+
+@pytest.mark.parametrize("degrees", [5, 15])
 def test_near_twins_are_warned_of_and_others_are_not(
     backbone: Backbone, pair: tuple[Concept, Concept], degrees: int
 ) -> None:
@@ -177,9 +222,8 @@ def test_near_twins_are_warned_of_and_others_are_not(
         warnings.simplefilter("always")
         twin.attach(backbone).detach()
     said = [str(warning.message) for warning in found]
-    nearly = "<twin*> and <bear*> are nearly one to the text encoder"
-    expected = f"{nearly}: angle of their i* {degrees}.0°, expected 10° or more"
-    assert [text.startswith(expected) for text in said] == ([True] if degrees < 10 else [])
+    expected = "<twin*> and <bear*> are nearly one to the text encoder: angle of their i* 5.0°, expected 10° or more"
+    assert [text.startswith(expected) for text in said] == ([True] if degrees == 5 else [])
 
 
 def test_a_concept_in_training_is_alone(backbone: Backbone, pair: tuple[Concept, Concept]) -> None:

@@ -59,8 +59,17 @@ def test_merging_is_the_constrained_least_squares() -> None:
     right = torch.cat([moment @ weight.T, outputs])
     expected = torch.linalg.solve(system, right)[:d].T
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found @ words.T, outputs.T, rtol=1e-9, atol=1e-9)
     scaled = merged_projection(weight, words, outputs, torch.linalg.cholesky(7 * moment))
     torch.testing.assert_close(scaled, found, rtol=1e-9, atol=1e-9, msg="a factor of C cancels")
+
+    def cost(candidate: Tensor) -> float:
+        return ((captions @ (candidate - weight).T) ** 2).sum().item()
+
+    other = found + torch.randn(h, d, dtype=torch.float64) @ torch.eye(d, dtype=torch.float64)
+    other = other - torch.linalg.lstsq(words, (other @ words.T - outputs.T).T).solution.T  # meets the constraint, too
+    torch.testing.assert_close(other @ words.T, outputs.T)
+    assert cost(found) < cost(other)
 
 
 def test_words_that_cannot_be_told_apart_cannot_be_merged() -> None:

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from perfusion.backbones.base import Backbone
+from perfusion.backbones.base import Backbone, TokenError
 from perfusion.backbones.fingerprint import base_parameters
 from perfusion.backbones.sdxl import StableDiffusionXLBackbone
 from perfusion.concept import Concept, save_concept
@@ -156,3 +156,12 @@ def test_the_weights_are_one_concepts_at_a_time(backbone: Backbone) -> None:
         with pytest.raises(EditError, match=r"<bear\*>: found the edit of <cat\*> at .*, expected none"):
             method.attach(backbone)
         assert before.differences() == []
+
+
+def test_a_word_that_is_taken_leaves_everything_as_it_was(backbone: Backbone) -> None:
+    token = backbone.add_token(WORD.placeholder, "hat")
+    before = Snapshot(backbone.pipe)
+    with pytest.raises(TokenError, match="already a word"):
+        dreambooth().attach(backbone)
+    assert before.differences() == []
+    token.remove()

@@ -97,6 +97,33 @@ def test_a_placeholder_of_letters_leaves_other_text_alone_that_reads_like_it(pip
     added.remove()
 
 
+def test_only_prompts_with_the_word_change(pipe: StableDiffusionPipeline) -> None:
+    prompts = ["a photo of a dog", "", "teddy bear on the beach"]
+    before = context(pipe, *prompts)
+    word = add_word(pipe, TOWERS, "<cat*>", "cat")
+    assert torch.equal(context(pipe, *prompts), before)
+    start = context(pipe, "a photo of <cat*>")
+    set_vectors(word, 1.0)
+    assert torch.equal(context(pipe, *prompts), before)
+    assert not torch.equal(context(pipe, "a photo of <cat*>"), start)
+    word.remove()
+    assert torch.equal(context(pipe, *prompts), before)
+
+
+def test_words_leave_in_any_order(pipe: StableDiffusionPipeline) -> None:
+    cat, dog = add_word(pipe, TOWERS, "<cat*>", "cat", 2), add_word(pipe, TOWERS, "<dog*>", "dog")
+    set_vectors(dog, 0.5)
+    both = context(pipe, "<dog*> in the snow")
+    assert not torch.equal(both, context(pipe, "<cat*> in the snow"))
+    cat.remove()
+    assert torch.equal(context(pipe, "<dog*> in the snow"), both)
+    assert "<dog*>" in pipe.tokenizer.tokenize("<cat*> <dog*>") and "<cat*>_0" not in pipe.tokenizer.get_vocab()
+    cat.remove()  # once more changes nothing
+    assert torch.equal(context(pipe, "<dog*> in the snow"), both)
+    dog.remove()
+    assert not isinstance(pipe.text_encoder.get_input_embeddings(), Words)
+
+
 @pytest.mark.parametrize(
     ("placeholder", "superclass", "message"),
     [
@@ -202,3 +229,21 @@ def test_other_letters_are_taken(pipe: StableDiffusionPipeline, placeholder: str
         first = len(pipe.tokenizer) - vectors
         assert sum(i >= first for i in pipe.tokenizer(f"a photo of {placeholder} in the snow").input_ids) == vectors
         word.remove()
+
+
+def test_a_word_that_cannot_be_added_leaves_no_trace(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog = add_word(pipe, TOWERS, "<dog*>", "dog")
+    known = dict(pipe.tokenizer.added_tokens_encoder)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("perfusion.editing.tokens._teach", fail)
+        with pytest.raises(RuntimeError):
+            add_word(pipe, TOWERS, "<cat*>", "cat")
+    table = pipe.text_encoder.get_input_embeddings()
+    assert len(table.words) == 1 and dict(pipe.tokenizer.added_tokens_encoder) == known
+    dog.remove()
